@@ -1,0 +1,99 @@
+"""The records that cross files, and the two Protocols. No maths.
+
+Dimensions: B rows (requests), T tokens of a row, S cache slots, G draft length (block_size), A anchors or query
+blocks, N flattened tokens, D model width, H / K query / key-value heads, h head width, V vocabulary, W draft words
+(W = V unless the draft vocabulary is reduced), R Markov rank, F width of the tapped features.
+
+anchor: the newest committed token; the target has not processed it yet, and it is a round's first input.
+tap: a target layer whose raw output feeds the drafter (-1 is the embedding output).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class TargetOutput:
+  hidden: Array    # f[B,T,D]  after the final norm
+  features: Array  # f[B,T,F]  outputs of the tapped layers, concatenated in the order of `taps`
+
+
+@flax.struct.dataclass
+class Committed:
+  """What became final in a round (or in the prompt): the drafter learns it through `absorb`."""
+  features: Array     # f[B,T,F]  the target's features of the rows that were run
+  next_tokens: Array  # i32[B,T]  the token after each row
+  n: Array            # i32[B]    only the first n rows of T are real
+
+
+@flax.struct.dataclass
+class Proposal:
+  """One block of drafts per row. Column w of `logits` stands for token `words[w]` (for token w when words is None)."""
+  tokens: Array        # i32[B,G]    in the target's vocabulary
+  logits: Array        # f32[B,G,W]  before temperature, top-k and top-p
+  probs: Array | None  # f32[B,G,W]  exactly what the tokens were drawn from; None when greedy
+  confidence: Array    # f32[B,G]    P(token k survives | 1..k-1 survived), in 0..1; ones without a confidence head
+  words: Array | None  # i32[W]      the reduced draft vocabulary
+
+
+@flax.struct.dataclass
+class Verdict:
+  """What the target says of one proposal."""
+  n_accept: Array    # i32[B]  draft tokens kept, 0..G
+  next_token: Array  # i32[B]  drawn from the residual at the first rejection, else from the target
+
+
+@flax.struct.dataclass
+class Batch:
+  """Training sequences. Several documents may share a row; nothing crosses from one to the next."""
+  tokens: Array      # i32[B,T]
+  loss_mask: Array   # bool[B,T]  supervised tokens (the assistant's)
+  segments: Array    # i32[B,T]   document number within the row from 1; 0 is padding
+  positions: Array   # i32[B,T]   position within the document, from 0
+
+
+@flax.struct.dataclass
+class Blocks:
+  """Training blocks: slot k of a block stands at anchor + k, is fed the anchor or the mask, predicts anchor + k + 1."""
+  anchors: Array     # i32[B,A]      index into T, ascending; 0 for dummy blocks
+  keep: Array        # bool[B,A]     False for dummy blocks
+  previous: Array    # i32[B,A,G]    teacher-forced previous token of each slot: the token at anchor + k
+  labels: Array      # i32[B,A,G]
+  supervised: Array  # bool[B,A,G]   contiguous from the first slot
+
+
+@flax.struct.dataclass
+class DraftOutputs:
+  """What the drafter says of every slot, stopping before the vocabulary so that the loss can be chunked."""
+  hidden: Array             # f[B,A,G,D]
+  latent: Array | None      # f[B,A,G,R]  sequential head, before its projection to the vocabulary
+  confidence: Array | None  # f32[B,A,G]  logits
+
+
+class Target(Protocol):
+  """A frozen language model (an nnx.Module used as a pytree)."""
+
+  def init_cache(self, batch: int, max_len: int) -> Any: ...
+  def embed(self, tokens: Array) -> Array: ...
+  def __call__(self, tokens: Array, cache: Any, taps: tuple[int, ...]) -> tuple[TargetOutput, Any]: ...
+  def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput: ...
+  def logits(self, hidden: Array) -> Array: ...
+  def commit(self, cache: Any, n: Array) -> Any: ...
+
+
+class Drafter(Protocol):
+  """Proposes blocks of tokens (an nnx.Module used as a pytree). Holds no copy of the target's embedding or head."""
+  taps: tuple[int, ...]
+  block_size: int
+
+  def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...
+  def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...
+  def propose(self, target: Target, state: Any, anchor: Array, keys: Array, sampling: Any) -> Proposal: ...
+  def train_outputs(self, target: Target, batch: Batch, features: Array, blocks: Blocks) -> DraftOutputs: ...
+  def logits(self, target: Target, hidden: Array, latent: Array | None) -> Array: ...
