@@ -1,0 +1,117 @@
+"""Frozen dataclasses that describe models, from JSON and back. All that is wrong is collected and raised once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dspark_jax.nn.layers import BlockSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+  """A frozen language model: `family` names a file in targets/."""
+  family: str
+  spec: BlockSpec
+  num_layers: int
+  vocab_size: int
+  tie_word_embeddings: bool
+  max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+  """A DSpark or DFlash drafter. `spec` repeats the target family's own block."""
+  spec: BlockSpec
+  num_layers: int
+  vocab_size: int              # of the target
+  num_target_layers: int
+  taps: tuple[int, ...]
+  mask_token_id: int
+  block_size: int = 7          # G: drafts per round
+  markov_rank: int = 256       # R; 0 without a sequential head
+  markov_head: str = "vanilla"  # vanilla | gated | rnn
+  confidence: str = "markov"   # none | hidden | markov: what the confidence head reads besides nothing
+  sample_from_anchor: bool = True  # False: the original DFlash, whose anchor slot predicts nothing
+  draft_vocab_size: int = 0    # W; 0: the target's whole vocabulary
+
+  def __post_init__(self):
+    problems = []
+    if not self.taps:
+      problems.append("taps are empty: name at least one target layer")
+    bad = [t for t in self.taps if not -1 <= t < self.num_target_layers - 1]
+    if bad:
+      problems.append(f"taps {bad} are out of range: the target has {self.num_target_layers} layers, allowed are -1 "
+                      f"(embedding) to {self.num_target_layers - 2} (the last layer's stored form is ambiguous)")
+    if self.markov_rank and self.markov_head not in ("vanilla", "gated", "rnn"):
+      problems.append(f"markov_head is {self.markov_head!r}, expected vanilla, gated or rnn")
+    if self.confidence not in ("none", "hidden", "markov"):
+      problems.append(f"confidence is {self.confidence!r}, expected none, hidden or markov")
+    if self.confidence == "markov" and not self.markov_rank:
+      problems.append("confidence 'markov' reads the sequential head's embedding, but markov_rank is 0: use 'hidden' or 'none'")
+    if self.block_size < 1:
+      problems.append(f"block_size is {self.block_size}, expected at least 1")
+    if not 0 <= self.mask_token_id < self.vocab_size:
+      problems.append(f"mask_token_id is {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
+    if not 0 <= self.draft_vocab_size <= self.vocab_size:
+      problems.append(f"draft_vocab_size is {self.draft_vocab_size}, expected 0..{self.vocab_size}")
+    raise_all("drafter config", problems)
+
+  @property
+  def slots(self) -> int:
+    """Block slots that are run for block_size drafts."""
+    return self.block_size + (0 if self.sample_from_anchor else 1)
+
+  @property
+  def words(self) -> int:
+    """W: columns of the draft logits."""
+    return self.draft_vocab_size or self.vocab_size
+
+
+def raise_all(what: str, problems: list[str]) -> None:
+  """One ValueError for a list of problems; nothing for an empty list."""
+  if problems:
+    raise ValueError(f"{what}: " + "; ".join(problems))
+
+
+def to_json(config) -> dict[str, Any]:
+  return dataclasses.asdict(config)
+
+
+def from_json(cls, data: dict[str, Any], what: str):
+  """A config of type `cls` from a JSON object; unknown and missing keys are listed together in one ValueError."""
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+  raise_all(what, [f"unknown key {k!r}" for k in sorted(set(data) - set(fields))]
+            + [f"key {k!r} is missing" for k in sorted(required - set(data))])
+  values = dict(data)
+  if "spec" in values:
+    values["spec"] = from_json(BlockSpec, values["spec"], f"{what}, spec")
+  if "taps" in values:
+    values["taps"] = tuple(values["taps"])
+  return cls(**values)
+
+
+def hf_spec(hf: dict[str, Any], *, qk_norm: bool) -> tuple[BlockSpec, list[str]]:
+  """(spec, problems) from a Hugging Face config; both spellings of the rope are read and theta is never assumed."""
+  problems = [f"key {k!r} is missing" for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps",
+                                                "num_hidden_layers", "vocab_size") if hf.get(k) is None]
+  rope = hf.get("rope_parameters") or {}
+  theta = rope.get("rope_theta", hf.get("rope_theta"))
+  if theta is None:
+    problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently wrong)")
+  kind = rope.get("rope_type") or (hf.get("rope_scaling") or {}).get("rope_type") or "default"
+  if kind != "default":
+    problems.append(f"rope_type {kind!r} is not supported, only 'default'")
+  for key in ("attention_bias", "mlp_bias"):
+    if hf.get(key):
+      problems.append(f"{key} is true, but only layers without biases are supported")
+  if hf.get("hidden_act", "silu") != "silu":
+    problems.append(f"hidden_act is {hf['hidden_act']!r}, only 'silu' is supported")
+  if hf.get("use_sliding_window") or (hf.get("sliding_window") and "use_sliding_window" not in hf):
+    problems.append("a sliding window is trained in, which is not supported")
+  if problems:
+    return None, problems
+  heads = hf["num_attention_heads"]
+  return BlockSpec(hf["hidden_size"], hf["intermediate_size"], heads, hf.get("num_key_value_heads") or heads,
+                   hf.get("head_dim") or hf["hidden_size"] // heads, hf["rms_norm_eps"], float(theta), qk_norm), []
