@@ -5,7 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dspark_jax.nn.layers import BlockSpec
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+  """The static description of one transformer layer."""
+  hidden_size: int
+  intermediate_size: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rms_norm_eps: float
+  rope_theta: float
+  qk_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

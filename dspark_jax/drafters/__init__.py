@@ -1,1 +1,5 @@
+"""The drafters, by name."""
 
+from dspark_jax.drafters.dspark import DSpark
+
+DRAFTERS = {"dspark": DSpark}

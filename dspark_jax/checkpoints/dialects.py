@@ -1,0 +1,89 @@
+"""The spellings of a stored drafter: DeepSpec's (DSpark and DFlash) and the original DFlash's.
+
+Both store parameters under the names that our modules carry. DeepSpec adds frozen copies of the target's embedding and
+head, which are compared with the target and dropped; on export they are put back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.config import DrafterConfig, hf_spec, raise_all
+from dspark_jax.types import Target
+
+FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...], "lm_head.weight": lambda target: target.head}
+
+
+def drafter_config(hf: dict) -> DrafterConfig:
+  """The configuration in a stored drafter's config.json; ValueError lists all that is missing or not understood."""
+  kind = (hf.get("architectures") or ["none"])[0]
+  if kind not in ("Qwen3DSparkModel", "DFlashDraftModel", "LlamaDSparkModel"):
+    raise NotImplementedError(f"drafter architecture {kind!r} is not supported, only Qwen3DSparkModel, LlamaDSparkModel "
+                              f"and DFlashDraftModel are")
+  original = kind == "DFlashDraftModel"
+  spec, problems = hf_spec(hf, qk_norm=not kind.startswith("Llama"))
+  own = {**hf, **hf.get("dflash_config", {})} if original else hf
+  needed = ["block_size", "num_target_layers", "mask_token_id"] + ([] if original else ["target_layer_ids", "markov_rank"])
+  problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]
+  raise_all("drafter config", problems)
+  common = dict(spec=spec, num_layers=hf["num_hidden_layers"], vocab_size=hf["vocab_size"],
+                num_target_layers=own["num_target_layers"], mask_token_id=own["mask_token_id"])
+  if original:
+    taps = own.get("target_layer_ids") or default_taps(own["num_target_layers"], hf["num_hidden_layers"])
+    return DrafterConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
+                         sample_from_anchor=False)
+  confidence = "none" if not hf.get("enable_confidence_head") else (
+      "markov" if hf.get("confidence_head_with_markov") else "hidden")
+  return DrafterConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
+                       markov_rank=hf["markov_rank"], markov_head=hf.get("markov_head_type") or "vanilla",
+                       confidence=confidence)
+
+
+def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
+  """The original DFlash's taps where a config names none; halves round to the even integer."""
+  if num_draft_layers == 1:
+    return (num_target_layers // 2,)
+  return tuple(round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1)) for i in range(num_draft_layers))
+
+
+def check_frozen(tensors: Mapping, target: Target) -> list[str]:
+  """Problems: frozen copies in a stored drafter that are not this target's (compared in the coarser of both dtypes)."""
+  problems = []
+  for name, own in FROZEN.items():
+    if name in tensors:
+      stored, mine = tensors[name], own(target)
+      coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
+      if stored.shape != mine.shape or not bool(jnp.array_equal(jnp.asarray(stored, coarse), mine.astype(coarse))):
+        problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
+                        f"another target")
+  return problems
+
+
+def deepspec_config(config: DrafterConfig) -> str:
+  """The text of a DeepSpec config.json for a drafter trained here; ValueError where that format has no word for it."""
+  raise_all("export to DeepSpec", (["a reduced draft vocabulary cannot be stored"] if config.draft_vocab_size else [])
+            + ([] if config.sample_from_anchor else ["the original DFlash's slots cannot be stored"]))
+  spec, family = config.spec, "Qwen3" if config.spec.qk_norm else "Llama"
+  out = dict(
+      architectures=[f"{family}DSparkModel"], attention_bias=False, block_size=config.block_size,
+      enable_confidence_head=config.confidence != "none", head_dim=spec.head_dim, hidden_act="silu",
+      hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size, markov_rank=config.markov_rank,
+      mask_token_id=config.mask_token_id, model_type=family.lower(), num_attention_heads=spec.num_heads,
+      num_hidden_layers=config.num_layers, num_key_value_heads=spec.num_kv_heads,
+      num_target_layers=config.num_target_layers, rms_norm_eps=spec.rms_norm_eps,
+      rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"}, target_layer_ids=list(config.taps),
+      tie_word_embeddings=False, vocab_size=config.vocab_size)
+  if config.confidence != "none":
+    out["confidence_head_with_markov"] = config.confidence == "markov"
+  if config.markov_rank:
+    out["markov_head_type"] = config.markov_head
+  return json.dumps(out, indent=2, sort_keys=True) + "\n"
+
+
+def frozen_copies(target: Target) -> dict[str, jax.Array]:
+  """The target's embedding and head under DeepSpec's names."""
+  return {name: own(target) for name, own in FROZEN.items()}

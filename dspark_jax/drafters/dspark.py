@@ -1,0 +1,103 @@
+"""DSpark: backbone, sequential head and confidence head. DFlash is DSpark with rank 0 and no confidence head."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig
+from dspark_jax.drafters import heads
+from dspark_jax.drafters.backbone import Backbone
+from dspark_jax.nn import cache as kv
+from dspark_jax.nn.layers import Linear, linear
+from dspark_jax.sampling import Sampling
+from dspark_jax.types import Array, Batch, Blocks, Committed, DraftOutputs, Proposal, Target
+
+
+class DraftWords(nnx.Variable):
+  """i32[W] token ids, ascending: the reduced draft vocabulary. Not a parameter."""
+
+
+@flax.struct.dataclass
+class DSparkState:
+  cache: kv.Cache  # of the context, per draft layer
+  head: Array      # f[W,D]  the target's head at the draft words, gathered once per generation
+
+
+class ConfidenceHead(nnx.Module):
+  """Logits of P(token k survives | 1..k-1 survived) from [h_k] or [h_k ; W1[x_{k-1}]]."""
+
+  def __init__(self, width: int, *, rngs: nnx.Rngs):
+    self.proj = Linear(width, 1, rngs=rngs, bias=True)
+
+  def __call__(self, hidden: Array, embedding: Array | None) -> Array:
+    inputs = hidden if embedding is None else jnp.concatenate([hidden, embedding], -1)
+    return self.proj(inputs)[..., 0].astype(jnp.float32)
+
+
+class DSpark(Backbone):
+  """A drafter behind the Drafter protocol (DSpark, 3.1)."""
+
+  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    width, rank = config.spec.hidden_size, config.markov_rank
+    self.markov_head = heads.MarkovHead(config.markov_head, rank, config.vocab_size, config.words, width,
+                                        rngs=rngs) if rank else None
+    self.confidence_head = None if config.confidence == "none" else ConfidenceHead(
+        width + (rank if config.confidence == "markov" else 0), rngs=rngs)
+    self.draft_words = DraftWords(jnp.arange(config.words, dtype=jnp.int32)) if config.draft_vocab_size else None
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    return self.config.taps
+
+  @property
+  def block_size(self) -> int:
+    return self.config.block_size
+
+  @property
+  def words(self) -> Array | None:
+    """i32[W], or None when the draft vocabulary is the target's."""
+    return None if self.draft_words is None else self.draft_words[...]
+
+  def head(self, target: Target) -> Array:
+    """f[W,D]: the target's frozen head at the draft words."""
+    return target.head if self.words is None else jnp.take(target.head, self.words, axis=0, mode="clip")
+
+  def logits(self, head: Array, hidden: Array, latent: Array | None) -> Array:
+    """f32[...,W] from hidden f[...,D] and the sequential head's latent f[...,R]."""
+    base = linear(head, hidden, jnp.float32)
+    return base if latent is None else base + self.markov_head.bias(latent)
+
+  def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
+    return DSparkState(self.empty_context(batch, max_len), self.head(target))
+
+  def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
+    return state.replace(cache=self.absorb_context(state.cache, committed.features, committed.n))
+
+  def propose(self, target: Target, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
+    tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
+    hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
+    return heads.propose(self.markov_head, self._confidence, hidden, linear(state.head, hidden, jnp.float32), anchor,
+                         self.words, keys, sampling)
+
+  def train_outputs(self, target: Target, batch: Batch, features: Array, blocks: Blocks) -> DraftOutputs:
+    rows, anchors, slots = *blocks.anchors.shape, self.config.slots
+    tokens = jnp.full((rows, anchors, slots), self.config.mask_token_id, jnp.int32)
+    first = jnp.where(blocks.keep, blocks.previous[:, :, 0], self.config.mask_token_id)
+    embeddings = target.embed(tokens.at[:, :, 0].set(first))
+    hidden = self.draft_all(embeddings.astype(features.dtype), batch, features, blocks)[:, :, -self.block_size:]
+    latent = embedding = None
+    if self.markov_head is not None:
+      flat = hidden.reshape(-1, *hidden.shape[2:])
+      latent, embedding = (x.reshape(*hidden.shape[:3], -1) for x in heads.teacher_forced(
+          self.markov_head, flat, blocks.previous.reshape(flat.shape[:2])))
+    return DraftOutputs(hidden, latent, None if self.confidence_head is None else self._confidence(hidden, embedding))
+
+  @property
+  def _confidence(self):
+    if self.confidence_head is None:
+      return None
+    return lambda hidden, embedding: self.confidence_head(
+        hidden, embedding if self.config.confidence == "markov" else None)

@@ -1,0 +1,104 @@
+"""Sequential heads: what makes a parallel block aware of its own earlier tokens (DSpark, 3.1).
+
+p_k(v | x_<k) = softmax(U_k + W2 . latent_k), where latent_k f[R] comes from one `step` per kind of head. Adding a head
+is one `step` and one line of STEPS; the teacher-forced and the sampling scan serve them all.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax import sampling as sp
+from dspark_jax.nn.layers import Embedding, Linear, linear
+from dspark_jax.types import Array, Proposal
+
+
+def vanilla(head, state, embedding, hidden):
+  """latent = W1[x_{k-1}]"""
+  del hidden
+  return state, embedding
+
+
+def gated(head, state, embedding, hidden):
+  """latent = sigmoid(gate([h_k ; e])) * e, e = W1[x_{k-1}]"""
+  return state, jax.nn.sigmoid(head.gate_proj(jnp.concatenate([hidden, embedding], -1))) * embedding
+
+
+def rnn(head, state, embedding, hidden):
+  """(g, c, o) = linear([s ; e ; h_k]); s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c); latent = tanh(o)"""
+  gate, candidate, out = jnp.split(head.joint_proj(jnp.concatenate([state, embedding, hidden], -1)), 3, -1)
+  gate = jax.nn.sigmoid(gate)
+  return gate * state + (1 - gate) * jnp.tanh(candidate), jnp.tanh(out)
+
+
+STEPS = {"vanilla": vanilla, "gated": gated, "rnn": rnn}
+
+
+class MarkovHead(nnx.Module):
+  """W1 f[V,R] (over the whole vocabulary: any token may precede), W2 f[W,R] (over the draft words)."""
+
+  def __init__(self, kind: str, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
+    self.kind = kind
+    self.markov_w1 = Embedding(vocab_size, rank, rngs=rngs)
+    self.markov_w2 = Embedding(words, rank, rngs=rngs)
+    if kind == "gated":
+      self.gate_proj = Linear(hidden_size + rank, rank, rngs=rngs, bias=True)
+    if kind == "rnn":
+      self.joint_proj = Linear(2 * rank + hidden_size, 3 * rank, rngs=rngs, bias=True)
+
+  def initial(self, like: Array) -> Array:
+    """s_0 = 0: f[...,R] for embeddings f[...,R]."""
+    return jnp.zeros_like(like)
+
+  def step(self, state, embedding, hidden):
+    """(state, latent), each f[...,R], of one slot."""
+    return STEPS[self.kind](self, state, embedding, hidden)
+
+  def bias(self, latent: Array) -> Array:
+    """f32[...,W]: what the earlier tokens of the block add to the base logits."""
+    return linear(self.markov_w2.weight[...], latent, jnp.float32)
+
+
+def teacher_forced(head: MarkovHead, hidden: Array, previous: Array) -> tuple[Array, Array]:
+  """(latents, embeddings), each f[N,G,R], of blocks whose previous tokens i32[N,G] are known. hidden: f[N,G,D]."""
+  embeddings = head.markov_w1(previous)
+
+  def step(state, slot):
+    return head.step(state, *slot)
+
+  _, latents = jax.lax.scan(step, head.initial(embeddings[:, 0]),
+                            (jnp.swapaxes(embeddings, 0, 1), jnp.swapaxes(hidden, 0, 1)))
+  return jnp.swapaxes(latents, 0, 1), embeddings
+
+
+def propose(head: MarkovHead | None, confidence, hidden: Array, base: Array, anchor: Array, words: Array | None,
+            keys: Array, sampling: sp.Sampling) -> Proposal:
+  """Draws a block left to right. hidden f[B,G,D], base logits f32[B,G,W], anchor i32[B], keys [B].
+
+  confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.
+  """
+  def step(carry, slot):
+    state, previous = carry
+    k, h, logits = slot
+    embedding = latent = None
+    if head is not None:
+      embedding = head.markov_w1(previous)
+      state, latent = head.step(state, embedding, h)
+      logits = logits + head.bias(latent)
+    probs = None
+    if sampling.mode == "greedy":
+      column = sp.argmax(logits)
+    else:
+      probs = sp.probabilities(logits, sampling)
+      column = sp.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, k), probs)
+    token = column if words is None else words[column]
+    survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
+    return (state, token), (token, logits, probs, survive)
+
+  slots = (jnp.arange(base.shape[1], dtype=jnp.int32), jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(base, 0, 1))
+  state = None if head is None else head.initial(head.markov_w1(anchor))
+  _, out = jax.lax.scan(step, (state, anchor), slots)
+  tokens, logits, probs, survive = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out)
+  return Proposal(tokens, logits, probs, survive, words)
