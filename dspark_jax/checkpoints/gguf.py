@@ -1,0 +1,136 @@
+"""GGUF files of the llama architecture, as a Hugging Face style config and float32 tensors."""
+
+from __future__ import annotations
+
+import collections.abc
+import os
+from typing import Any
+
+import gguf
+import numpy as np
+
+from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
+
+# Hugging Face name -> GGUF name, within a layer and of the whole model.
+LAYER_NAMES = {
+  "input_layernorm.weight": "attn_norm.weight",
+  "self_attn.q_proj.weight": "attn_q.weight",
+  "self_attn.k_proj.weight": "attn_k.weight",
+  "self_attn.v_proj.weight": "attn_v.weight",
+  "self_attn.o_proj.weight": "attn_output.weight",
+  "post_attention_layernorm.weight": "ffn_norm.weight",
+  "mlp.gate_proj.weight": "ffn_gate.weight",
+  "mlp.up_proj.weight": "ffn_up.weight",
+  "mlp.down_proj.weight": "ffn_down.weight",
+}
+MODEL_NAMES = {
+  "model.embed_tokens.weight": "token_embd.weight",
+  "model.norm.weight": "output_norm.weight",
+  "lm_head.weight": "output.weight",
+}
+CONFIG_NAMES = {
+  "hidden_size": "llama.embedding_length",
+  "intermediate_size": "llama.feed_forward_length",
+  "num_hidden_layers": "llama.block_count",
+  "num_attention_heads": "llama.attention.head_count",
+  "max_position_embeddings": "llama.context_length",
+  "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+  "rope_theta": "llama.rope.freq_base",
+}
+
+
+class Tensors(collections.abc.Mapping):
+  """Hugging Face name -> f32 array, dequantised at each access, so that the model is never held twice."""
+
+  def __init__(self, stored: dict[str, Any], heads: dict[str, int]):
+    self.stored = stored  # Hugging Face name -> gguf.ReaderTensor
+    self.heads = heads    # "q_proj" and "k_proj" -> number of heads
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    tensor = self.stored[name]
+    # np.array copies: what is stored as float32 would otherwise be a view of the file.
+    array = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    heads = self.heads.get(name.split(".")[-2])
+    return array if heads is None else unpermute(array, heads)
+
+  def __iter__(self):
+    return iter(self.stored)
+
+  def __len__(self):
+    return len(self.stored)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+  """Rows for half rotation (i turns with i + h/2), of rows for interleaved (2i with 2i + 1): f32[H*h,D].
+
+  For each head and i < h/2: out[i] = rows[2 * i]; out[h/2 + i] = rows[2 * i + 1].
+  """
+  return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Tensors]:
+  """(config, tensors) of a llama GGUF file; a tensor is dequantised when asked for, by its Hugging Face name.
+
+  q and k rows come out for half rotation. NotImplementedError: another architecture, RoPE scaling, tensors
+  that a plain llama does not have. ValueError: damaged file, missing metadata, missing tensors.
+  """
+  reader = open_gguf(path)
+  metadata = read_metadata(reader)
+  stored = {tensor.name: tensor for tensor in reader.tensors}
+  refuse_unsupported(path, metadata, stored)
+  config = read_config(path, metadata, stored)
+  names = {hf: name for hf, name in MODEL_NAMES.items() if name in stored or hf != "lm_head.weight"}
+  for layer in range(config["num_hidden_layers"]):
+    names |= {f"model.layers.{layer}.{hf}": f"blk.{layer}.{name}" for hf, name in LAYER_NAMES.items()}
+  if missing := sorted(set(names.values()) - set(stored)):
+    raise ValueError(f"{path} lacks the tensors {missing}: convert the model again")
+  if unknown := sorted(set(stored) - set(names.values())):
+    raise NotImplementedError(f"{path} has tensors that a plain llama does not have: {unknown}: "
+                              "only dense models without biases are read from GGUF")
+  heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+  return config, Tensors({hf: stored[name] for hf, name in names.items()}, heads)
+
+
+def refuse_unsupported(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[str, Any]) -> None:
+  """NotImplementedError for what would load, and then compute something else."""
+  architecture = metadata.get("general.architecture")
+  if architecture != "llama":
+    raise NotImplementedError(f"{path} has the architecture {architecture!r}, only 'llama' is read from "
+                              "GGUF: load the model from its Hugging Face folder")
+  if metadata.get("split.count", 1) > 1:
+    raise NotImplementedError(f"{path} is one of {metadata['split.count']} parts: "
+                              "join them with `llama-gguf-split --merge`")
+  scaling = metadata.get("llama.rope.scaling.type", "none")
+  if scaling != "none" or "rope_freqs.weight" in stored:
+    raise NotImplementedError(f"{path} scales its RoPE frequencies (type {scaling!r}), which is not read "
+                              "from GGUF: load the model from its Hugging Face folder")
+
+
+def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+  """Hugging Face style config. Some sizes may be left out and are derived; rope_theta has no default."""
+  missing = [key for key in CONFIG_NAMES.values() if key not in metadata]
+  missing += {"token_embd.weight"} - set(stored)
+  if missing:
+    raise ValueError(f"{path} lacks {', '.join(missing)}, for which there is no default: convert the model "
+                     "again with a current convert_hf_to_gguf.py")
+  config = {name: metadata[key] for name, key in CONFIG_NAMES.items()}
+  for name in ("rms_norm_eps", "rope_theta"):
+    config[name] = float(str(np.float32(config[name])))  # stored in float32: 1e-5, not 9.999999747378752e-06
+  heads = config["num_attention_heads"]
+  head_dim = metadata.get("llama.attention.key_length", config["hidden_size"] // heads)
+  for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    if metadata.get(key, head_dim) != head_dim:
+      raise NotImplementedError(f"{path} has head width {head_dim}, {key} {metadata[key]}: they must agree")
+  return config | {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+    "head_dim": head_dim,
+    "vocab_size": int(stored["token_embd.weight"].shape[1]),  # gguf's shapes start at the fastest dimension
+    "tie_word_embeddings": "output.weight" not in stored,
+    "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+    "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+  }

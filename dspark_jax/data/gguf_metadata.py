@@ -1,0 +1,37 @@
+"""GGUF files (llama.cpp's format), opened: tensors as stored; metadata, which includes the tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gguf
+import numpy as np
+
+
+class Reader(gguf.GGUFReader):
+  """gguf's reader, three times faster: it slices per string, which is cheap on an array, not on a memmap."""
+
+  def _build_fields(self, offs, count):
+    self.data = self.data.view(np.ndarray)
+    return super()._build_fields(offs, count)
+
+
+def open_gguf(path: str | os.PathLike) -> Reader:
+  """The file's reader. ValueError when it is not a GGUF file, or is cut short."""
+  with open(path, "rb") as file:
+    magic = file.read(4)
+  if magic != b"GGUF":
+    raise ValueError(f"{path} starts with {magic!r}, a GGUF file with b'GGUF': give the path of a .gguf file")
+  try:
+    return Reader(path)
+  # A read past the end surfaces as any of these, from numpy; none of them says that the file is short.
+  except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+    size = os.path.getsize(path)
+    raise ValueError(f"{path} is a damaged GGUF file: its {size} bytes end before its tables and tensors, "
+                     f"or make no sense ({error}): download it again") from error
+
+
+def read_metadata(reader: Reader) -> dict[str, Any]:
+  """The file's key-value pairs as Python values, e.g. `tokenizer.ggml.tokens` -> list of str."""
+  return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
