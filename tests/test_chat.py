@@ -1,0 +1,149 @@
+"""Tokenizers and chat templates, on the real SmolLM2 tokenizer inside its GGUF file."""
+
+import copy
+import importlib.metadata
+import json
+
+import gguf
+import pytest
+
+from dspark_jax.data import chat
+
+END = 2  # <|im_end|>
+ODD = ["def f(x):\n    return x**2  # 12345\n\n\tpass", "naïve café 日本語 🙂👩‍👩‍👧 ½² ٣", "", "\r\n",
+       "  two  spaces \t\n\n\n end  ", "<|im_start|>user\nhi<|im_end|>\n<|im_start", "a\u00a0b\u3000c",
+       "I'll we've don'T", " 1 22 x333y"]
+# Ids by llama.cpp itself (xllamacpp 2026.10, POST /tokenize with parse_special) on the same file.
+LLAMA_CPP = {
+  "12345 + 67.89 = 0x1F": [33, 34, 35, 36, 37, 1232, 216, 38, 39, 30, 40, 41, 446, 216, 32, 104, 33, 54],
+  "  two  spaces\tand\ttabs \n\n\n trailing  ":
+    [216, 827, 216, 5600, 197, 397, 197, 100, 7366, 216, 16506, 35079, 256],
+  "def f(x):\n    return x**2  # ok\n\n\tpass":
+    [1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 216, 907, 10907, 1116, 197, 5467],
+  "naïve café 日本語 ½ ² ⅷ ٣٤":
+    [3546, 46494, 37366, 17097, 241, 115, 40993, 179, 120, 248, 216, 16738, 216, 19133, 216, 173, 223, 132,
+     216, 164, 113, 164, 114],
+  "<|im_start|>user\nhi<|im_end|>\n": [1, 4093, 198, 6004, 2, 198],
+  "a<|endoftext|><repo_name><empty_output>b": [81, 0, 3, 16, 82],
+  "I'll we've 'tis don'T": [57, 3060, 392, 3543, 637, 34818, 1326, 23, 68],
+  "\r\n\r\n x\u00a0y\u3000z\u200b": [18682, 1792, 15442, 105, 12109, 218, 106, 321, 229],
+}
+CHAT = [{"role": "user", "content": "What is 12 + 7?"},
+        {"role": "assistant", "content": "It is 19."},
+        {"role": "user", "content": "  and\n\nminus 3?"},
+        {"role": "assistant", "content": "\n\n\n 16,\tof course"}]
+# Qwen3's habit in three lines: the last reply carries its thinking, the ones before it lose it.
+REWRITING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return chat.load_tokenizer(chat.smollm2_path())
+
+
+def ids(tokenizer, text):
+  return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_ids_are_llama_cpps(tokenizer):
+  """Kills: numbers kept in one piece (GPT-2's cut), lost merges, special tokens cut up, a prefix space."""
+  assert {text: ids(tokenizer, text) for text in LLAMA_CPP} == LLAMA_CPP
+
+
+def test_text_comes_back(tokenizer):
+  """Kills: decoding that cleans up spaces, loses bytes of a character or drops special tokens."""
+  for text in ODD:
+    assert tokenizer.decode(ids(tokenizer, text)) == text
+
+
+def test_folder_is_the_same_tokenizer(tokenizer, tmp_path):
+  """Kills: AutoTokenizer, which lets the named class overrule tokenizer.json; a template that gets lost."""
+  tokenizer.save_pretrained(tmp_path)
+  config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"}))
+  again = chat.load_tokenizer(tmp_path)
+  assert [ids(again, text) for text in ODD] == [ids(tokenizer, text) for text in ODD]
+  assert chat.encode_prompt(again, CHAT) == chat.encode_prompt(tokenizer, CHAT)
+  assert chat.stop_ids(again) == chat.stop_ids(tokenizer)
+
+
+def test_unknown_cut_is_refused(tmp_path):
+  """Kills: cutting text by GPT-2's rule whatever the file asks for: wrong ids, no error."""
+  writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("llama-bpe")
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with pytest.raises(NotImplementedError, match="'gpt2', pre-tokenizer 'llama-bpe'"):
+    chat.load_tokenizer(tmp_path / "t.gguf")
+
+
+def test_stop_ids(tokenizer):
+  """Kills: stopping only at the file's eos when replies end in another token, and so running on."""
+  assert chat.stop_ids(tokenizer) == (END,)
+  other = copy.deepcopy(tokenizer)
+  other.eos_token = "<|endoftext|>"
+  assert chat.stop_ids(other) == (0, END)
+  other.chat_template = None
+  assert chat.stop_ids(other) == (0,)
+
+
+def test_prompt_is_transformers_own(tokenizer):
+  """Kills: a second beginning-of-sequence token, a lost system prompt, a missing generation prompt."""
+  for content in ODD:
+    messages = [{"role": "user", "content": content}]
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chat.encode_prompt(tokenizer, messages) == wanted
+
+
+def test_template_variables(tokenizer, monkeypatch):
+  """Kills: enable_thinking=False reaching the prompt, but not the conversation, or neither."""
+  monkeypatch.setattr(tokenizer, "chat_template", "{{ mood }}" + REWRITING)
+  prompt = chat.encode_prompt(tokenizer, CHAT[:3], mood="curt")
+  assert tokenizer.decode(prompt).startswith("curt<|im_start|>user")
+  tokens, mask = chat.encode_conversation(tokenizer, CHAT, mood="curt")
+  assert tokens[:len(prompt)] == prompt and mask[len(prompt)]
+
+
+def test_conversation_starts_with_its_prompts(tokenizer):
+  """Kills: training on other ids than decoding produces, e.g. newlines merged across the start of a reply."""
+  tokens, mask = chat.encode_conversation(tokenizer, CHAT)
+  assert len(tokens) == len(mask)
+  for turn in (1, 3):
+    prompt = chat.encode_prompt(tokenizer, CHAT[:turn])
+    reply = ids(tokenizer, CHAT[turn]["content"]) + [END]
+    assert tokens[:len(prompt)] == prompt
+    assert tokens[len(prompt):][:len(reply)] == reply
+
+
+def test_mask_is_the_replies(tokenizer):
+  """Kills: a mask shifted by one, the end token left out, the newline after it or a later question let in."""
+  tokens, mask = chat.encode_conversation(tokenizer, CHAT + [{"role": "user", "content": "thanks"}])
+  wanted = [ids(tokenizer, CHAT[turn]["content"]) + [END] for turn in (1, 3)]
+  assert [t for t, m in zip(tokens, mask) if m] == sum(wanted, [])
+  starts = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
+  assert len(starts) == 2
+  assert all(tokenizer.decode(tokens[:i]).endswith("<|im_start|>assistant\n") for i in starts)
+
+
+def test_rewritten_replies_are_not_learned(tokenizer, monkeypatch):
+  """Kills: supervising a past reply without the thinking that the model wrote before it."""
+  monkeypatch.setattr(tokenizer, "chat_template", REWRITING)
+  tokens, mask = chat.encode_conversation(tokenizer, CHAT)
+  last = "<think></think>" + CHAT[3]["content"]
+  assert [t for t, m in zip(tokens, mask) if m] == ids(tokenizer, last) + [END]
+  assert not any(chat.encode_conversation(tokenizer, CHAT[:3])[1])
+
+
+def test_missing_package(monkeypatch):
+  """Kills: a traceback of importlib where one sentence would do."""
+  def absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+  monkeypatch.setattr(importlib.metadata, "files", absent)
+  with pytest.raises(ValueError, match="make setup"):
+    chat.smollm2_path()
