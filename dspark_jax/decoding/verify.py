@@ -1,0 +1,95 @@
+"""Which drafts the target keeps, and the token after them: lossless speculative sampling (DSpark, 2.1)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.sampling import Sampling, argmax, draw, probabilities
+from dspark_jax.types import Array, Proposal, Verdict
+
+
+@jax.named_scope("verify")
+def verify(target_logits: Array, proposal: Proposal, sampling: Sampling, *, accept_keys: Array | None,
+           bonus_keys: Array | None, lengths: Array | None = None) -> Verdict:
+  """What the target keeps: the kept drafts, then next_token, are distributed as the target's own text.
+
+  target_logits: f[B,G+1,V], position k comes after the anchor and k drafts. accept_keys, bonus_keys: keys
+  [B], independent of each other and of what drew the drafts; unused when greedy. lengths: i32[B] in 0..G,
+  drafts verified per row (None: G), which must not depend on the drafts they cut off. next_token is V where
+  NaN decided.
+  """
+  batch, block = proposal.tokens.shape
+  if lengths is None:
+    lengths = jnp.full(batch, block, jnp.int32)
+  if sampling.mode == "greedy":
+    best = argmax(target_logits)
+    n_accept = accepted_prefix(best[:, :block] == proposal.tokens, lengths)
+    return Verdict(n_accept, jnp.take_along_axis(best, n_accept[:, None], axis=1)[:, 0])
+  target_probs = probabilities(target_logits, sampling)
+  if not block:  # plain decoding: nothing to accept
+    return Verdict(lengths, draw(bonus_keys, target_probs[:, 0]))
+  p, q = drafted_probs(target_probs, proposal)
+  uniforms = jax.vmap(lambda key: jax.random.uniform(key, (block,)))(accept_keys)
+  n_accept = accepted_prefix(uniforms * q < p, lengths)
+  return Verdict(n_accept, draw(bonus_keys, next_probs(target_probs, proposal, n_accept, lengths)))
+
+
+def accept_prob(p: Array, q: Array) -> Array:
+  """Probability that `uniform * q < p` keeps a draft: min(1, p / q), of any shape; 0 where p is 0."""
+  return jnp.minimum(p / jnp.maximum(q, jnp.finfo(jnp.float32).tiny), 1.0)
+
+
+def accepted_prefix(accepted: Array, lengths: Array) -> Array:
+  """Drafts before the first rejection or the cut: i32[B], from bool[B,G] and i32[B]."""
+  slots = jax.lax.broadcasted_iota(jnp.int32, accepted.shape, 1)
+  accepted &= slots < lengths[:, None]
+  return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
+
+
+def drafted_probs(target_probs: Array, proposal: Proposal) -> tuple[Array, Array]:
+  """p(x) and q(x) of the drafted tokens: f32[B,G] each. target_probs: f32[B,G+1,V]."""
+  tokens, columns = proposal.tokens, proposal.tokens
+  if proposal.words is not None:
+    words = proposal.words
+    column_of = jnp.zeros(target_probs.shape[-1], jnp.int32)
+    columns = column_of.at[words].set(jnp.arange(words.size, dtype=jnp.int32))[tokens]
+  p = jnp.take_along_axis(target_probs[:, :-1], tokens[..., None], axis=-1)
+  q = jnp.take_along_axis(proposal.probs, columns[..., None], axis=-1)
+  return p[..., 0], q[..., 0]
+
+
+def next_probs(target_probs: Array, proposal: Proposal, n_accept: Array, lengths: Array) -> Array:
+  """Distribution of the token after the kept drafts: f32[B,V].
+
+  The residual where draft n_accept was rejected; the target's own where all `lengths` drafts were kept.
+  """
+  p = _at(target_probs, n_accept)
+  q = _at(proposal.probs, jnp.minimum(n_accept, proposal.tokens.shape[1] - 1))
+  if proposal.words is not None:
+    q = jnp.zeros_like(p).at[:, proposal.words].set(q)
+  return jnp.where((n_accept < lengths)[:, None], residual(p, q), p)
+
+
+def residual(p: Array, q: Array) -> Array:
+  """Normalised max(p - q, 0) over the full vocabulary: f32[...,V]; p itself where that has no mass."""
+  excess = jnp.maximum(p - q, 0.0)
+  mass = jnp.sum(excess, axis=-1, keepdims=True)
+  # Turned so that a NaN mass stays NaN: rounding alone leaves about 1e-8 of mass where p equals q.
+  return jnp.where(mass <= 1e-8, p, excess / mass)
+
+
+def cut_at_stop(tokens: Array, n_accept: Array, stop_ids: Array) -> tuple[Array, Array]:
+  """Kept drafts through the first stop token among them, and whether there is one: i32[B], bool[B].
+
+  tokens: i32[B,G]. stop_ids: i32[M], -1 is padding and matches nothing. A stopped row gets no next_token.
+  """
+  slots = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+  is_stop = jnp.any((tokens[..., None] == stop_ids[None, None]) & (stop_ids >= 0)[None, None], axis=-1)
+  block = tokens.shape[1]
+  first = jnp.min(jnp.where(is_stop & (slots < n_accept[:, None]), slots, block), axis=1, initial=block)
+  return jnp.minimum(first + 1, n_accept), first < block
+
+
+def _at(x, index):
+  return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
