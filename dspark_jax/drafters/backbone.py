@@ -7,6 +7,7 @@ whole block. The layers are the target family's own blocks; only keys and values
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,7 +15,7 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, bidirectional
 from dspark_jax.nn.layers import Block, Linear, RMSNorm, rope_table
-from dspark_jax.types import Array, Batch, Blocks
+from dspark_jax.types import Array, Batch, Blocks, Target
 
 
 class Backbone(nnx.Module):
@@ -77,3 +78,25 @@ class Backbone(nnx.Module):
     for block, context in zip(self.layers, contexts):
       x = block(x, rope, lambda q, k, v, context=context: attend(q, k, v, mask, context))
     return self.norm(x)
+
+
+def init_from_target(drafter: Backbone, target: Target) -> Backbone:
+  """The drafter with layers and norms started from the target's last layers; a start for training.
+
+  fc starts as the mean of the taps (a mix of residual streams, what those layers read in the target), and hidden_norm
+  as the mean of the copied layers' input norms, since `ctx` goes to k_proj and v_proj in the place of a normed input.
+  """
+  config, taps = drafter.config, len(drafter.config.taps)
+  if config.spec != target.config.spec or config.num_layers > target.config.num_layers:
+    raise ValueError(f"{config.num_layers} draft layers {config.spec} cannot start from the target's "
+                     f"{target.config.num_layers} layers {target.config.spec}: use the target's own block")
+  dtype = drafter.fc.weight[...].dtype
+  last = range(target.config.num_layers - config.num_layers, target.config.num_layers)
+  stacked = isinstance(target.layers, Block)
+  layers = [jax.tree.map(lambda x: x[i], target.layers) if stacked else target.layers[i] for i in last]
+  new = nnx.merge(*nnx.split(drafter))
+  new.layers = nnx.List([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
+  new.norm.weight.set_value(target.norm.weight[...].astype(dtype))
+  new.hidden_norm.weight.set_value(sum(layer.input_layernorm.weight[...] for layer in new.layers) / len(last))
+  new.fc.weight.set_value(jnp.tile(jnp.eye(config.spec.hidden_size, dtype=dtype) / taps, (1, taps)))
+  return new

@@ -1,0 +1,52 @@
+"""Training blocks: where they start, what they are fed, what they must predict (DSpark, 3.3).
+
+Slot k of a block stands at anchor + k; its previous token is x[anchor + k], its label x[anchor + k + 1].
+Everything respects documents that share a row: `batch.segments` decides, 0 is padding.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.types import Array, Batch, Blocks
+
+
+def candidates(batch: Batch) -> Array:
+  """bool[B,T-1]: positions t that may be anchors: t and t + 1 are supervised and of one document."""
+  same = batch.segments[:, :-1] == batch.segments[:, 1:]
+  return batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:] & same
+
+
+def sample_blocks(key: Array, batch: Batch, num_anchors: int, block_size: int) -> Blocks:
+  """num_anchors blocks per row, at anchors drawn uniformly without replacement; ascending, dummies last."""
+  allowed = candidates(batch)
+  width = max(num_anchors, allowed.shape[1])
+  allowed = jnp.pad(allowed, ((0, 0), (0, width - allowed.shape[1])))
+  score = jnp.where(allowed, jax.random.uniform(key, allowed.shape), -1.0)
+  score, drawn = jax.lax.top_k(score, num_anchors)
+  anchors = jnp.sort(jnp.where(score >= 0, drawn, width).astype(jnp.int32), axis=1)
+  keep = anchors < width
+  return blocks_at(batch, jnp.where(keep, anchors, 0), keep, block_size)
+
+
+def blocks_at(batch: Batch, anchors: Array, keep: Array, block_size: int) -> Blocks:
+  """The blocks at given anchors i32[B,A]; keep bool[B,A] is False for dummies, which must stand at 0.
+
+  A slot is supervised when it and every earlier slot of its block have a label inside the row, inside the
+  anchor's document and under the loss mask. Indices past the row are clamped (and not supervised).
+  """
+  last = batch.tokens.shape[1] - 1
+  slot = jnp.arange(block_size, dtype=jnp.int32)[None, None]
+  previous = jnp.where(keep[..., None], anchors[..., None] + slot, 0)
+  label = jnp.where(keep[..., None], previous + 1, 0)
+  tokens = _at(batch.tokens, jnp.minimum(label, last))
+  same = _at(batch.segments, jnp.minimum(label, last)) == _at(batch.segments, anchors)[..., None]
+  ok = keep[..., None] & (label <= last) & same & _at(batch.loss_mask, jnp.minimum(label, last))
+  supervised = jnp.cumprod(ok.astype(jnp.int32), axis=-1) > 0
+  return Blocks(anchors, keep, _at(batch.tokens, jnp.minimum(previous, last)), tokens, supervised)
+
+
+def _at(rows, index):
+  """rows [B,T] at index i32[B,...]."""
+  return jnp.take_along_axis(rows, index.reshape(index.shape[0], -1), axis=1).reshape(index.shape)

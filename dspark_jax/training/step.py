@@ -1,0 +1,168 @@
+"""One optimizer step: a pure function of (state, target, batch), to be jitted once with the state donated.
+
+The frozen target runs inside the step; the drafter's masters are float32 and are cast to the compute dtype.
+Parameters and optimizer moments are flat dictionaries under the names that checkpoints use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dspark_jax.metrics import Mean, add, once, weighted
+from dspark_jax.training.anchors import candidates, sample_blocks
+from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
+from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  name: str = "adamw"          # adamw | muon (matrices of the layers and fc; AdamW for everything else)
+  learning_rate: float = 6e-4  # one rate for both: Muon's updates are scaled to AdamW's size
+  warmup_ratio: float = 0.04
+  weight_decay: float = 0.0
+  clip: float = 1.0            # of the global gradient norm
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+
+  def __post_init__(self):
+    if self.name not in ("adamw", "muon"):
+      raise ValueError(f"optimizer is {self.name!r}, expected adamw or muon")
+    if not 0 <= self.warmup_ratio < 1:
+      raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected 0 <= ratio < 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """Everything static about a step."""
+  total_steps: int
+  num_anchors: int = 512
+  microbatches: int = 1  # the batch is processed in so many parts; the result is that of the whole batch
+  compute_dtype: str = "bfloat16"
+  loss: LossConfig = LossConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@flax.struct.dataclass
+class TrainState:
+  step: Array       # i32[]
+  drafter: Drafter  # float32 masters
+  opt_state: optax.OptState
+  key: Array        # u32[2]  key data; step s draws its anchors from fold_in(key, s), resumed or not
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+  """The rate of update s from 0: linear, peak at s = W - 1, then a cosine to 0; W = int(warmup_ratio * steps).
+
+  cos(x) near pi cancels in float32 (optax's cosine is 7 % off on the last of 4000 steps): (1 + cos x) / 2 is
+  written as sin^2((pi - x) / 2), where pi - x counts the remaining steps exactly.
+  """
+  warmup = int(config.warmup_ratio * total_steps)
+
+  def rate(step):
+    step = jnp.asarray(step, jnp.float32)
+    left = jnp.maximum(total_steps - step, 0) / (total_steps - warmup)
+    shape = jnp.where(step < warmup, (step + 1) / max(warmup, 1), jnp.sin(jnp.pi / 2 * left) ** 2)
+    return config.learning_rate * shape
+
+  return rate
+
+
+def optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+  """Clipping by the global norm, then AdamW or Muon, over a flat dictionary of parameters."""
+  rate, common = schedule(config, total_steps), dict(eps=config.eps, weight_decay=config.weight_decay)
+  if config.name == "adamw":
+    step = optax.adamw(rate, b1=config.b1, b2=config.b2, **common)
+  else:
+    # consistent_rms 0.2 gives Muon's updates AdamW's typical size (arXiv:2502.16982): one rate for both
+    step = optax.contrib.muon(rate, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=0.2, **common,
+                              adam_weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_axes)
+  return optax.chain(optax.clip_by_global_norm(config.clip), step)
+
+
+def _muon_axes(params):
+  matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)  # stored [out,in]
+  # by name alone: optax calls this again with placeholders in the place of arrays
+  is_matrix = lambda name: name.startswith(("layers.", "fc.")) and not name.endswith(("norm.weight", ".bias"))
+  return {name: matrix if is_matrix(name) else None for name in params}
+
+
+def parameters(drafter: Drafter) -> dict[str, Array]:
+  """The trainable arrays by stored name; constants (the draft words) are not among them."""
+  return {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(drafter, nnx.Param))}
+
+
+def with_parameters(drafter: Drafter, params: dict[str, Array]) -> Drafter:
+  """A drafter like this one with other parameters."""
+  graph, state, rest = nnx.split(drafter, nnx.Param, ...)
+  flat = [(path, v.replace(params[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)]
+  return nnx.merge(graph, nnx.from_flat_state(flat), rest)
+
+
+def init_state(drafter: Drafter, config: StepConfig, seed: int) -> TrainState:
+  """The state before the first step. The drafter is copied: donating the state must not delete it."""
+  dtype = lambda x: jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+  drafter = jax.tree.map(lambda x: jnp.array(x, dtype(x)), drafter)
+  opt_state = optimizer(config.optimizer, config.total_steps).init(parameters(drafter))
+  return TrainState(jnp.zeros((), jnp.int32), drafter, opt_state, jax.random.key_data(jax.random.key(seed)))
+
+
+def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepConfig,
+               encoded: TargetOutput | None = None) -> tuple[TrainState, dict[str, Mean]]:
+  """(the state after one update, metrics).
+
+  encoded: what the target says of the batch, where that is stored; without it the target runs here. A loss
+  that is not finite is returned as it is, in metrics["loss"]; the program stops on it.
+  """
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+  blocks = sample_blocks(key, batch, config.num_anchors, state.drafter.block_size)
+  params = parameters(state.drafter)
+  loss, metrics, grads = gradients(state.drafter, params, target, batch, encoded, blocks, config)
+  transform = optimizer(config.optimizer, config.total_steps)
+  with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python floats and int32 counters
+    updates, opt_state = transform.update(grads, state.opt_state, params)
+  drafter = with_parameters(state.drafter, optax.apply_updates(params, updates))
+  rows = jnp.ones(batch.tokens.shape[0])
+  metrics |= {"loss": once(loss), "grad_norm": once(optax.global_norm(grads)),
+              "learning_rate": once(schedule(config.optimizer, config.total_steps)(state.step)),
+              "candidates": weighted(candidates(batch).sum(1).astype(jnp.float32), rows),
+              "blocks": weighted(blocks.keep.sum(1).astype(jnp.float32), rows)}
+  return state.replace(step=state.step + 1, drafter=drafter, opt_state=opt_state), metrics
+
+
+def gradients(drafter, params, target, batch, encoded, blocks, config):
+  """(loss f32[], metrics, gradients like params) of the whole batch, in config.microbatches parts.
+
+  The denominators come from the blocks of all parts: a mean of means would weigh short parts too much.
+  """
+  weights, dtype = term_weights(drafter, blocks, config.loss), jnp.dtype(config.compute_dtype)
+
+  def loss_of(params, part):
+    batch, encoded, blocks = part
+    model = with_parameters(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
+    seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
+    outputs = model.train_outputs(target, batch, seen.features.astype(dtype), blocks)
+    return draft_loss(model, target, outputs, blocks=blocks, target_hidden=seen.hidden, config=config.loss,
+                      weights=weights)
+
+  def one(part):
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)
+    return loss, metrics, grads
+
+  whole, parts = (batch, encoded, blocks), config.microbatches
+  if parts == 1:
+    return one(whole)
+  rows = batch.tokens.shape[0]
+  if rows % parts:
+    raise ValueError(f"{rows} rows cannot be split into {parts} microbatches: choose a divisor")
+  # part i takes rows i, i + parts, ...: contiguous parts would each sit on a few devices of a sharded batch
+  split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(rows // parts, parts, *x.shape[1:]), 0, 1), whole)
+  shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(lambda total, part: (add(total, one(part)), None), zeros, split)[0]
