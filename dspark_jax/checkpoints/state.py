@@ -1,0 +1,58 @@
+"""Our own checkpoints: Orbax for arrays, a JSON sidecar for what the arrays mean.
+
+A drafter is a folder: `drafter.json` (format, kind, configuration, target id, and the text of the config.json that it
+was imported from) and `weights/` (Orbax: parameters by stored name, plus the reduced draft vocabulary). A training run
+keeps its `TrainState` per step under `steps/`, with the position in the data being the step itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dspark_jax.checkpoints.atomic import new_folder
+from dspark_jax.checkpoints.hf import read_json
+
+FORMAT = 1
+
+
+def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
+  """Writes a drafter folder; it appears whole or not at all."""
+  with new_folder(folder) as new:
+    ocp.save((new / "weights").absolute(), weights)
+    (new / "drafter.json").write_text(json.dumps({"format": FORMAT, **sidecar}, indent=2) + "\n")
+
+
+def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+  """(sidecar, weights by stored name, on the host) of a drafter folder. ValueError when it is not whole."""
+  folder = Path(folder)
+  sidecar = read_json(folder / "drafter.json")
+  if sidecar.get("format") != FORMAT:
+    raise ValueError(f"{folder / 'drafter.json'} has format {sidecar.get('format')!r}, this version reads {FORMAT}: "
+                     f"convert it with the version that wrote it")
+  try:
+    weights = ocp.load((folder / "weights").absolute())
+  except Exception as error:  # Orbax has no common error; every cause has the same remedy
+    raise ValueError(f"{folder / 'weights'} cannot be read ({type(error).__name__}): it is incomplete; save the drafter "
+                     f"again") from error
+  return sidecar, weights
+
+
+def checkpointer(folder: Path, every: int, keep: int = 2) -> ocp.training.Checkpointer:
+  """Saves a training state every `every` steps and when asked (`force`), keeping the newest `keep`."""
+  Path(folder).mkdir(parents=True, exist_ok=True)
+  return ocp.training.Checkpointer(
+      Path(folder).absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+
+
+def restore(checkpoints: ocp.training.Checkpointer, state):
+  """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved."""
+  if checkpoints.latest is None:
+    return None
+  return checkpoints.load_checkpointables(checkpoints.latest.step, {"state": state})["state"]

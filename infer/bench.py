@@ -1,0 +1,183 @@
+"""Measure plain and speculative decoding on this machine: all numbers in one run, so that their ratios mean something.
+
+When to use it: to see whether a drafter pays here, and where a round's time goes. --transformers adds Hugging Face's
+own greedy decoding of the same weights (extra `bench`).
+
+    python -m infer.bench --target smollm2 --drafter runs/demo
+    python -m infer.bench --target smollm2 --drafter random --layers 5 --block-size 7 --markov-rank 256 --transformers
+
+The last line of stdout is a JSON object: per batch size tokens_per_second plain and speculative, and seconds of a plain
+step, a draft, a verification and a round; with --transformers also the seconds of one of its steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+import dspark_jax
+from dspark_jax import sampling as sp
+from dspark_jax.config import DrafterConfig
+from dspark_jax.decoding import generate as gen
+from dspark_jax.decoding.verify import verify
+from infer import program
+
+
+@dataclasses.dataclass
+class Settings:
+  target: str
+  drafter: str
+  """drafter folder or run, or random: untrained weights, which tell what a round costs but not what it brings"""
+  batches: tuple[int, ...] = (1, 4, 16)
+  prompt_tokens: int = 48
+  new_tokens: int = 96
+  repeats: int = 3
+  """the fastest of so many is reported"""
+  transformers: bool = False
+  """time Hugging Face transformers too (extra `bench`), at batch 1"""
+  layers: int = 5
+  """of a random drafter"""
+  block_size: int = 7
+  """of a random drafter"""
+  markov_rank: int = 256
+  """of a random drafter"""
+  dtype: str = "float32"
+
+
+def main(settings: Settings) -> dict:
+  with program.stderr.status("loading"):
+    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+    drafter = random_drafter(settings, target) if settings.drafter == "random" else dspark_jax.load_drafter(
+        settings.drafter, target, dtype=settings.dtype)
+  rows = []
+  with program.bar() as bar:
+    task = bar.add_task("measuring", total=len(settings.batches), note="")
+    for batch in settings.batches:
+      rows.append(measure(settings, target, drafter, batch))
+      bar.update(task, advance=1)
+  result = {"block_size": drafter.block_size, "batches": rows}
+  if settings.transformers:
+    result["transformers_step_seconds"] = transformers_step(settings)
+    result["speedup_over_transformers"] = result["transformers_step_seconds"] / rows[0]["plain_step_seconds"]
+  program.say(table(rows))
+  return result
+
+
+def random_drafter(settings: Settings, target):
+  """An untrained drafter of the asked size over the target's whole vocabulary."""
+  layers = target.config.num_layers
+  taps = tuple(sorted({round(1 + i * (layers - 4) / 4) for i in range(5)}))
+  return dspark_jax.new_drafter(DrafterConfig(
+      spec=target.config.spec, num_layers=settings.layers, vocab_size=target.config.vocab_size, num_target_layers=layers,
+      taps=taps, mask_token_id=0, block_size=settings.block_size, markov_rank=settings.markov_rank,
+      confidence="markov" if settings.markov_rank else "none"))
+
+
+def measure(settings: Settings, target, drafter, batch: int) -> dict:
+  """Throughput and the parts of a round at one batch size."""
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(10, target.config.vocab_size, (batch, settings.prompt_tokens)).tolist()
+  out = {"batch": batch}
+  for name, chosen in (("plain", None), ("speculative", drafter)):
+    args, static = gen.prepare(target, chosen, prompts, max_new_tokens=settings.new_tokens)
+    compiled = gen.decode.lower(*args, **static).compile()
+    seconds, state = fastest(lambda: compiled(*args), settings.repeats)
+    first = args[2].replace(stop_ids=jnp.full_like(args[2].stop_ids, -1))
+    begin = jax.jit(gen.start, static_argnums=(3, 4)).lower(*args[:2], first, settings.new_tokens,
+                                                            static["capacity"]).compile()
+    prompt_seconds, begun = fastest(lambda: begin(*args[:2], first), settings.repeats)
+    out[f"{name}_tokens_per_second"] = batch * settings.new_tokens / seconds
+    out["plain_step_seconds" if chosen is None else "round_seconds"] = (seconds - prompt_seconds) / int(state.rounds)
+    if chosen is not None:
+      out["accepted_length"] = gen.collect(state, settings.new_tokens).accepted_length
+      out |= parts(settings, target, drafter, args[2], begun)
+  out["round_in_plain_steps"] = out["round_seconds"] / out["plain_step_seconds"]
+  return out
+
+
+def parts(settings: Settings, target, drafter, requests, state) -> dict:
+  """Seconds of one draft and of one verification, each repeated inside one program."""
+  times = 8
+
+  def draft(target, drafter, requests, state):
+    def body(_, anchor):
+      return drafter.propose(target, state.draft, anchor, state.keys, requests.sampling).tokens[:, -1]
+    return jax.lax.fori_loop(0, times, body, state.anchor)
+
+  def check(target, drafter, requests, state):
+    proposal = drafter.propose(target, state.draft, state.anchor, state.keys, requests.sampling)
+    def body(_, carry):
+      anchor, cache = carry
+      out, cache = target(jnp.concatenate([anchor[:, None], proposal.tokens], 1), cache, drafter.taps)
+      verdict = verify(target.logits(out.hidden), proposal, requests.sampling, accept_keys=state.keys,
+                       bonus_keys=sp.split_keys(state.keys, 1)[0])
+      return verdict.next_token, cache
+    return jax.lax.fori_loop(0, times, body, (state.anchor, state.cache))[0]
+
+  seconds = {}
+  for name, function in (("draft_seconds", draft), ("verification_seconds", check)):
+    compiled = jax.jit(function).lower(target, drafter, requests, state).compile()
+    seconds[name] = fastest(lambda: compiled(target, drafter, requests, state), settings.repeats)[0] / times
+  seconds["verification_seconds"] -= seconds["draft_seconds"] / times  # its program drafts once
+  return seconds
+
+
+def fastest(function, repeats: int):
+  """(seconds of the fastest of `repeats` calls after one to warm up, its result)"""
+  result, best = jax.block_until_ready(function()), float("inf")
+  for _ in range(repeats):
+    began = time.perf_counter()
+    result = jax.block_until_ready(function())
+    best = min(best, time.perf_counter() - began)
+  return best, result
+
+
+def transformers_step(settings: Settings) -> float:
+  """Seconds of a greedy step of Hugging Face transformers with the same weights, cache and length."""
+  try:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+  except ImportError as error:
+    raise ValueError(f"--transformers needs torch ({error}): pip install -e '.[bench]'") from error
+  from dspark_jax.checkpoints.gguf import read_gguf
+  from dspark_jax.loading import locate_target
+  path = locate_target(settings.target)
+  if path.is_file():
+    config, tensors = read_gguf(path)
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if v is not None})).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+    model.tie_weights()
+  else:
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+  prompt = torch.randint(10, model.config.vocab_size, (1, settings.prompt_tokens))
+  def run(new):
+    began = time.perf_counter()
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                   pad_token_id=0)
+    return time.perf_counter() - began
+  with torch.no_grad():
+    run(4)
+    long, short = (min(run(n) for _ in range(settings.repeats)) for n in (settings.new_tokens, 8))
+  return (long - short) / (settings.new_tokens - 8)
+
+
+def table(rows: list[dict]) -> Table:
+  """The result for people."""
+  out = Table("batch", "plain tok/s", "spec. tok/s", "accepted length", "plain step ms", "draft ms", "verify ms",
+              "round ms", "round / plain step")
+  for r in rows:
+    out.add_row(str(r["batch"]), f"{r['plain_tokens_per_second']:.1f}", f"{r['speculative_tokens_per_second']:.1f}",
+                f"{r['accepted_length']:.2f}", *(f"{1e3 * r[k]:.1f}" for k in (
+                    "plain_step_seconds", "draft_seconds", "verification_seconds", "round_seconds")),
+                f"{r['round_in_plain_steps']:.2f}")
+  return out
+
+
+if __name__ == "__main__":
+  program.run(main, Settings)

@@ -1,0 +1,121 @@
+"""Generate text with a target and, optionally, a drafter: the same distribution, fewer steps.
+
+When to use it: to try a drafter on prompts of your own, or to script generation from token ids.
+
+    python -m infer.generate --target smollm2 --drafter none --prompt "What is a tuple?"
+    python -m infer.generate --target smollm2 --drafter runs/demo --prompts prompts.jsonl --max-new-tokens 256
+
+The last line of stdout is a JSON object with the keys tokens, text, n_accept (drafts kept per round), accepted_length
+(tokens per round, bonus included), rounds, tokens_per_second and compile_seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+
+import dspark_jax
+from dspark_jax.checkpoints.hf import read_json
+from dspark_jax.data import chat
+from dspark_jax.decoding.generate import collect, decode, prepare
+from dspark_jax.loading import locate_target
+from infer import program
+
+
+@dataclasses.dataclass
+class Settings:
+  target: str
+  """GGUF file, Hugging Face folder or id, or smollm2"""
+  drafter: str
+  """drafter folder or training run; none for plain decoding"""
+  prompt: str | None = None
+  """one user message; the model's chat template is applied"""
+  prompts: Path | None = None
+  """JSONL: {"prompt": TEXT} or {"messages": [...]} per line"""
+  prompt_tokens: Path | None = None
+  """JSON: [[ids...], ...]; needs no tokenizer"""
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  """0 is greedy"""
+  top_k: int = 0
+  """0 is off"""
+  top_p: float = 1.0
+  """1 is off"""
+  seed: int = 0
+  """row r uses seed + r"""
+  stop_token_ids: tuple[int, ...] | None = None
+  """default: the tokenizer's end of turn and of text; none with --prompt-tokens"""
+  confidence_threshold: float = 0.0
+  """drafts from the first one less confident than this are not verified"""
+  dtype: str = "float32"
+  """float32 or bfloat16"""
+
+
+def main(settings: Settings) -> dict:
+  if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
+    raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
+  if settings.dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
+  prompts = read_prompts(settings, tokenizer)
+  stops = settings.stop_token_ids
+  if stops is None:
+    stops = chat.stop_ids(tokenizer) if tokenizer else ()
+  with program.stderr.status("loading"):
+    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+    drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
+                                                                              dtype=settings.dtype)
+  args, static = prepare(target, drafter, prompts, max_new_tokens=settings.max_new_tokens,
+                         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                         seed=settings.seed, stop_token_ids=tuple(stops),
+                         confidence_threshold=settings.confidence_threshold)
+  with program.stderr.status("compiling"):
+    began = time.perf_counter()
+    compiled = decode.lower(*args, **static).compile()
+    compile_seconds = time.perf_counter() - began
+  with program.stderr.status("generating"):
+    began = time.perf_counter()
+    state = jax.block_until_ready(compiled(*args))
+    seconds = time.perf_counter() - began
+  out = collect(state, settings.max_new_tokens)
+  return dict(tokens=out.tokens, text=[tokenizer.decode(row, skip_special_tokens=True) for row in out.tokens]
+              if tokenizer else None, n_accept=out.n_accept, accepted_length=out.accepted_length if out.rounds else None,
+              rounds=out.rounds, tokens_per_second=sum(map(len, out.tokens)) / seconds, compile_seconds=compile_seconds)
+
+
+def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
+  """Token ids per prompt. ValueError names the file and line of what is not a prompt."""
+  if settings.prompt_tokens:
+    ids = read_json(settings.prompt_tokens)
+    if not (isinstance(ids, list) and all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids)):
+      raise ValueError(f"{settings.prompt_tokens} is not a list of lists of token ids: expected [[1, 2, 3], ...]")
+    return ids
+  if settings.prompt is not None:
+    if not settings.prompt.strip():
+      raise ValueError("the prompt is empty: expected some text")
+    return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}])]
+  prompts = []
+  for number, line in enumerate(settings.prompts.read_text().splitlines(), 1):
+    if line.strip():
+      prompts.append(chat.encode_prompt(tokenizer, _messages(line, f"{settings.prompts}, line {number}")))
+  return prompts
+
+
+def _messages(line, where):
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{where} is not JSON ({error.msg}): expected one object per line") from error
+  if isinstance(record, dict) and isinstance(record.get("prompt"), str) and record["prompt"].strip():
+    return [{"role": "user", "content": record["prompt"]}]
+  if isinstance(record, dict) and isinstance(record.get("messages"), list) and record["messages"]:
+    return record["messages"]
+  raise ValueError(f'{where} has no prompt: expected {{"prompt": TEXT}} or {{"messages": [...]}} with some text in it')
+
+
+if __name__ == "__main__":
+  program.run(main, Settings)

@@ -1,0 +1,48 @@
+"""What every program shares: one error sentence and exit code 2, progress on stderr, one JSON line on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+stderr = Console(stderr=True)
+
+
+def run(main, settings: type, *, default=None, args=None) -> None:
+  """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
+
+  default: makes the settings that the command line overrides. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with one sentence.
+  """
+  try:
+    more = {"default": default()} if default else {}
+    result = main(tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more))
+  except (ValueError, NotImplementedError, OSError) as error:
+    stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)
+  print(json.dumps(result))
+
+
+def say(text: Any) -> None:
+  """A line for people, on stderr."""
+  stderr.print(text, markup=False, highlight=False, soft_wrap=True) if isinstance(text, str) else stderr.print(text)
+
+
+def bar() -> Progress:
+  """A progress bar on stderr, with time left and one free text field `note`."""
+  return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=stderr)
+
+
+def memory_report(compiled: jax.stages.Compiled) -> str:
+  """What the compiler says a program needs, in GB."""
+  stats = compiled.memory_analysis()
+  gb = lambda n: f"{n / 1e9:.2f} GB"
+  return f"arguments {gb(stats.argument_size_in_bytes)}, temporaries {gb(stats.temp_size_in_bytes)}"

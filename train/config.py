@@ -1,0 +1,64 @@
+"""What an experiment file in configs/ is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from dspark_jax.training.losses import LossConfig
+from dspark_jax.training.step import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterSettings:
+  taps: tuple[int, ...]
+  """target layers that feed the drafter; -1 is the embedding, the last layer is not allowed"""
+  mask_token_id: int
+  num_layers: int = 5
+  block_size: int = 7
+  markov_rank: int = 256
+  """0: no sequential head (DFlash)"""
+  markov_head: str = "vanilla"
+  confidence: str = "markov"
+  sample_from_anchor: bool = True
+  draft_vocab_size: int = 0
+  """draft over so many most frequent tokens of the data; 0: the whole vocabulary"""
+  from_target: bool = False
+  """start the draft layers from the target's last ones"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  target: str
+  drafter: DrafterSettings
+  out: Path
+  data: tuple[Path, ...] = ()
+  steps: int | None = None
+  """optimizer steps; or give minutes"""
+  minutes: float | None = None
+  """train for about so long: the first steps are timed and the number of steps is fixed from that"""
+  batch: int = 8
+  """rows per step"""
+  row_length: int = 4096
+  """tokens per row; several documents share one"""
+  anchors: int = 512
+  """blocks per row"""
+  microbatches: int = 1
+  seed: int = 0
+  compute_dtype: str = "float32"
+  target_dtype: str = "float32"
+  save_every: int = 200
+  log_every: int = 10
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loss: LossConfig = LossConfig()
+
+
+def read_config(path: str) -> TrainConfig:
+  """The `config` of an experiment file."""
+  if not Path(path).is_file():
+    raise ValueError(f"config {path} does not exist: expected a Python file that defines `config`")
+  found = runpy.run_path(path).get("config")
+  if not isinstance(found, TrainConfig):
+    raise ValueError(f"config {path} does not define `config` as a train.config.TrainConfig")
+  return found

@@ -1,0 +1,135 @@
+"""The whole main job on one machine: a real model gets a drafter, and writes the same text in fewer, larger steps.
+
+SmolLM2-135M-Instruct answers questions about Python's standard library, a DSpark drafter is trained on the answers, and
+on questions about modules it has never seen both ways of decoding are timed side by side. `make demo` runs this.
+
+    python -m train.demo --minutes 8
+    python -m train.demo --minutes 1 --out runs/quick
+
+A demo that is killed goes on where it was. It leaves answers.jsonl, the training run and demo.png in the output folder.
+The last line of stdout is a JSON object with the table's numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+from rich.table import Table
+
+import dspark_jax
+from dspark_jax.data import chat
+from dspark_jax.data.questions import split, stdlib_questions
+from dspark_jax.decoding import generate as gen
+from dspark_jax.loading import locate_target
+from infer import program
+from train import answers, train
+from train.config import read_config
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+
+
+@dataclasses.dataclass
+class Settings:
+  minutes: float = 8
+  """of training; answering the questions takes half as long again, once"""
+  out: Path = Path("runs/demo")
+  config: str = "configs/demo.py"
+  held_out: int = 12
+  """questions to evaluate on, about modules that are not in the training data"""
+  new_tokens: int = 128
+  """per evaluated question"""
+
+
+def main(settings: Settings) -> dict:
+  config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
+                               data=(settings.out / "answers.jsonl",))
+  with program.stderr.status("loading SmolLM2-135M-Instruct"):
+    tokenizer = chat.load_tokenizer(locate_target(config.target))
+    target = dspark_jax.load_target(config.target)
+  ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes / 2)
+  if not (settings.out / "run.json").exists():  # a run that began keeps its data
+    program.say("the target answers questions about Python's standard library")
+    answers.answer(ask, target, tokenizer, answers.read_questions(ask))
+  program.say("a drafter learns from the answers")
+  trained = train.train(config, target, tokenizer)
+  drafter = dspark_jax.load_drafter(settings.out, target)
+  program.say("both ways of decoding, on questions about modules that were not in the training data")
+  result = compare(settings, target, drafter, tokenizer)
+  picture(settings.out, result)
+  program.say(table(result))
+  program.say(f"picture: {settings.out / 'demo.png'}")
+  return {"training": trained, **result}
+
+
+def compare(settings: Settings, target, drafter, tokenizer) -> dict:
+  """Plain and speculative greedy decoding of held-out questions at batch 1, timed in turn."""
+  questions = [chat.encode_prompt(tokenizer, [{"role": "user", "content": q.question}])
+               for q in split(stdlib_questions())[1]]
+  questions = [ids for ids in questions if len(ids) <= gen.PROMPT_BUCKET]
+  questions = questions[::max(len(questions) // settings.held_out, 1)][:settings.held_out]
+  stops, programs = chat.stop_ids(tokenizer), {}
+  text, seconds, kept = {"plain": [], "speculative": []}, {"plain": 0.0, "speculative": 0.0}, []
+  with program.bar() as bar:
+    task = bar.add_task("decoding", total=len(questions), note="compiling")
+    for prompt in questions:
+      for name, chosen in (("plain", None), ("speculative", drafter)):
+        args, static = gen.prepare(target, chosen, [prompt], max_new_tokens=settings.new_tokens, stop_token_ids=stops)
+        key = (name, args[2].prompts.shape, static["capacity"])
+        if key not in programs:
+          programs[key] = gen.decode.lower(*args, **static).compile()
+          jax.block_until_ready(programs[key](*args))
+        began = time.perf_counter()
+        state = jax.block_until_ready(programs[key](*args))
+        seconds[name] += time.perf_counter() - began
+        out = gen.collect(state, settings.new_tokens)
+        text[name].append(out.tokens[0])
+      kept += out.n_accept[0]
+      bar.update(task, advance=1, note="")
+  count = sum(map(len, text["plain"]))
+  kept = np.asarray(kept)
+  reached = [int((kept >= k).sum()) for k in range(drafter.block_size + 1)]
+  return dict(identical=text["plain"] == text["speculative"], tokens=count, rounds=len(kept),
+              plain_tokens_per_second=count / seconds["plain"],
+              speculative_tokens_per_second=count / seconds["speculative"],
+              speedup=seconds["plain"] / seconds["speculative"], accepted_length=float(kept.mean() + 1),
+              acceptance=[b / a if a else None for a, b in zip(reached, reached[1:])])
+
+
+def table(result: dict) -> Table:
+  """The result for people."""
+  out = Table("held-out questions, temperature 0, batch 1", "plain", "speculative")
+  out.add_row("tokens/s", f"{result['plain_tokens_per_second']:.1f}",
+              f"{result['speculative_tokens_per_second']:.1f}  ({result['speedup']:.2f}x)")
+  out.add_row("accepted length (tokens per step)", "1.00", f"{result['accepted_length']:.2f}")
+  for position, rate in enumerate(result["acceptance"], 1):
+    out.add_row(f"acceptance at position {position}, given all before", "", "-" if rate is None else f"{rate:.0%}")
+  out.add_row("identical text", "", "yes" if result["identical"] else "NO")
+  return out
+
+
+def picture(folder: Path, result: dict) -> None:
+  """demo.png: the training curve, and acceptance by position."""
+  log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+  left.plot([r["step"] for r in log], [r["tau"] for r in log], color="tab:blue")
+  left.set(xlabel="optimizer step", ylabel="tau (expected accepted length)", title="training")
+  loss = left.twinx()
+  loss.plot([r["step"] for r in log], [r["loss"] for r in log], color="tab:orange", alpha=0.7)
+  loss.set_ylabel("loss", color="tab:orange")
+  rates = [0.0 if a is None else a for a in result["acceptance"]]
+  right.bar(range(1, len(rates) + 1), rates, color="tab:blue")
+  right.set(xlabel="draft position", ylabel="accepted, given all before", ylim=(0, 1), xticks=range(1, len(rates) + 1),
+            title=f"held-out: {result['accepted_length']:.2f} tokens per step, {result['speedup']:.2f}x plain")
+  figure.savefig(folder / "demo.png", dpi=120)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  program.run(main, Settings)

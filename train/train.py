@@ -1,0 +1,176 @@
+"""Train a drafter on a frozen target, which runs inside the training step: no hidden-state files.
+
+When to use it: to make a DSpark or DFlash drafter for a target and data of your own. A run that is killed, or stopped
+by SIGTERM, goes on exactly where it was when the same command is given again.
+
+    python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
+    python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b
+
+Data: JSONL of conversations ({"messages": [...]}) or of tokens (train.answers), or .txt, .md and .py files. The run
+folder holds run.json (resolved configuration), metrics.jsonl, steps/ (Orbax) and drafter/ (what load_drafter reads).
+The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
+and checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dspark_jax
+from dspark_jax import metrics as means
+from dspark_jax.checkpoints import state as checkpoints
+from dspark_jax.checkpoints.hf import read_json
+from dspark_jax.config import DrafterConfig
+from dspark_jax.data import chat, pipeline
+from dspark_jax.drafters.backbone import init_from_target
+from dspark_jax.loading import locate_target
+from dspark_jax.training.step import StepConfig, init_state, train_step
+from infer import program
+from train.config import TrainConfig, read_config
+
+
+def main(config: TrainConfig) -> dict:
+  if (config.steps is None) == (config.minutes is None):
+    raise ValueError("expected either --steps or --minutes, and not both")
+  if not config.data:
+    raise ValueError("no data: give one or more files with --data")
+  with program.stderr.status("loading"):
+    target = dspark_jax.load_target(config.target, dtype=config.target_dtype)
+    tokenizer = chat.load_tokenizer(locate_target(config.target))
+  return train(config, target, tokenizer)
+
+
+def train(config: TrainConfig, target, tokenizer) -> dict:
+  """Trains (or goes on training), saves, and returns the result that the program prints."""
+  source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length,
+                                       encode_conversation=chat.encode_conversation)
+  packed = pipeline.pack(source.documents, config.row_length)
+  program.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
+              f"{config.row_length}, {packed.fill:.0%} full")
+  drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
+  step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
+                           compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
+  batch_of = lambda step: jax.device_put(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
+  state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 0)
+  with program.stderr.status("compiling the training step"):
+    step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
+    step = step.lower(state, target, batch_of(0)).compile()
+  program.say(f"step: {program.memory_report(step)}")
+  saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
+  run = open_run(config, packed, state, step, target, batch_of, resume=saved.latest is not None)
+  state = state.replace(total_steps=jnp.int32(run["total_steps"]))
+  restored = checkpoints.restore(saved, state)
+  if restored is not None:
+    state = restored
+    program.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+  state, last = loop(config, step, state, target, batch_of, saved, run["total_steps"])
+  saved.close()
+  dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
+  return dict(steps=int(state.step), **last, checkpoint=str(config.out))
+
+
+def build_drafter(config: TrainConfig, target, documents, stops):
+  """A fresh drafter for this target and data."""
+  s = config.drafter
+  words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
+  shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name not in ("from_target", "draft_vocab_size")}
+  drafter = dspark_jax.new_drafter(DrafterConfig(spec=target.config.spec, vocab_size=target.config.vocab_size,
+                                                 num_target_layers=target.config.num_layers, **shape),
+                                   words=words, seed=config.seed)
+  return init_from_target(drafter, target) if s.from_target else drafter
+
+
+def open_run(config: TrainConfig, packed, state, step, target, batch_of, *, resume: bool) -> dict:
+  """The run's record, run.json: written when a run begins, compared when it goes on."""
+  digest = hashlib.sha256(packed.rows.tokens.tobytes() + packed.rows.loss_mask.tobytes()).hexdigest()[:16]
+  settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+  settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
+  path, mine = config.out / "run.json", {"config": settings, "data": digest}
+  if resume:
+    run = read_json(path)
+    differ = [k for k in settings if run["config"].get(k) != settings[k]] + (["data"] if run["data"] != digest else [])
+    if differ:
+      raise ValueError(f"{config.out} holds a run with other settings ({', '.join(differ)}): give the same ones to go on "
+                       f"with it, or another --out")
+    return run
+  total = config.steps or steps_in(config.minutes, state, step, target, batch_of)
+  run = {**mine, "total_steps": total, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(run, indent=2) + "\n")
+  (config.out / "metrics.jsonl").unlink(missing_ok=True)
+  return run
+
+
+def steps_in(minutes: float, state, step, target, batch_of) -> int:
+  """How many steps fit, from timing a few on a copy of the state."""
+  state, seconds = jax.tree.map(jnp.copy, state), []
+  for index in range(4):
+    began = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, target, batch_of(index)))
+    seconds.append(time.perf_counter() - began)
+  return max(int(minutes * 60 / np.median(seconds)), 8)
+
+
+def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps: int):
+  """Runs the remaining steps; SIGTERM ends them early, after a save."""
+  stop = []
+  previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+  first, window, result, began = int(state.step), [], {}, time.perf_counter()
+  try:
+    with program.bar() as bar, (config.out / "metrics.jsonl").open("a") as log:
+      task = bar.add_task("training", total=total_steps, completed=first, note="")
+      for index in range(first, total_steps):
+        state, metrics = step(state, target, batch_of(index))
+        window.append(metrics)
+        finished = bool(stop) or index + 1 == total_steps
+        if finished or (index + 1) % config.log_every == 0:
+          result = summarise(window)
+          window = []
+          if not np.isfinite(result["loss"]):
+            raise ValueError(f"the loss is {result['loss']} at step {index + 1}: lower the learning rate; the last "
+                             f"checkpoint is whole")
+          rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
+          log.write(json.dumps({"step": index + 1, **result, "tokens_per_second": rate}) + "\n")
+          log.flush()
+          bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau']:.2f}  "
+                     f"{rate:.0f} tokens/s")
+          result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
+        saved.save_checkpointables(index + 1, {"state": state}, force=finished)
+        if stop:
+          program.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
+          break
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+  return state, result or summarise_saved(config)
+
+
+def summarise(window: list) -> dict:
+  """Means over a window of steps, as plain numbers."""
+  total = functools.reduce(means.add, jax.device_get(window))
+  return {name: np.asarray(means.mean(pair)).tolist() for name, pair in total.items()}
+
+
+def summarise_saved(config: TrainConfig) -> dict:
+  """The last logged numbers of a run that had nothing left to do."""
+  last = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])
+  return {k: last[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
+
+
+if __name__ == "__main__":
+  if "--config" not in sys.argv[1:-1]:
+    program.stderr.print(__doc__, markup=False, highlight=False)
+    sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+  where = sys.argv.index("--config")
+  program.run(main, TrainConfig, default=lambda: read_config(sys.argv[where + 1]),
+              args=sys.argv[1:where] + sys.argv[where + 2:])
