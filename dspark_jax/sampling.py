@@ -94,8 +94,8 @@ def _truncate(scaled, sampling):
   size = scaled.shape[-1]
   distance = -scaled
   rank_limit = jnp.where(sampling.top_k > 0, sampling.top_k, size).astype(jnp.float32)
-  # Comparisons are turned so that a NaN stays in and poisons its row.
   rank_limit = jnp.broadcast_to(rank_limit, distance.shape[:-1])
+  # Comparisons are turned so that a NaN stays in and poisons its row.
   cut = distance > _threshold(distance, jnp.ones_like(distance), rank_limit)
   mass = jnp.where(cut, 0.0, jnp.exp(scaled))
   # Sums in float32 reach the total before the last token: at top_p = 1 they must cut nothing.

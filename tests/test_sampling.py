@@ -1,0 +1,168 @@
+"""Distributions against goldens and a NumPy reference that sorts; draws against zeros and a chi-square."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dspark_jax import sampling as subject
+from dspark_jax.sampling import Sampling, split_keys
+
+# Op by op, each shape would compile dozens of little programs.
+argmax, draw, probabilities = jax.jit(subject.argmax), jax.jit(subject.draw), jax.jit(subject.probabilities)
+GOLDEN = Path(__file__).parent / "golden" / "sampling"
+ROWS, VOCABULARY = 6, 131
+
+
+@pytest.fixture(scope="module")
+def logits():
+  return 3 * jax.random.normal(jax.random.key(0), (ROWS, VOCABULARY))
+
+
+def hugging_face(logits, temperature, top_k, top_p):
+  """Temperature, top-k, top-p as the three Hugging Face warpers do it, in float64."""
+  logits = np.asarray(logits, np.float64) / temperature
+  if top_k:
+    logits = np.where(logits < np.sort(logits)[..., -top_k, None], -np.inf, logits)
+  order = np.argsort(logits)
+  ascending = np.take_along_axis(logits, order, -1)
+  weights = np.exp(ascending - ascending[..., -1:])
+  cut = np.cumsum(weights, -1) / weights.sum(-1, keepdims=True) <= 1 - top_p
+  weights = np.where(cut, 0, weights)
+  probs = np.zeros_like(logits)
+  np.put_along_axis(probs, order, weights / weights.sum(-1, keepdims=True), -1)
+  return probs
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+  (1.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 20, 0.8), (1.0, 3, 1.0), (1.3, 0, 0.9), (1.0, 0, 0.01),
+  (0.5, 500, 0.999)])
+def test_probabilities_follow_hugging_face(logits, temperature, top_k, top_p):
+  """Kills: top-p before top-k, top-p of unrenormalised mass, the crossing token dropped, k off by one."""
+  expected = hugging_face(logits, temperature, min(top_k, VOCABULARY), top_p)
+  actual = np.asarray(probabilities(logits, Sampling.of(temperature, top_k, top_p)))
+  np.testing.assert_array_equal(actual > 0, expected > 0)
+  np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_golden_temperatures():
+  """Kills: temperature 0 as a division, and a last rather than first argmax at the tie in row 1."""
+  inputs, outputs = np.load(GOLDEN / "inputs.npz"), np.load(GOLDEN / "outputs.npz")
+  logits = jnp.asarray(inputs["logits"])
+  for temperature, expected in zip(inputs["temperatures"], outputs["temperature_probs"], strict=True):
+    np.testing.assert_allclose(probabilities(logits, Sampling.of(float(temperature))), expected, atol=1e-6)
+  np.testing.assert_array_equal(argmax(logits), outputs["greedy_tokens"])
+
+
+def test_truncated_with_nothing_cut_is_full():
+  """Kills: top_p = 1 that loses the tail to rounding of the summed mass, top_k = 0 taken as "keep none"."""
+  # 20000 near-equal tokens: the float32 sum reaches its total well before the last of them.
+  logits = 0.01 * jax.random.normal(jax.random.key(2), (2, 20000))
+  logits = logits.at[:, 0].set(12.0)
+  full = Sampling.of(0.7)
+  truncated = full.replace(mode="truncated")
+  np.testing.assert_array_equal(probabilities(logits, truncated), probabilities(logits, full))
+
+
+def test_top_k_one_is_greedy(logits):
+  """Kills: k off by one, and a greedy mode that is not the limit of the sampled ones."""
+  greedy = probabilities(logits, Sampling.of(0.0))
+  np.testing.assert_array_equal(greedy, np.eye(VOCABULARY)[np.argmax(logits, -1)])
+  np.testing.assert_array_equal(probabilities(logits, Sampling.of(1.0, top_k=1)), greedy)
+  np.testing.assert_array_equal(probabilities(logits, Sampling.of(1e-20)), greedy)
+
+
+def test_ties_with_the_last_kept_token_are_kept():
+  """Kills: a cut that depends on the order of the vocabulary, which a reduced draft vocabulary changes."""
+  logits = jnp.float32([2.0, 1.0, 0.0, 1.0])
+  for sampling in (Sampling.of(1.0, top_k=2), Sampling.of(1.0, top_p=0.7)):
+    np.testing.assert_array_equal(probabilities(logits, sampling) > 0, [True, True, False, True])
+
+
+@pytest.mark.parametrize("sampling", [(0.0,), (1.0,), (1.0, 50, 0.9), (1.0, 120, 1.0)])
+def test_padded_vocabulary_has_no_mass(logits, sampling):
+  """Kills: -inf columns that turn the row into NaN, or that count towards top-k."""
+  padded = logits.at[:, 100:].set(-jnp.inf)
+  probs = np.asarray(probabilities(padded, Sampling.of(*sampling)))
+  np.testing.assert_array_equal(probs[:, 100:], 0)
+  temperature, top_k, top_p = (*sampling, 0, 1.0)[:3] if len(sampling) == 1 else sampling
+  expected = hugging_face(logits[:, :100], temperature or 1e-6, min(top_k, 100), top_p)
+  np.testing.assert_allclose(probs[:, :100], expected, atol=1e-6)
+
+
+def test_settings_do_not_recompile(logits):
+  """Kills: temperature, top_k or top_p as static values: one compile per user setting."""
+  compiled = jax.jit(lambda logits, sampling: subject.probabilities(logits, sampling))
+  for setting in ((0.7, 20, 0.8), (1.0, 5, 1.0), (1.5, 0, 0.3)):
+    compiled(logits, Sampling.of(*setting))
+  assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("size", [1, 17, 1000])
+def test_argmax_is_the_first_maximum(size):
+  """Kills: chunks joined with the wrong stride, the padding winning, the last of several equal maxima."""
+  logits = np.random.default_rng(0).normal(size=(40, 2, size)).astype(np.float32)
+  for logits in (logits, np.round(logits), np.minimum(logits, -3)):
+    np.testing.assert_array_equal(argmax(logits), np.argmax(logits, -1))
+
+
+@pytest.mark.parametrize("broken", [np.nan, -np.inf])
+@pytest.mark.parametrize("where", [slice(None), 0, 77])
+def test_broken_logits_are_no_token(logits, broken, where):
+  """Kills: NaN logits read as token 0, which fakes full acceptance (pitfalls, Numerics)."""
+  logits = np.array(logits)
+  logits[1, where] = broken
+  is_broken = np.isnan(broken) or where == slice(None)
+  keys = jax.random.split(jax.random.key(0), ROWS)
+  for tokens in [argmax(logits)] + [draw(keys, probabilities(logits, Sampling.of(*setting)))
+                                    for setting in ((0.0,), (1.0,), (1.0, 20, 0.8))]:
+    np.testing.assert_array_equal(tokens == VOCABULARY, np.arange(ROWS) == (1 if is_broken else -1))
+
+
+def test_draw_never_takes_a_zero_and_follows_probs(logits):
+  """Kills: log(0 + eps), draws from logits instead of probs, chunk masses of the wrong chunk.
+
+  Chi-square on 6 x 5000 draws, expected counts >= 5; fixed keys; a correct draw fails with probability 6e-6.
+  """
+  n = 5000
+  probs = np.asarray(probabilities(logits, Sampling.of(1.0, 40, 0.99)))
+  keys = jax.random.split(jax.random.key(5), (n, ROWS))
+  tokens = np.asarray(draw(keys, np.broadcast_to(probs, (n, *probs.shape))))
+  for row in range(ROWS):
+    expected = np.asarray(probs[row], np.float64) * n
+    observed = np.bincount(tokens[:, row], minlength=VOCABULARY)
+    assert not observed[expected == 0].any()
+    small = expected < 5
+    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
+    observed = np.append(observed[~small], observed[small].sum())
+    statistic = ((observed - expected) ** 2 / np.maximum(expected, 1)).sum()
+    assert stats.chi2.sf(statistic, expected.size - 1) > 1e-6
+
+
+def test_a_row_draws_alone(logits):
+  """Kills: one key for the batch, so that a request's text depends on its neighbours."""
+  probs = probabilities(logits, Sampling.of(1.0))
+  keys = jax.random.split(jax.random.key(3), ROWS)
+  together = draw(keys, probs)
+  np.testing.assert_array_equal(draw(keys[::-1], probs[::-1]), together[::-1])
+  np.testing.assert_array_equal(draw(keys[2:4], probs[2:4]), together[2:4])
+
+
+def test_split_keys_are_all_different():
+  """Kills: the same noise for two purposes of a round, or for two rows."""
+  first, second, third = split_keys(jax.random.split(jax.random.key(0), 5), 3)
+  data = np.concatenate([jax.random.key_data(keys) for keys in (first, second, third)])
+  assert first.shape == (5,) and len(np.unique(data, axis=0)) == 15
+
+
+@pytest.mark.parametrize("setting, message", [
+  ((-1.0,), "temperature is -1.0"), ((np.nan,), "temperature is nan"), ((np.inf,), "temperature is inf"),
+  ((1.0, -1), "top_k is -1"), ((1.0, 2.5), "top_k is 2.5"), ((1.0, 0, 0.0), "top_p is 0.0"),
+  ((1.0, 0, 1.5), "top_p is 1.5")])
+def test_settings_are_checked(setting, message):
+  """Kills: a bad setting that samples silently from something else."""
+  with pytest.raises(ValueError, match=message):
+    Sampling.of(*setting)
