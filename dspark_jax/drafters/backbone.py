@@ -83,8 +83,8 @@ class Backbone(nnx.Module):
 def init_from_target(drafter: Backbone, target: Target) -> Backbone:
   """The drafter with layers and norms started from the target's last layers; a start for training.
 
-  fc starts as the mean of the taps (a mix of residual streams, what those layers read in the target), and hidden_norm
-  as the mean of the copied layers' input norms, since `ctx` goes to k_proj and v_proj in the place of a normed input.
+  fc starts as the mean of the taps (residual streams, what those layers read in the target), and hidden_norm as
+  the mean of the copied layers' input norms: `ctx` goes to k_proj and v_proj in the place of a normed input.
   """
   config, taps = drafter.config, len(drafter.config.taps)
   if config.spec != target.config.spec or config.num_layers > target.config.num_layers:

@@ -21,8 +21,8 @@ class DraftWords(nnx.Variable):
 
 @flax.struct.dataclass
 class DSparkState:
-  cache: kv.Cache  # of the context, per draft layer
-  head: Array      # f[W,D]  the target's head at the draft words, gathered once per generation
+  cache: kv.Cache      # of the context, per draft layer
+  head: Array | None   # f[W,D]  the target's head at the draft words, gathered once; None: all words, no copy
 
 
 class ConfidenceHead(nnx.Module):
@@ -71,7 +71,8 @@ class DSpark(Backbone):
     return base if latent is None else base + self.markov_head.bias(latent)
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
-    return DSparkState(self.empty_context(batch, max_len), self.head(target))
+    head = None if self.words is None else self.head(target)
+    return DSparkState(self.empty_context(batch, max_len), head)
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
     return state.replace(cache=self.absorb_context(state.cache, committed.features, committed.n))
@@ -79,8 +80,8 @@ class DSpark(Backbone):
   def propose(self, target: Target, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
     tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
     hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
-    return heads.propose(self.markov_head, self._confidence, hidden, linear(state.head, hidden, jnp.float32), anchor,
-                         self.words, keys, sampling)
+    base = self.logits(target.head if state.head is None else state.head, hidden, None)
+    return heads.propose(self.markov_head, self._confidence, hidden, base, anchor, self.words, keys, sampling)
 
   def train_outputs(self, target: Target, batch: Batch, features: Array, blocks: Blocks) -> DraftOutputs:
     rows, anchors, slots = *blocks.anchors.shape, self.config.slots

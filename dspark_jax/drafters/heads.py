@@ -93,7 +93,8 @@ def propose(head: MarkovHead | None, confidence, hidden: Array, base: Array, anc
     else:
       probs = sp.probabilities(logits, sampling)
       column = sp.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, k), probs)
-    token = column if words is None else words[column]
+    # a NaN gives column W, which must not become a token
+    token = column if words is None else words.at[column].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
     survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
     return (state, token), (token, logits, probs, survive)
 
