@@ -36,8 +36,8 @@ class Requests:
 @flax.struct.dataclass
 class LoopState:
   """Everything that moves from round to round; its tree, shapes and dtypes never change."""
-  cache: Any       # the target's
-  draft: Any       # the drafter's; None when plain
+  cache: Any       # the target's; None once decoded
+  draft: Any       # the drafter's; None when plain, or once decoded
   anchor: Array    # i32[B]
   keys: Array      # keys [B]
   tokens: Array    # i32[B,N+2G+2]  new tokens; what lies past `count` is scratch
@@ -109,9 +109,13 @@ def one_round(target: Target, drafter: Drafter | None, requests: Requests, state
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "capacity"))
 def decode(target: Target, drafter: Drafter | None, requests: Requests, *, max_new_tokens: int,
            capacity: int) -> LoopState:
-  """The whole generation as one program: the prompt, then rounds until every row is done. No host in between."""
+  """The whole generation as one program: the prompt, then rounds until every row is done. No host in between.
+
+  Returns the last state without its caches.
+  """
   state = start(target, drafter, requests, max_new_tokens, capacity)
-  return jax.lax.while_loop(lambda s: ~jnp.all(s.done), lambda s: one_round(target, drafter, requests, s), state)
+  state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), lambda s: one_round(target, drafter, requests, s), state)
+  return state.replace(cache=None, draft=None)
 
 
 def _choose(logits, sampling, keys):

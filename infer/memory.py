@@ -1,0 +1,120 @@
+"""What the TPU compiler says of the memory of training and decoding at the size of Qwen3-4B, on a machine without a TPU.
+
+When to use it: to see that a training step or the decode loop fits before a pod is booked. Needs the extra
+`tpu-compiler`; nothing is run and no weights exist.
+
+    python -m infer.memory
+    python -m infer.memory --topology v5p:2x2x1 --tokens 8192
+
+The last line of stdout is a JSON object: per program the GB of arguments, outputs that are not donated arguments, and
+temporaries; for decoding also the GB of weights and caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the TPU compiler is loaded
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.table import Table
+
+from dspark_jax import sampling as sp
+from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.decoding import generate as gen
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.training.losses import LossConfig
+from dspark_jax.training.step import StepConfig, init_state, train_step
+from dspark_jax.types import Batch
+from infer import program
+
+SPEC = BlockSpec(2560, 9728, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
+TARGET = TargetConfig("qwen3", SPEC, 36, 151_936, True, 40_960)
+DRAFTER = DrafterConfig(SPEC, 5, 151_936, 36, (1, 9, 17, 25, 33), 151_669)
+
+
+@dataclasses.dataclass
+class Settings:
+  topology: str = "v5e:2x2"
+  """any that libtpu knows; one of its devices is compiled for"""
+  tokens: int = 4096
+  """tokens of the training sequence"""
+  anchors: int = 512
+  chunk: int = LossConfig.chunk
+  """slots whose logits exist at a time"""
+  rows: int = 1
+  """of the decode loop"""
+  new_tokens: int = 2048
+  """per row of the decode loop"""
+
+
+def main(settings: Settings) -> dict:
+  from jax.experimental import topologies
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=settings.topology)
+  except Exception as error:  # libtpu is missing, or does not know the topology
+    raise ValueError(f"no TPU compiler for {settings.topology} ({error}): pip install -e '.[tpu-compiler]', or choose "
+                     f"another topology") from error
+  place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+  half = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
+  target = on(half(jax.eval_shape(lambda: stack_layers(Decoder(TARGET, rngs=nnx.Rngs(0))))))
+  drafter = jax.eval_shape(lambda: DSpark(DRAFTER, rngs=nnx.Rngs(0)))
+  out = {}
+  with program.stderr.status("compiling a training step"):
+    out["training_step"] = training(settings, target, drafter, on)
+  for name, chosen in (("plain_decoding", None), ("speculative_decoding", on(half(drafter)))):
+    with program.stderr.status(f"compiling {name}"):
+      out[name] = decoding(settings, target, chosen, on)
+  table = Table("program", "arguments GB", "results GB", "temporaries GB")
+  for name, row in out.items():
+    table.add_row(name, *(f"{row[k]:.3f}" for k in ("arguments_gb", "results_gb", "temporaries_gb")))
+  program.say(table)
+  return {"topology": settings.topology, **out}
+
+
+def training(settings: Settings, target, drafter, on) -> dict:
+  """One step at batch 1: bfloat16 compute, float32 masters, the state donated."""
+  config = StepConfig(num_anchors=settings.anchors, compute_dtype="bfloat16", loss=LossConfig(chunk=settings.chunk))
+  state = on(jax.eval_shape(lambda d: init_state(d, config, 0, total_steps=1000), drafter))
+  whole = jax.ShapeDtypeStruct((1, settings.tokens), jnp.int32)
+  batch = on(Batch(whole, jax.ShapeDtypeStruct(whole.shape, jnp.bool_), whole, whole))
+  step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+  return memory(step.lower(state, target, batch).compile())
+
+
+def decoding(settings: Settings, target, drafter, on) -> dict:
+  """The whole of `decode` for prompts of 128 tokens; its temporaries hold the caches, which are counted apart."""
+  rows, block = settings.rows, drafter.block_size if drafter else 0
+  requests = on(jax.eval_shape(lambda: gen.Requests(
+      jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
+      jnp.zeros(4, jnp.int32), jnp.float32(0), sp.Sampling.of(0.0))))
+  capacity = -(-(128 + settings.new_tokens + 2 * (block + 1)) // gen.CACHE_BUCKET) * gen.CACHE_BUCKET
+  static = dict(max_new_tokens=settings.new_tokens, capacity=capacity)
+  begun = jax.eval_shape(lambda t, d, r: gen.start(t, d, r, settings.new_tokens, capacity), target, drafter, requests)
+  out = memory(gen.decode.lower(target, drafter, requests, **static).compile())
+  caches = size((begun.cache, begun.draft))
+  return {**out, "caches_gb": caches, "temporaries_beyond_caches_gb": out["temporaries_gb"] - caches}
+
+
+def memory(compiled) -> dict:
+  """GB, as the compiler reports them."""
+  stats = compiled.memory_analysis()
+  return dict(arguments_gb=stats.argument_size_in_bytes / 1e9,
+              results_gb=(stats.output_size_in_bytes - stats.alias_size_in_bytes) / 1e9,
+              temporaries_gb=stats.temp_size_in_bytes / 1e9)
+
+
+def size(tree) -> float:
+  """GB of the arrays of a tree."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e9
+
+
+if __name__ == "__main__":
+  program.run(main, Settings)
