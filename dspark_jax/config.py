@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
 
@@ -90,11 +91,14 @@ def to_json(config) -> dict[str, Any]:
 
 
 def from_json(cls, data: dict[str, Any], what: str):
-  """A config of type `cls` from a JSON object; unknown and missing keys are listed together in one ValueError."""
-  fields = {f.name: f for f in dataclasses.fields(cls)}
+  """A config of type `cls` from a JSON object; unknown, missing and mistyped keys are listed in one ValueError."""
+  fields, kinds = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+  if not isinstance(data, dict):
+    raise ValueError(f"{what}: got {data!r}, expected an object with the keys {', '.join(fields)}")
   required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
   raise_all(what, [f"unknown key {k!r}" for k in sorted(set(data) - set(fields))]
-            + [f"key {k!r} is missing" for k in sorted(required - set(data))])
+            + [f"key {k!r} is missing" for k in sorted(required - set(data))]
+            + [f"key {k!r} is {v!r}, expected {kinds[k]}" for k, v in data.items() if k in fields and not _is(v, kinds[k])])
   values = dict(data)
   if "spec" in values:
     values["spec"] = from_json(BlockSpec, values["spec"], f"{what}, spec")
@@ -103,23 +107,36 @@ def from_json(cls, data: dict[str, Any], what: str):
   return cls(**values)
 
 
+def _is(value, kind):
+  if kind is float:
+    return type(value) in (int, float)
+  if typing.get_origin(kind) is tuple:
+    return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
+  return dataclasses.is_dataclass(kind) or type(value) is kind  # a nested config checks itself
+
+
 def hf_spec(hf: dict[str, Any], *, qk_norm: bool) -> tuple[BlockSpec, list[str]]:
   """(spec, problems) from a Hugging Face config; both spellings of the rope are read and theta is never assumed."""
-  problems = [f"key {k!r} is missing" for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps",
-                                                "num_hidden_layers", "vocab_size") if hf.get(k) is None]
-  rope = hf.get("rope_parameters") or {}
+  problems = [f"key {k!r} is {'missing' if hf.get(k) is None else repr(hf[k])}, expected a number"
+              for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "num_hidden_layers",
+                        "vocab_size") if type(hf.get(k)) not in (int, float)]
+  rope, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
   theta = rope.get("rope_theta", hf.get("rope_theta"))
   if theta is None:
     problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently wrong)")
-  kind = rope.get("rope_type") or (hf.get("rope_scaling") or {}).get("rope_type") or "default"
-  if kind != "default":
-    problems.append(f"rope_type {kind!r} is not supported, only 'default'")
+  for part in (rope, scaling):
+    kind = part.get("rope_type", part.get("type", "default"))  # `type` is the older spelling
+    if kind != "default":
+      problems.append(f"rope_type {kind!r} is not supported, only 'default'")
+  if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1):
+    problems.append("a partial rotary embedding is not supported")
   for key in ("attention_bias", "mlp_bias"):
     if hf.get(key):
       problems.append(f"{key} is true, but only layers without biases are supported")
   if hf.get("hidden_act", "silu") != "silu":
     problems.append(f"hidden_act is {hf['hidden_act']!r}, only 'silu' is supported")
-  if hf.get("use_sliding_window") or (hf.get("sliding_window") and "use_sliding_window" not in hf):
+  sliding = hf.get("use_sliding_window", hf.get("sliding_window"))
+  if sliding or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
     problems.append("a sliding window is trained in, which is not supported")
   if problems:
     return None, problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dspark_jax.checkpoints import dialects, hf, state
+from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import DrafterConfig, from_json, raise_all, to_json
+from dspark_jax.config import DrafterConfig, from_json, to_json
 from dspark_jax.data.chat import smollm2_path
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.targets import TARGETS
@@ -76,35 +75,49 @@ def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") ->
 
   ValueError when it was made for another target, and for every missing, unknown and misshapen tensor at once.
   """
-  kind, config, tensors, problems, _ = _stored_drafter(Path(path), target)
-  raise_all(f"drafter {path}", problems)
-  drafter = hf.fill(functools.partial(DRAFTERS[kind], config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}",
-                    dtype=jnp.dtype(dtype), extra_ok={*dialects.FROZEN, "draft_words"})
+  return _read_drafter(Path(path), target, jnp.dtype(dtype))[0]
+
+
+def _read_drafter(path: Path, target: Target, dtype=None):
+  """(drafter, the config.json and safetensors metadata that it was imported from or None); dtype: default as stored"""
+  atomic.put_back(path)
+  atomic.put_back(path / "drafter")
+  path = path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
+  read = _read_ours if (path / "drafter.json").exists() else _read_deepspec
+  kind, config, tensors, apart, problems, imported = read(path, target)
+  drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
+                    extra_ok=apart, problems=problems)
   if config.draft_vocab_size:
     drafter.draft_words.set_value(jnp.asarray(tensors["draft_words"], jnp.int32))
-  return drafter
+  return drafter, imported
 
 
-def _stored_drafter(path: Path, target: Target):
-  """(kind, config, tensors, problems, text of the config.json it came from or None)"""
-  path = path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
-  if (path / "drafter.json").exists():
-    sidecar, tensors = state.read_drafter(path)
-    kind = sidecar.get("drafter")
-    if kind not in DRAFTERS:
-      raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}")
-    config = from_json(DrafterConfig, sidecar["config"], f"{path / 'drafter.json'}, config")
-    problems = _words_problems(config, tensors)
-    if sidecar["target"] != target_id(target):
-      problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target "
-                      f"it was trained with")
-    return kind, config, tensors, problems, sidecar.get("imported")
+def _read_ours(path, target):
+  sidecar, tensors = state.read_drafter(path)
+  kind = sidecar["drafter"]
+  if kind not in DRAFTERS:
+    raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
+                     f"load it with the version that wrote it")
+  config = from_json(DrafterConfig, sidecar["config"], f"{path / 'drafter.json'}, config")
+  problems = _words_problems(config, tensors)
+  if sidecar["target"] != target_id(target):
+    problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target it "
+                    f"was trained with")
+  return kind, config, tensors, {"draft_words"} if config.draft_vocab_size else set(), problems, sidecar["imported"]
+
+
+def _read_deepspec(path, target):
   if not (path / "config.json").exists():
-    raise ValueError(f"{path} is no drafter: expected drafter.json (ours) or config.json (DeepSpec, DFlash) in it")
+    raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with drafter.json "
+                     f"(ours) or config.json (DeepSpec, DFlash) in it")
   raw, tensors = hf.read_folder(path)
-  config = dialects.drafter_config(raw)
-  return ("dspark", config, tensors, _fit(config, target) or dialects.check_frozen(tensors, target),
-          (path / "config.json").read_text())
+  config, frozen = dialects.drafter_config(raw), set()
+  problems = _fit(config, target)
+  if config.sample_from_anchor:
+    frozen = set(dialects.FROZEN)
+    problems = problems or dialects.check_frozen(tensors, target)
+  imported = {"config": (path / "config.json").read_bytes().decode(), "metadata": tensors.metadata}
+  return "dspark", config, tensors, frozen, problems, imported
 
 
 def _fit(config: DrafterConfig, target: Target) -> list[str]:
@@ -123,12 +136,12 @@ def _words_problems(config, tensors):
     return [f"draft_words is {'missing' if words is None else list(words.shape)}, expected [{config.draft_vocab_size}]"]
   ids = np.asarray(words)
   if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
-    return [f"draft_words must be ascending token ids below {config.vocab_size}"]
+    return [f"draft_words must be ascending token ids below {config.vocab_size}: the drafter is damaged, save it again"]
   return []
 
 
 def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, kind: str = "dspark",
-                 imported: str | None = None) -> None:
+                 imported: dict | None = None) -> None:
   """Writes our own drafter folder (Orbax and a JSON sidecar), whole or not at all."""
   weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
   if drafter.words is not None:
@@ -139,8 +152,8 @@ def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, k
 
 def import_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
   """Converts a stored drafter to our own folder, in the dtype it is stored in."""
-  imported = _stored_drafter(Path(source), target)[-1]
-  save_drafter(destination, load_drafter(source, target, dtype=None), target, imported=imported)
+  drafter, imported = _read_drafter(Path(source), target)
+  save_drafter(destination, drafter, target, imported=imported)
 
 
 def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
@@ -148,13 +161,12 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
 
   The frozen embedding and head, which DeepSpec stores, are the target's, in the drafter's dtype.
   """
-  imported = _stored_drafter(Path(source), target)[-1]
-  drafter = load_drafter(source, target, dtype=None)
+  drafter, imported = _read_drafter(Path(source), target)
+  imported = imported or {"config": dialects.deepspec_config(drafter.config), "metadata": {"format": "pt"}}
   weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
   if drafter.config.sample_from_anchor:
-    dtype = weights["fc.weight"].dtype
-    weights |= {name: value.astype(dtype) for name, value in dialects.frozen_copies(target).items()}
-  hf.write_folder(Path(destination), imported or dialects.deepspec_config(drafter.config), weights)
+    weights |= dialects.frozen_copies(target, weights["fc.weight"].dtype)
+  hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])
 
 
 def new_drafter(config: DrafterConfig, *, kind: str = "dspark", words=None, seed: int = 0) -> Drafter:

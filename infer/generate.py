@@ -90,8 +90,8 @@ def main(settings: Settings) -> dict:
 def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
   """Token ids per prompt. ValueError names the file and line of what is not a prompt."""
   if settings.prompt_tokens:
-    ids = read_json(settings.prompt_tokens)
-    if not (isinstance(ids, list) and all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids)):
+    ids = read_json(settings.prompt_tokens, list)
+    if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids):
       raise ValueError(f"{settings.prompt_tokens} is not a list of lists of token ids: expected [[1, 2, 3], ...]")
     return ids
   if settings.prompt is not None:

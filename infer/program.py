@@ -17,7 +17,8 @@ stderr = Console(stderr=True)
 def run(main, settings: type, *, default=None, args=None) -> None:
   """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
 
-  default: makes the settings that the command line overrides. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with one sentence.
+  default: makes the settings that the command line overrides. The user's mistakes (ValueError, NotImplementedError, a
+  missing file, a full disk) exit 2 with one sentence.
   """
   try:
     more = {"default": default()} if default else {}

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shutil
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path):
+def new_folder(folder: Path, ours: set[str]):
   """Yields a scratch folder beside `folder` that takes its place when the block ends without an error.
 
-  A full disk or a kill leaves the previous folder as it was; ValueError if the place is taken by a file.
+  ours: the names a folder of this kind consists of. A full disk or a kill leaves the previous folder as it was, and
+  what the kill left is swept away by the next call (of two writers at once the later one wins, the other one fails).
+  ValueError if the place is taken by a file, or by a folder with other things in it: they would be lost.
   """
-  folder = Path(folder)
+  folder = Path(folder).resolve()
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, expected a folder or nothing: choose another place")
   folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+  put_back(folder)
+  others = sorted({p.name for p in folder.iterdir()} - ours) if folder.exists() else []
+  if others:
+    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected {', '.join(sorted(ours))} or "
+                     f"nothing: choose another place")
+  prefix, old = f".{folder.name}.new-", _old(folder)
+  for left in [old, *(p for p in folder.parent.iterdir() if p.name.startswith(prefix))]:
+    shutil.rmtree(left, ignore_errors=True)
+  scratch = folder.with_name(prefix + secrets.token_hex(4))
   scratch.mkdir()
   try:
     yield scratch
@@ -26,7 +36,17 @@ def new_folder(folder: Path):
       folder.rename(old)
     scratch.rename(folder)
   finally:
-    if old.exists() and not folder.exists():
-      old.rename(folder)
+    put_back(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+  """Restores a folder that a kill caught in the instant between the two renames of `new_folder`; to do before reading."""
+  folder = Path(folder).resolve()
+  if not folder.exists() and _old(folder).exists():
+    _old(folder).rename(folder)
+
+
+def _old(folder):
+  return folder.with_name(f".{folder.name}.old")

@@ -51,15 +51,17 @@ def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ..
 
 
 def check_frozen(tensors: Mapping, target: Target) -> list[str]:
-  """Problems: frozen copies in a stored drafter that are not this target's (compared in the coarser of both dtypes)."""
+  """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser of both dtypes)."""
   problems = []
   for name, own in FROZEN.items():
-    if name in tensors:
-      stored, mine = tensors[name], own(target)
-      coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
-      if stored.shape != mine.shape or not bool(jnp.array_equal(jnp.asarray(stored, coarse), mine.astype(coarse))):
-        problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
-                        f"another target")
+    if name not in tensors:
+      problems.append(f"tensor {name} is missing")
+      continue
+    stored, mine = tensors[name], own(target)
+    coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
+    if stored.shape != mine.shape or not bool(jnp.array_equal(jnp.asarray(stored, coarse), mine.astype(coarse))):
+      problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
+                      f"another target, load that one")
   return problems
 
 
@@ -84,6 +86,9 @@ def deepspec_config(config: DrafterConfig) -> str:
   return json.dumps(out, indent=2, sort_keys=True) + "\n"
 
 
-def frozen_copies(target: Target) -> dict[str, jax.Array]:
-  """The target's embedding and head under DeepSpec's names."""
-  return {name: own(target) for name, own in FROZEN.items()}
+def frozen_copies(target: Target, dtype) -> dict[str, jax.Array]:
+  """The target's embedding and head under DeepSpec's names. ValueError when that would invent digits."""
+  if jnp.finfo(target.head.dtype).bits < jnp.finfo(dtype).bits:
+    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {target.head.dtype} embedding "
+                     f"and head would be rounded: load the target in {dtype}")
+  return {name: own(target).astype(dtype) for name, own in FROZEN.items()}

@@ -21,20 +21,26 @@ class Tensors(Mapping):
   """The tensors of a safetensors folder by name, read on access. ValueError names a missing or truncated file."""
 
   def __init__(self, folder: Path):
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-      table = read_json(index)["weight_map"]
-    elif (folder / "model.safetensors").exists():
-      table = None
-    else:
-      raise ValueError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
-    files = sorted(set(table.values())) if table else ["model.safetensors"]
+    index, one = folder / "model.safetensors.index.json", "model.safetensors"
+    table = read_json(index).get("weight_map") if index.exists() else None
+    if index.exists() and not (isinstance(table, dict) and all(isinstance(f, str) for f in table.values())):
+      raise ValueError(f"{index} has no weight_map from tensors to files: download it again")
+    files = sorted(set(table.values())) if table else [one]
     missing = [f for f in files if not (folder / f).exists()]
+    if missing == [one] and (pickles := [p.name for p in sorted(folder.glob("*.bin"))]):
+      raise ValueError(f"{folder} has its weights in {', '.join(pickles)} only, which loading would execute as code: "
+                       f"convert them to safetensors")
     raise_all(f"{folder}", [f"weight file {f} is missing: download it again" for f in missing])
     self._files = {f: _open(folder / f) for f in files}
-    self._table = table or {name: files[0] for name in self._files[files[0]].keys()}
-    raise_all(f"{folder}", [f"{name} is listed in the index but not in {f}" for name, f in self._table.items()
-                            if name not in set(self._files[f].keys())] if table else [])
+    self._table = table or {name: one for name in self._files[one].keys()}
+    held = {f: set(opened.keys()) for f, opened in self._files.items()}
+    raise_all(f"{folder}", [f"{name} is listed in the index but not in {f}: download both again"
+                            for name, f in self._table.items() if name not in held[f]])
+
+  @property
+  def metadata(self) -> dict[str, str] | None:
+    """The text entries of the (first) file's header. Only a single one has a fixed place in what safetensors writes."""
+    return next(iter(self._files.values())).metadata()
 
   def __getitem__(self, name):
     return self._files[self._table[name]].get_tensor(name)
@@ -53,14 +59,18 @@ def _open(path):
     raise ValueError(f"{path} cannot be read ({error}): it is truncated or no safetensors file; download it again") from error
 
 
-def read_json(path: Path) -> dict:
-  """The JSON object in a file; ValueError in one sentence when there is none."""
+def read_json(path: Path, kind: type = dict):
+  """The JSON value in a file, an object or another `kind`; ValueError in one sentence when there is none."""
   try:
-    return json.loads(Path(path).read_text())
+    value = json.loads(Path(path).read_text())
   except FileNotFoundError as error:
     raise ValueError(f"{path} is missing: expected a JSON file there") from error
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is not JSON ({error}): restore it from where it came") from error
+  if not isinstance(value, kind):
+    raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}: restore it from where it "
+                     f"came")
+  return value
 
 
 def read_folder(folder: Path) -> tuple[dict, Tensors]:
@@ -73,29 +83,31 @@ def names(module: nnx.Module) -> dict[str, nnx.Variable]:
   return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-def fill(build, tensors: Mapping, what: str, *, dtype=None, prefix=lambda name: name, extra_ok=()) -> nnx.Module:
+def fill(build, tensors: Mapping, what: str, *, dtype=None, prefix=lambda name: name, extra_ok=(),
+         problems=()) -> nnx.Module:
   """The module build() with its parameters taken from `tensors`, in `dtype` (default: as stored).
 
-  Every missing, unknown and misshapen tensor is listed in one ValueError. prefix maps a parameter's path to its stored
-  name; stored names in extra_ok may stay unused.
+  Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found before. prefix
+  maps a parameter's path to its stored name; stored names in extra_ok may stay unused.
   """
   module = nnx.eval_shape(build)
   wanted = {prefix(name): v for name, v in names(module).items()}
-  problems = [f"tensor {n} is missing" for n in wanted if n not in tensors]
+  problems = [*problems, *(f"tensor {n} is missing" for n in wanted if n not in tensors)]
   problems += [f"tensor {n} is not part of this model" for n in tensors if n not in wanted and n not in extra_ok]
   for name, variable in wanted.items():
     if name in tensors:
       array = tensors[name]
-      if tuple(array.shape) != tuple(variable.shape):
-        problems.append(f"tensor {name} has shape {list(array.shape)}, expected {list(variable.shape)}")
+      if tuple(array.shape) != tuple(variable.shape) or not jnp.issubdtype(array.dtype, jnp.floating):
+        problems.append(f"tensor {name} is {array.dtype}{list(array.shape)}, expected floating point "
+                        f"{list(variable.shape)}")
       elif not problems:
         variable.set_value(jnp.asarray(array, dtype))
   raise_all(what, problems)
   return module
 
 
-def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array]) -> None:
+def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array], metadata: dict[str, str] | None) -> None:
   """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all."""
-  with new_folder(folder) as new:
-    (new / "config.json").write_text(config)
-    save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata={"format": "pt"})
+  with new_folder(folder, {"config.json", "model.safetensors"}) as new:
+    (new / "config.json").write_bytes(config.encode())
+    save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata=metadata)

@@ -16,14 +16,16 @@ from orbax.checkpoint import v1 as ocp
 
 from dspark_jax.checkpoints.atomic import new_folder
 from dspark_jax.checkpoints.hf import read_json
+from dspark_jax.config import raise_all
 
 FORMAT = 1
 
 
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
   """Writes a drafter folder; it appears whole or not at all."""
-  with new_folder(folder) as new:
-    ocp.save((new / "weights").absolute(), weights)
+  with new_folder(folder, {"drafter.json", "weights"}) as new:
+    # As host arrays: a stored device layout would have to exist on the machine that loads them.
+    ocp.save((new / "weights").absolute(), jax.device_get(weights))
     (new / "drafter.json").write_text(json.dumps({"format": FORMAT, **sidecar}, indent=2) + "\n")
 
 
@@ -34,6 +36,8 @@ def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   if sidecar.get("format") != FORMAT:
     raise ValueError(f"{folder / 'drafter.json'} has format {sidecar.get('format')!r}, this version reads {FORMAT}: "
                      f"convert it with the version that wrote it")
+  raise_all(f"{folder / 'drafter.json'}", [f"key {k!r} is missing: restore the file from where it came" for k in (
+      "drafter", "config", "target", "imported") if k not in sidecar])
   try:
     weights = ocp.load((folder / "weights").absolute())
   except Exception as error:  # Orbax has no common error; every cause has the same remedy

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, Any]]
 
@@ -24,11 +27,22 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   """The tokenizer of a Hugging Face folder or hub name, or of a GGUF file (byte-level BPE only)."""
   if os.path.isfile(path) or os.fspath(path).endswith(".gguf"):
     return gguf_tokenizer(path)
+  if os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer.json")):
+    raise ValueError(f"{path} has no tokenizer.json: put the model's there, or give prompts as token ids")
   # Not AutoTokenizer: the class that tokenizer_config.json names may overrule tokenizer.json.
-  return PreTrainedTokenizerFast.from_pretrained(path)
+  return fast_tokenizer().from_pretrained(path)
+
+
+def fast_tokenizer() -> type[PreTrainedTokenizerFast]:
+  """transformers' tokenizer class. Imported on first use: it takes a second, and most of the library needs none."""
+  # At import transformers advises to install PyTorch, which nothing here wants.
+  logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+  from transformers import PreTrainedTokenizerFast
+  return PreTrainedTokenizerFast
 
 
 def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+  """The tokenizer in a GGUF file's metadata. NotImplementedError unless it is byte-level BPE with a known cut."""
   # Not transformers' own reader of GGUF tokenizers: it needs torch, and does not know `smollm`.
   metadata = read_metadata(open_gguf(path))
   metadata = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
@@ -48,7 +62,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
   named = {name: metadata.get(f"{key}_token_id") for name, key in named.items()}
   named = {name: tokens[index] for name, index in named.items() if index is not None}
-  return PreTrainedTokenizerFast(
+  return fast_tokenizer()(
       tokenizer_object=backend, chat_template=metadata.get("tokenizer.chat_template"),
       clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
 

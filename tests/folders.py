@@ -1,0 +1,93 @@
+"""Small folders for the tests of loading and of the programs: golden models, and copies of them changed on purpose."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+from safetensors.flax import load_file, save_file
+
+import dspark_jax
+from dspark_jax.config import TargetConfig
+from dspark_jax.checkpoints import dialects, hf
+from dspark_jax.targets.decoder import Decoder
+
+GOLDEN = Path(__file__).parent / "golden"
+QWEN3 = GOLDEN / "target_qwen3"
+LLAMA = GOLDEN / "target_llama"
+DSPARK = GOLDEN / "generate_dspark_qwen3"
+
+
+@functools.cache
+def qwen3():
+  return dspark_jax.load_target(QWEN3, scanned=False)
+
+
+@functools.cache
+def target_of(case: str):
+  """The target of a golden drafter: the real one, or random layers between the drafter's own embedding and head."""
+  if case.startswith("generate_"):
+    return qwen3()
+  config = dialects.drafter_config(hf.read_json(GOLDEN / case / "config.json"))
+  target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers, config.vocab_size,
+                                                       False, 512), rngs=nnx.Rngs(0)))
+  stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)
+  for name, variable in hf.names(target).items():
+    frozen = stored.get(name) if name in dialects.FROZEN else None
+    variable.set_value(jnp.asarray(rng.normal(size=variable.shape).astype("f4") if frozen is None else frozen))
+  return target
+
+
+def copied(source: Path, folder: Path, *, config=None, tensors=None, dtype=None, metadata="same") -> Path:
+  """A copy of a safetensors folder. config, tensors: functions of the dictionary that return the changed one."""
+  folder.mkdir(parents=True)
+  text = (source / "config.json").read_text()
+  (folder / "config.json").write_text(json.dumps(config(json.loads(text)), indent=1) if config else text)
+  arrays = {n: x.astype(dtype) if dtype else x for n, x in load_file(source / "model.safetensors").items()}
+  if metadata == "same":
+    metadata = safe_open(source / "model.safetensors", "flax").metadata()
+  save_file(tensors(arrays) if tensors else arrays, folder / "model.safetensors", metadata=metadata)
+  return folder
+
+
+def sharded(source: Path, folder: Path, n: int = 3) -> Path:
+  """The same model in n files and an index."""
+  folder.mkdir(parents=True)
+  shutil.copy(source / "config.json", folder)
+  arrays = load_file(source / "model.safetensors")
+  table = {name: f"model-{1 + i % n:05}-of-{n:05}.safetensors" for i, name in enumerate(sorted(arrays))}
+  for file in set(table.values()):
+    save_file({k: v for k, v in arrays.items() if table[k] == file}, folder / file)
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+  return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+  """Every file below a folder, by relative path."""
+  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_same_weights(a, b) -> None:
+  """The same parameter names, dtypes and bits."""
+  a, b = hf.names(a), hf.names(b)
+  assert list(a) == list(b)
+  for name in a:
+    x, y = np.asarray(a[name][...]), np.asarray(b[name][...])
+    assert x.dtype == y.dtype, (name, x.dtype, y.dtype)
+    np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def fresh_drafter(words=None, seed: int = 0, **settings):
+  """An untrained drafter for the golden Qwen3 target."""
+  config = qwen3().config
+  return dspark_jax.new_drafter(dspark_jax.config.DrafterConfig(**{**dict(
+      spec=config.spec, num_layers=1, vocab_size=config.vocab_size, num_target_layers=config.num_layers, taps=(0, 2),
+      mask_token_id=130, block_size=4, markov_rank=8), **settings}), words=words, seed=seed)
+
+
+def words() -> jnp.ndarray:
+  return jnp.asarray([0, 3, 4, 50, 128], jnp.int32)

@@ -1,0 +1,240 @@
+"""Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, our own folders. Nothing is lost on the way."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.flax import load_file
+
+import dspark_jax
+from dspark_jax.checkpoints import hf
+from dspark_jax.loading import locate_target
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, files, fresh_drafter, qwen3, sharded,
+                     target_of, words)
+
+DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "drafter_dspark_qwen3_vanilla",
+            "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn", "drafter_dflash_qwen3"]
+KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
+         "dflash": {"markov_rank": 0, "confidence": "none"}}
+
+
+@pytest.mark.parametrize("case, dtype", [(c, "float32") for c in DRAFTERS] + [(c, "bfloat16") for c in DRAFTERS[::3]])
+def test_export_of_import_is_identity(case, dtype, tmp_path):
+  """Kills: a lost or transposed tensor, weights cast on the way, a config rewritten or with other line ends."""
+  target = target_of(case)
+  source = copied(GOLDEN / case, tmp_path / "source", dtype=dtype)
+  text = (source / "config.json").read_bytes()
+  (source / "config.json").write_bytes(text.replace(b"\n", b"\r\n") if dtype == "bfloat16" else text)
+  dspark_jax.import_drafter(source, tmp_path / "ours", target)
+  dspark_jax.import_drafter(tmp_path / "ours", tmp_path / "again", target)
+  for given in ("source", "ours", "again"):
+    dspark_jax.export_drafter(tmp_path / given, tmp_path / "out", target)
+    assert files(tmp_path / "out") == files(source)
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "ours", target), dspark_jax.load_drafter(source, target))
+
+
+def test_golden_bytes_themselves(tmp_path):
+  """Kills: a comparison of two files that are both ours; these were written by torch."""
+  dspark_jax.import_drafter(DSPARK, tmp_path / "ours", qwen3())
+  dspark_jax.export_drafter(tmp_path / "ours", tmp_path / "out", qwen3())
+  golden = files(DSPARK)
+  assert files(tmp_path / "out") == {name: golden[name] for name in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize("metadata", [None, {"made by": "Jürgen"}])
+def test_header_text_is_kept(metadata, tmp_path):
+  """Kills: always writing {"format": "pt"} into the header: other bytes than what came in."""
+  source = copied(DSPARK, tmp_path / "source", metadata=metadata)
+  dspark_jax.import_drafter(source, tmp_path / "ours", qwen3())
+  dspark_jax.export_drafter(tmp_path / "ours", tmp_path / "out", qwen3())
+  assert files(tmp_path / "out") == files(source)
+
+
+@pytest.mark.parametrize("target", ["bfloat16", "scanned"])
+def test_any_form_of_the_target_will_do(target, tmp_path):
+  """Kills: a target id, or a check of the frozen copies, that depends on dtype or on the layout of the layers."""
+  dspark_jax.import_drafter(DSPARK, tmp_path / "ours", qwen3())
+  other = dspark_jax.load_target(QWEN3, **({"scanned": True} if target == "scanned" else {"dtype": target}))
+  for source in (DSPARK, tmp_path / "ours"):
+    assert_same_weights(dspark_jax.load_drafter(source, other), dspark_jax.load_drafter(DSPARK, qwen3()))
+
+
+def test_export_refuses_a_rounded_target(tmp_path):
+  """Kills: frozen copies taken from a target in bfloat16 and stored as float32: a few digits lost, in silence."""
+  with pytest.raises(ValueError, match="load the target in float32"):
+    dspark_jax.export_drafter(DSPARK, tmp_path / "out", dspark_jax.load_target(QWEN3, dtype="bfloat16"))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduced", [False, True])
+def test_saved_here_loads_here(kind, reduced, tmp_path):
+  """Kills: draft words that are not saved, or come back as 0..W-1; a head that the sidecar does not describe."""
+  drafter = fresh_drafter(words=words() if reduced else None, seed=3, **KINDS[kind])
+  dspark_jax.save_drafter(tmp_path / "run" / "drafter", drafter, qwen3())
+  for place in (tmp_path / "run" / "drafter", tmp_path / "run"):  # a training run holds its drafter in `drafter`
+    again = dspark_jax.load_drafter(place, qwen3())
+    assert again.config == drafter.config
+    assert_same_weights(again, drafter)
+    assert (again.words is None) == (not reduced)
+    if reduced:
+      np.testing.assert_array_equal(again.words, words())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_here_exports(kind, tmp_path):
+  """Kills: a DeepSpec config that says something else than the weights; export that works for imports alone."""
+  drafter = fresh_drafter(seed=5, **KINDS[kind])
+  dspark_jax.save_drafter(tmp_path / "ours", drafter, qwen3())
+  dspark_jax.export_drafter(tmp_path / "ours", tmp_path / "out", qwen3())
+  again = dspark_jax.load_drafter(tmp_path / "out", qwen3())
+  assert again.config == drafter.config
+  assert_same_weights(again, drafter)
+  stored = load_file(tmp_path / "out" / "model.safetensors")
+  np.testing.assert_array_equal(stored["lm_head.weight"], qwen3().head)
+  np.testing.assert_array_equal(stored["embed_tokens.weight"], qwen3().embed_tokens.weight[...])
+
+
+def test_reduced_vocabulary_has_no_deepspec_form(tmp_path):
+  """Kills: writing the W-row head as if W were the vocabulary, for another engine to misread."""
+  dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(words=words()), qwen3())
+  with pytest.raises(ValueError, match="reduced draft vocabulary cannot be stored"):
+    dspark_jax.export_drafter(tmp_path / "ours", tmp_path / "out", qwen3())
+  assert not (tmp_path / "out").exists()
+
+
+def test_shards(tmp_path):
+  """Kills: reading the first shard alone, or by the order of the files."""
+  assert_same_weights(dspark_jax.load_target(sharded(QWEN3, tmp_path / "a")), qwen3())
+  dspark_jax.import_drafter(sharded(DSPARK, tmp_path / "b"), tmp_path / "ours", qwen3())
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "ours", qwen3()), dspark_jax.load_drafter(DSPARK, qwen3()))
+
+
+def test_tied_and_untied(tmp_path):
+  """Kills: a random head where it is tied; the second copy that some exporters store, refused as unknown."""
+  tied = dspark_jax.load_target(LLAMA)
+  assert tied.lm_head is None
+  np.testing.assert_array_equal(tied.head, tied.embed_tokens.weight[...])
+  twice = copied(LLAMA, tmp_path / "twice", tensors=lambda t: t | {
+      "lm_head.weight": t["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": jnp.ones(4)})
+  assert_same_weights(dspark_jax.load_target(twice), tied)
+  np.testing.assert_array_equal(qwen3().head, load_file(QWEN3 / "model.safetensors")["lm_head.weight"])
+  assert not np.array_equal(qwen3().head, qwen3().embed_tokens.weight[...])
+
+
+@pytest.mark.parametrize("source", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_both_spellings_of_the_rope(source, tmp_path):
+  """Kills: reading one schema only, or falling back to theta 10000 in silence."""
+  def older(config):
+    theta = config.pop("rope_parameters")["rope_theta"]
+    return config | {"rope_theta": theta, "rope_scaling": None}
+  new, old = dspark_jax.load_target(source), dspark_jax.load_target(copied(source, tmp_path / "old", config=older))
+  assert old.config == new.config
+  assert new.config.spec.rope_theta == json.loads((source / "config.json").read_text())["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
+    ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "yarn"}}, "rope_type 'yarn'"),
+    ({"partial_rotary_factor": 0.5}, "partial rotary"),
+    ({"sliding_window": 64}, "sliding window"),
+    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding window"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"hidden_size": "48"}, "hidden_size' is '48'")])
+def test_what_would_compute_something_else_is_refused(change, word, tmp_path):
+  """Kills: loading a model whose trained RoPE scaling, window, biases or activation we would leave out."""
+  with pytest.raises(ValueError, match=word):
+    dspark_jax.load_target(copied(LLAMA, tmp_path / "t", config=lambda c: c | change))
+
+
+def test_dtypes(tmp_path):
+  """Kills: bfloat16 read as raw bits, a norm left in float32, a cast through another dtype."""
+  low = dspark_jax.load_target(QWEN3, dtype="bfloat16")
+  for name, variable in hf.names(low).items():
+    assert variable.dtype == jnp.bfloat16, name
+    np.testing.assert_array_equal(variable[...], hf.names(qwen3())[name][...].astype(jnp.bfloat16))
+  back = dspark_jax.load_target(copied(QWEN3, tmp_path / "bf16", dtype="bfloat16"))
+  for name, variable in hf.names(back).items():
+    assert variable.dtype == jnp.float32, name
+    np.testing.assert_array_equal(variable[...], hf.names(low)[name][...].astype(jnp.float32))
+
+
+def test_scanned_is_stacked():
+  """Kills: layers stacked in another order (10 before 2), or unrolled where one layer was to be compiled."""
+  stacked = hf.names(dspark_jax.load_target(QWEN3, scanned=True).layers)
+  assert isinstance(dspark_jax.load_target(QWEN3).layers, type(qwen3().layers))  # the default on a CPU
+  for name, variable in stacked.items():
+    for index, layer in enumerate(qwen3().layers):
+      np.testing.assert_array_equal(variable[index], hf.names(layer)[name][...])
+
+
+def test_hub_id(monkeypatch):
+  """Kills: fetching pickles and code along with the weights; a local folder looked up on the hub."""
+  asked = []
+  def snapshot_download(name, *, allow_patterns):
+    asked.append((name, allow_patterns))
+    return str(QWEN3)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  assert locate_target("Qwen/Qwen3-4B") == QWEN3
+  assert_same_weights(dspark_jax.load_target("Qwen/Qwen3-4B"), qwen3())
+  assert asked[0][0] == "Qwen/Qwen3-4B"
+  assert {"*.json", "*.safetensors"} <= set(asked[0][1])
+  assert not [p for p in asked[0][1] if p.endswith((".bin", ".py", ".pt", "*"))]
+  assert locate_target(QWEN3) == QWEN3 and len(asked) == 2
+
+
+def test_hub_without_network(monkeypatch):
+  """Kills: a page of traceback for a typo in a path."""
+  def snapshot_download(name, **_):
+    raise ConnectionError("no route to host")
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  with pytest.raises(ValueError, match="no local path and could not be fetched from the hub"):
+    dspark_jax.load_target("runs/nothing")
+  with pytest.raises(ValueError, match="does not exist: expected a GGUF file"):
+    dspark_jax.load_target("/nowhere/model")
+
+
+def test_no_pickle(tmp_path):
+  """Kills: weights that run code when they are loaded."""
+  shutil.copy(QWEN3 / "config.json", tmp_path)
+  (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+  with pytest.raises(ValueError, match="pytorch_model.bin only, which loading would execute as code: convert them"):
+    dspark_jax.load_target(tmp_path)
+  root = Path(dspark_jax.__file__).parents[1]
+  for file in [p for part in ("dspark_jax", "infer", "train") for p in (root / part).rglob("*.py")]:
+    found = re.search(r"import pickle|pickle\.load|torch\.load|allow_pickle|trust_remote_code|\beval\(|\bexec\(",
+                      file.read_text().replace(".eval()", ""))
+    assert found is None, (file, found)
+
+
+def test_importing_the_library_is_cheap():
+  """Kills: paying a second for transformers, or for the hub, in programs that never touch them."""
+  code = "import sys, dspark_jax; print([m for m in ('transformers', 'huggingface_hub', 'torch') if m in sys.modules])"
+  root = Path(dspark_jax.__file__).parents[1]
+  out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+  assert out.stdout.strip() == "[]"
+
+
+def test_configuration_alone_allocates_nothing():
+  """Kills: initialising random weights just to overwrite them: twice the memory, and minutes for a large model."""
+  built = []
+  real = jax.random.truncated_normal
+  def counted(key, *args, **kwargs):
+    built.append(isinstance(key, jax.core.Tracer))
+    return real(key, *args, **kwargs)
+  jax.random.truncated_normal = counted
+  try:
+    dspark_jax.load_target(QWEN3)
+  finally:
+    jax.random.truncated_normal = real
+  assert built and all(built)
