@@ -1,0 +1,283 @@
+"""Drafters: the contract every drafter keeps with every target, teacher-forced against sampled, goldens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.checkpoints import dialects, hf
+from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.drafters import DRAFTERS
+from dspark_jax.sampling import Sampling
+from dspark_jax.targets import TARGETS
+from dspark_jax.targets.decoder import Decoder
+from dspark_jax.training.anchors import blocks_at
+from dspark_jax.types import Committed
+from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target
+from test_targets import quick_compilation  # noqa: F401, a fixture
+
+WORDS = (1, 2, 5, 7, 8, 11)
+KINDS = {  # what differs from vanilla; every kind in DRAFTERS is built from these
+  "vanilla": {},
+  "gated": dict(markov_head="gated", confidence="hidden"),
+  "rnn": dict(markov_head="rnn"),
+  "dflash": dict(markov_rank=0, confidence="none"),
+  "original": dict(markov_rank=0, confidence="none", sample_from_anchor=False),
+  "words": dict(draft_vocab_size=len(WORDS)),
+}
+GOLDENS = ("dspark_qwen3_vanilla", "dspark_qwen3_gated", "dspark_qwen3_rnn", "dflash_qwen3",
+           "dflash_original")
+KEYS = functools.partial(jax.random.split, jax.random.key(3))
+
+
+def small_drafter(target, kind="vanilla", seed=1, name="dspark", words=WORDS, **changes):
+  """A random drafter of block size 3 and two layers for a small target."""
+  config = target.config
+  fields = dict(spec=config.spec, num_layers=2, vocab_size=config.vocab_size, block_size=3, taps=(-1, 0),
+                num_target_layers=config.num_layers, mask_token_id=config.vocab_size - 1, markov_rank=4)
+  config = DrafterConfig(**fields | KINDS[kind] | changes)
+  drafter = randomised(nnx.eval_shape(lambda: DRAFTERS[name](config, rngs=nnx.Rngs(0))), seed)
+  if config.draft_vocab_size:
+    drafter.draft_words.set_value(jnp.asarray(words, jnp.int32))
+  return drafter
+
+
+@jax.jit
+def absorb(drafter, target, state, features, n):
+  return drafter.absorb(target, state, Committed(features, jnp.zeros(features.shape[:2], jnp.int32), n))
+
+
+@jax.jit
+def propose(drafter, target, state, anchor, keys, sampling):
+  return drafter.propose(target, state, anchor, keys, sampling)
+
+
+@pytest.fixture(scope="module")
+def target():
+  return small_target("qwen3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_contract(name, family, kind):
+  """Kills: a state that changes its type in a round, so that the loop on the device cannot be built."""
+  target = small_target(family)
+  drafter = small_drafter(target, kind, name=name)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, (target, drafter))
+
+  def round_of(drafter, target, state, features, sampling):
+    proposal = drafter.propose(target, state, jnp.zeros(2, jnp.int32), KEYS(2), sampling)
+    n = jnp.ones(2, jnp.int32)
+    return proposal, drafter.absorb(target, state, Committed(features, jnp.zeros((2, 4), jnp.int32), n))
+
+  types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  for (target, drafter), sampling in (((target, drafter), Sampling.of(0.7)), (half, Sampling.of(0.0)),
+                                      (half, Sampling.of(0.7, 3))):
+    state = jax.eval_shape(lambda: drafter.init_state(target, 2, 16))
+    features = jax.ShapeDtypeStruct((2, 4, 32), target.head.dtype)
+    proposal, after = jax.eval_shape(round_of, drafter, target, state, features, sampling)
+    assert jax.tree.structure(after) == jax.tree.structure(state) and types(after) == types(state)
+    logits = ((2, 3, drafter.config.words), jnp.float32)
+    assert types((proposal.tokens, proposal.logits, proposal.confidence, proposal.probs)) == (
+        ((2, 3), jnp.int32), logits, ((2, 3), jnp.float32), None if sampling.mode == "greedy" else logits)
+  assert drafter.block_size == 3 and drafter.taps == (-1, 0)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_rows_absorbed_at_once_or_one_by_one(name, target):
+  """Kills: only the anchor's row reaches the draft cache; context positions that do not follow the length."""
+  drafter = small_drafter(target, name=name)
+  features = np.random.default_rng(0).normal(size=(2, 4, 32)).astype(np.float32)
+  n = np.array([4, 2], np.int32)
+  once = absorb(drafter, target, drafter.init_state(target, 2, 16), features, n)
+  state = drafter.init_state(target, 2, 16)
+  for i in range(4):
+    state = absorb(drafter, target, state, np.roll(features, -i, axis=1), (i < n).astype(np.int32))
+  anchor = np.array([3, 4], np.int32)
+  first, second = (propose(drafter, target, s, anchor, KEYS(2), Sampling.of(1.0)) for s in (once, state))
+  close(first.logits, second.logits)
+  close(first.confidence, second.confidence)
+  nothing = propose(drafter, target, drafter.init_state(target, 2, 16), anchor, KEYS(2), Sampling.of(1.0))
+  assert np.abs(nothing.logits - first.logits).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_rejected_rows_are_overwritten_before_they_are_read(name, target):
+  """Kills: features of rejected drafts that stay in the context, by length or by a write further back."""
+  drafter = small_drafter(target, name=name)
+  rng = np.random.default_rng(0)
+  rows, garbage = (scale * rng.normal(size=(2, 4, 32)).astype(np.float32) for scale in (1, 100))
+  ints = lambda *values: np.array(values, np.int32)
+
+  def run(dirty):
+    state = drafter.init_state(target, 2, 16)
+    if dirty:
+      state = absorb(drafter, target, state, garbage, ints(0, 0))
+    mixed = np.concatenate([rows[:, :1], garbage[:, 1:]], 1) if dirty else rows
+    state = absorb(drafter, target, state, mixed, ints(1, 0))
+    state = absorb(drafter, target, state, np.stack([rows[0, [1, 2, 3, 3]], rows[1]]), ints(3, 2))
+    return propose(drafter, target, state, ints(3, 4), KEYS(2), Sampling.of(1.0)).logits
+
+  np.testing.assert_array_equal(run(True), run(False))
+
+
+def test_block_is_bidirectional(target):
+  """Kills: a causal mask inside the block, which acceptance alone hardly shows."""
+  drafter = small_drafter(target)
+  rng = np.random.default_rng(0)
+  features, x = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 5, 32), (1, 3, 16)))
+  blocks = blocks_at(batch_of(random_tokens(1, 5)), np.array([[3]], np.int32), np.array([[True]]), 3)
+
+  @jax.jit
+  def hidden(x):
+    state = drafter.init_state(target, 1, 16)
+    state = absorb.__wrapped__(drafter, target, state, features[:, :3], jnp.full(1, 3))
+    return (drafter.draft(x, state.cache),
+            drafter.draft_all(x[:, None], batch_of(random_tokens(1, 5)), features, blocks)[:, 0])
+
+  before, after = hidden(x), hidden(x + np.array([0, 0, 1], np.float32)[None, :, None])
+  for first, second in zip(before, after):
+    assert np.all(np.abs(first - second).max(-1) > 1e-3)
+  close(*before)
+
+
+@jax.jit
+def features_of(target, batch):
+  return target.encode(batch, (-1, 0)).features
+
+
+@jax.jit
+def forced(drafter, target, batch, features, blocks):
+  """What the training path says of the slots: (logits f32[2,3,W], confidence logits)."""
+  out = drafter.train_outputs(target, batch, features, blocks)
+  return drafter.logits(drafter.head(target), out.hidden, out.latent)[:, 0], out.confidence
+
+
+@functools.cache
+def sampled_and_forced(kind):
+  """A proposal after five tokens of text, and the arguments that make `forced` judge the drawn tokens.
+
+  Row 1 is row 0 with another document of four tokens packed before it. Proposals are drawn for both rows.
+  """
+  target = small_target("qwen3")
+  drafter = small_drafter(target, kind)
+  text = np.pad(np.tile(random_tokens(1, 5), (2, 1)), ((0, 0), (0, 7)))
+  features = features_of(target, batch_of(text))
+  state = drafter.init_state(target, 2, 16)
+  state = absorb(drafter, target, state, features[:, :4], np.array([4, 4], np.int32))
+  proposal = propose(drafter, target, state, text[:, 4], KEYS(2), Sampling.of(1.0))
+  rows = np.concatenate([text[:, :5], proposal.tokens], 1)
+  tokens = np.stack([np.pad(rows[0], (0, 4)), np.concatenate([random_tokens(4, seed=5), rows[1]])])
+  parts = packed((8,), 12), packed((4, 8), 12)
+  batch = batch_of(tokens, *(np.concatenate(x) for x in zip(*parts)))
+  blocks = blocks_at(batch, np.array([[4], [8]], np.int32), np.ones((2, 1), bool), 3)
+  np.testing.assert_array_equal(blocks.labels[:, 0], proposal.tokens)
+  return proposal, (drafter, target, batch, features_of(target, batch), blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_teacher_forced_equals_sampled(kind):
+  """Kills: slots, positions or previous tokens that differ by one between training and drafting."""
+  proposal, args = sampled_and_forced(kind)
+  logits, confidence = forced(*args)
+  close(logits, proposal.logits)
+  if confidence is None:
+    assert np.all(proposal.confidence == 1)
+  else:
+    close(jax.nn.sigmoid(confidence[:, 0]), proposal.confidence)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "original"])
+def test_context_ends_before_the_anchor(kind):
+  """Kills: the anchor's own features in the context, which at decoding time do not exist yet."""
+  _, (drafter, target, batch, features, blocks) = sampled_and_forced(kind)
+  logits = lambda changed: forced(drafter, target, batch, changed, blocks)[0]
+  later, last = (np.array(features) for _ in range(2))
+  for row, anchor in enumerate((4, 8)):
+    later[row, anchor:] = 100.0
+    last[row, anchor - 1] += 1.0
+  np.testing.assert_array_equal(logits(later), logits(features))
+  assert np.all(np.abs(logits(last) - logits(features)).max((1, 2)) > 1e-3)
+
+
+def test_anchor_slot_predicts_in_one_convention_only():
+  """Kills: the two slot conventions mixed up: the original DFlash runs one slot more than it drafts."""
+  kinds = {kind: small_drafter(small_target("qwen3"), kind).config.slots for kind in ("dflash", "original")}
+  assert kinds == {"dflash": 3, "original": 4}
+
+
+def test_reduced_vocabulary_proposes_its_own_words():
+  """Kills: draft columns that are taken for token ids."""
+  proposal, _ = sampled_and_forced("words")
+  assert set(np.ravel(proposal.tokens)) <= set(WORDS) and tuple(proposal.words) == WORDS
+
+
+@pytest.mark.parametrize("words", [tuple(range(12)), WORDS])
+def test_words_are_the_full_vocabulary_cut_down(words, target):
+  """Kills: a head or W2 in another order than the words; a previous token looked up by its column."""
+  full, reduced = small_drafter(target), small_drafter(target, draft_vocab_size=len(words), words=words)
+  for name, variable in hf.names(reduced).items():
+    value = hf.names(full)[name][...]
+    variable.set_value(value[np.array(words)] if name == "markov_head.markov_w2.weight" else value)
+  start = lambda drafter: drafter.init_state(target, 2, 16)
+  anchor = np.array([3, 4], np.int32)
+  first, second = (propose(drafter, target, start(drafter), anchor, KEYS(2), Sampling.of(1.0))
+                   for drafter in (full, reduced))
+  slots = 3 if len(words) == 12 else 1  # what later slots say depends on the tokens drawn before
+  close(np.asarray(first.logits)[:, :slots, words], second.logits[:, :slots])
+  if slots == 3:
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("case", GOLDENS)
+def test_golden_rounds(case):
+  """Kills: any slip in the backbone, the heads, the slot convention or the growth of the draft cache."""
+  folder = GOLDEN / f"drafter_{case}"
+  raw, tensors = hf.read_folder(folder)
+  config = dialects.drafter_config(raw)
+  build = lambda: DRAFTERS["dspark"](config, rngs=nnx.Rngs(0))
+  drafter = hf.fill(build, tensors, case, extra_ok=dialects.FROZEN)
+  inputs, outputs = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
+  frozen = {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN}
+  no_layers = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
+  frozen["norm.weight"] = np.ones(config.spec.hidden_size, np.float32)
+  target = hf.fill(lambda: Decoder(no_layers, rngs=nnx.Rngs(0)), frozen, "embedding and head")
+
+  @jax.jit
+  def one_round(drafter, target, state, features, n, anchor):
+    state = absorb.__wrapped__(drafter, target, state, features, n)
+    block = jnp.full((1, config.slots), config.mask_token_id, jnp.int32).at[:, 0].set(anchor)
+    hidden = drafter.draft(target.embed(block), state.cache)
+    return state, hidden, drafter.propose(target, state, anchor, KEYS(1), Sampling.of(0.0))
+
+  state = drafter.init_state(target, 1, 64)
+  for r in range(3):
+    given = {key.split("/")[-1]: value for key, value in inputs.items() if key.startswith(f"infer/r{r}/")}
+    wanted = {key.split("/")[-1]: value for key, value in outputs.items() if key.startswith(f"infer/r{r}/")}
+    rows = given["target_hidden_states"]
+    padded = np.pad(rows, ((0, 0), (0, 24 - rows.shape[1]), (0, 0)), constant_values=9.0)
+    n, anchor = np.array([rows.shape[1]], np.int32), np.array([given["anchor_token"]], np.int32)
+    state, hidden, proposal = one_round(drafter, target, state, padded, n, anchor)
+    assert int(state.cache.length[0]) == given["start"]
+    np.testing.assert_array_equal(proposal.tokens, wanted["sampled_tokens"])
+    close(hidden, wanted["block_hidden"], atol=1e-4)
+    close(proposal.logits, wanted.get("corrected_logits", wanted["base_logits"]), atol=1e-4)
+    if "confidence_logits" in wanted:
+      logit = np.log(proposal.confidence) - np.log1p(-proposal.confidence)
+      close(logit, wanted["confidence_logits"], atol=1e-4)
+      below = np.asarray(proposal.confidence) < inputs["infer/confidence_thresholds"][:, None]
+      lengths = np.where(below.any(1), below.argmax(1), config.block_size)
+      np.testing.assert_array_equal(lengths, wanted["threshold_lengths"])
+
+
+def test_golden_default_taps():
+  """Kills: halves rounded up, or counting layers from the embedding."""
+  folder = GOLDEN / "drafter_dflash_original"
+  inputs, outputs = np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz")
+  for i, expected in enumerate(outputs["default_ids/target_layer_ids"]):
+    sizes = (int(inputs[f"default_ids/{key}"][i]) for key in ("num_target_layers", "num_draft_layers"))
+    assert dialects.default_taps(*sizes) == tuple(t for t in expected if t >= 0)
