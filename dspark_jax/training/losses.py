@@ -34,8 +34,8 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
                weights: dict[str, Array] | None = None) -> tuple[Array, dict[str, Mean]]:
   """(loss f32[], metrics). target_hidden: f[B,T,D] after the final norm; the target and its p are detached.
 
-  weights: the terms' denominators where `blocks` are a part of the batch (`term_weights` of the whole), so that
-  the parts' losses add up to the batch's. accept_rate and tau are plain means, the rest is weighted by w.
+  weights: the denominators where `blocks` are a part of the batch (`term_weights` of the whole batch): the parts'
+  losses then add up to the batch's. accept_rate and tau are plain means, the rest is weighted by w.
   """
   columns, known = draft_columns(drafter, blocks)
   ce, tv = slot_terms(drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden),
@@ -98,8 +98,9 @@ def slot_terms(drafter: Drafter, target: Target, outputs: DraftOutputs, *, targe
       total = jnp.take_along_axis(log_total, position, axis=1)
       p = jnp.exp(drafter.logits(head, rows, None) - total[..., None])
       outside = jnp.maximum(1 - p.sum(-1), 0)
+    p, outside = jax.lax.stop_gradient((p, outside))
     log_q = jax.nn.log_softmax(drafter.logits(draft_head, hidden, latent))
-    tv = jnp.abs(jnp.exp(log_q) - jax.lax.stop_gradient(p)).sum(-1) + outside
+    tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
     return -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0], tv
 
   slots = jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[3:]),

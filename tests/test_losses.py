@@ -1,0 +1,266 @@
+"""The training forward, the loss, its metrics and its gradients: goldens, then identities and brute force.
+
+The goldens run through padded chunks, so they also hold the chunking to the reference.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.checkpoints import dialects, hf
+from dspark_jax.config import TargetConfig
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.metrics import add, mean
+from dspark_jax.nn.layers import linear
+from dspark_jax.targets.decoder import Decoder
+from dspark_jax.training.anchors import blocks_at, candidates
+from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
+from dspark_jax.training.step import StepConfig, gradients, parameters
+from dspark_jax.types import Batch, Blocks, DraftOutputs, TargetOutput
+
+GOLDEN = Path(__file__).parent / "golden"
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+CASES = ("dspark_qwen3_vanilla", "dspark_qwen3_gated", "dspark_qwen3_rnn", "dflash_qwen3")
+
+
+@functools.cache
+def golden(case):
+  """(expected arrays, what our code gives under the same kind of names) of a drafter case."""
+  folder = GOLDEN / f"drafter_{case}"
+  given, expected = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
+  given = {name[6:]: jnp.asarray(x) for name, x in given.items() if name.startswith("train/")}
+  config_json, tensors = hf.read_folder(folder)
+  config = dialects.drafter_config(config_json)
+  drafter = hf.fill(lambda: DSpark(config, rngs=nnx.Rngs(0)), tensors, case, extra_ok=dialects.FROZEN)
+  own = {name: tensors[name] for name in dialects.FROZEN} | {"norm.weight": jnp.ones(config.spec.hidden_size)}
+  target_config = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
+  target = hf.fill(lambda: Decoder(target_config, rngs=nnx.Rngs(0)), own, "a target without layers")
+  loss = LossConfig(*(float(given[f"{name}_alpha"]) for name in ("ce_loss", "l1_loss", "confidence_head")),
+                    decay=float(given["loss_decay_gamma"]), chunk=22)
+  step = StepConfig(compute_dtype="float32", loss=loss)
+  compiled = jax.jit(run, static_argnums=3, compiler_options=QUICK)
+  return expected, jax.tree.map(np.asarray, compiled(drafter, target, given, step))
+
+
+def run(drafter, target, given, step):
+  tokens = given["input_ids"]
+  batch = Batch(tokens, given["loss_mask"] > 0, given["attention_mask"],
+                jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+  blocks = blocks_at(batch, given["anchor_positions"], given["block_keep_mask"], drafter.block_size)
+  encoded = TargetOutput(given["target_last_hidden_states"], given["target_hidden_states"])
+  outputs = drafter.train_outputs(target, batch, encoded.features, blocks)
+  loss, metrics, grads = gradients(drafter, parameters(drafter), target, batch, encoded, blocks, step)
+  return dict(outputs=outputs, logits=drafter.logits(drafter.head(target), outputs.hidden, outputs.latent),
+              blocks=blocks, candidates=candidates(batch), loss=loss, metrics=metrics, grads=grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_are_the_reference_s(case):
+  """Kills a loss mask read at anchor + k, supervision that resumes after a gap, anchors before a gap."""
+  expected, ours = golden(case)
+  np.testing.assert_array_equal(ours["candidates"], expected["train/anchor_candidate_mask"])
+  np.testing.assert_array_equal(ours["blocks"].labels, expected["train/target_ids"])
+  np.testing.assert_array_equal(ours["blocks"].supervised, expected["train/eval_mask"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_forward(case):
+  """Kills a wrong slot, RoPE position, mask, previous token or recurrence of the sequential head."""
+  expected, ours = golden(case)
+  np.testing.assert_allclose(ours["outputs"].hidden, expected["train/block_hidden"], atol=1e-4)
+  np.testing.assert_allclose(ours["logits"], expected["train/draft_logits"], atol=1e-4)
+  if "train/confidence_pred" in expected:
+    np.testing.assert_allclose(ours["outputs"].confidence, expected["train/confidence_pred"], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_metrics(case):
+  """Kills a factor 1/2 in TV, decay from k = 1, a teacher one position off, means over all slots."""
+  expected, ours = golden(case)
+  np.testing.assert_allclose(ours["loss"], expected["loss/total"], rtol=1e-4)
+  for name, stored in (("ce", "ce"), ("tv", "l1"), ("confidence", "confidence")):
+    if f"metric/{stored}_loss" in expected:
+      pair = ours["metrics"][name]
+      np.testing.assert_allclose(pair.sum, expected[f"loss/{stored}_loss_num"], rtol=1e-4)
+      np.testing.assert_allclose(pair.weight, expected[f"loss/{stored}_loss_den"], rtol=1e-4)
+  errors = ("confidence_abs_error", "confidence_bias", "confidence_cumprod_bias")
+  names = {name: name for name in ("accept_rate", *errors)} | {
+      "tau": "tau_probabilistic", "supervised_slots_per_block": "block_supervised_tokens_abs"}
+  for name, stored in names.items():
+    if f"metric/{stored}" in expected:
+      wanted = expected[f"metric/{stored}"]
+      np.testing.assert_allclose(mean(ours["metrics"][name]), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient(case):
+  """Kills a teacher or a confidence target that is not detached, a parameter that the loss does not reach."""
+  expected, ours = golden(case)
+  assert {f"grad/{name}" for name in ours["grads"]} == {name for name in expected if name.startswith("grad/")}
+  for name, grad in ours["grads"].items():
+    np.testing.assert_allclose(grad, expected[f"grad/{name}"], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+# The rest needs no transformer: slots with random hidden states, a linear head, a random target.
+ROWS, TOKENS, ANCHORS, BLOCK, WIDTH, RANK, VOCABULARY = 2, 9, 5, 3, 6, 2, 23
+WORDS = (1, 2, 4, 8, 9, 15, 16, 22)
+
+
+class Head:
+  """As much of a drafter and of a target as the loss needs."""
+
+  def __init__(self, weight, w2=None, words=None):
+    self.weight, self.w2, self.words = weight, w2, words
+
+  def head(self, target):
+    return target.weight if self.words is None else target.weight[self.words]
+
+  def logits(self, head, hidden=None, latent=None):
+    if hidden is None:  # the target's signature
+      head, hidden = self.weight, head
+    base = linear(head, hidden, jnp.float32)
+    return base if latent is None else base + linear(self.w2, latent, jnp.float32)
+
+
+def example(words=None, seed=0):
+  """(random arrays, blocks of which one is a dummy and some are cut)."""
+  columns = VOCABULARY if words is None else len(words)
+  shapes = dict(w2=(columns, RANK), hidden=(ROWS, ANCHORS, BLOCK, WIDTH), latent=(ROWS, ANCHORS, BLOCK, RANK),
+                confidence=(ROWS, ANCHORS, BLOCK), target_hidden=(ROWS, TOKENS, WIDTH),
+                head=(VOCABULARY, WIDTH))
+  rng = np.random.default_rng(seed)
+  arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  tokens = rng.integers(VOCABULARY, size=(ROWS, TOKENS)).astype(np.int32)
+  mask = np.ones((ROWS, TOKENS), bool)
+  mask[0, 4] = False
+  batch = Batch(tokens, mask, np.ones((ROWS, TOKENS), np.int32), None)
+  anchors, keep = np.array([[0, 1, 2, 5, 0], [0, 3, 4, 6, 7]], np.int32), np.ones((ROWS, ANCHORS), bool)
+  keep[0, -1] = False
+  return arrays, jax.tree.map(np.asarray, jax.jit(blocks_at, static_argnums=3)(batch, anchors, keep, BLOCK))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "words"), compiler_options=QUICK)
+def loss_and_grad(arrays, blocks, config, words=None):
+  """((loss, metrics), gradient with respect to every array of `example`)."""
+  def loss(a):
+    drafter = Head(None, a["w2"], None if words is None else jnp.array(words, jnp.int32))
+    outputs = DraftOutputs(a["hidden"], a["latent"], a["confidence"])
+    return draft_loss(drafter, Head(a["head"]), outputs, blocks=blocks, target_hidden=a["target_hidden"],
+                      config=config)
+  return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+def assert_same(a, b, **tolerance):
+  tolerance = {"rtol": 1e-5, "atol": 1e-6} | tolerance
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def brute_force(arrays, blocks, config, words=None):
+  """The loss as printed, slot by slot in float64; TV as twice the mass that q and p do not share."""
+  a = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
+  columns = list(range(VOCABULARY) if words is None else words)
+  softmax = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+  sums = np.zeros((3, 2))
+  for b, n, k in zip(*np.nonzero(np.asarray(blocks.supervised))):
+    q = np.zeros(VOCABULARY)
+    q[columns] = softmax(a["head"][columns] @ a["hidden"][b, n, k] + a["w2"] @ a["latent"][b, n, k])
+    p = softmax(a["head"] @ a["target_hidden"][b, int(blocks.anchors[b, n]) + k])
+    tv, w, label = 2 * (1 - np.minimum(p, q).sum()), np.exp(-k / config.decay), int(blocks.labels[b, n, k])
+    c, goal = 1 / (1 + np.exp(-a["confidence"][b, n, k])), 1 - tv / 2
+    bce = -goal * np.log(c) - (1 - goal) * np.log(1 - c)
+    for term, value in enumerate((-np.log(q[label]) if label in columns else None, tv, bce)):
+      sums[term] += (0, 0) if value is None else (w * value, w)
+  return np.dot((config.ce, config.tv, config.confidence), sums[:, 0] / (sums[:, 1] + 1e-6))
+
+
+@pytest.mark.parametrize("words", (None, WORDS))
+def test_loss_is_the_formula(words):
+  """Kills a teacher renormalised over the draft words, CE on labels outside them, TV without p's rest."""
+  arrays, blocks = example(words)
+  assert not np.all(np.isin(blocks.labels, WORDS)) and np.any(np.isin(blocks.labels, WORDS))
+  (loss, metrics), _ = loss_and_grad(arrays, blocks, LossConfig(chunk=7), words)
+  np.testing.assert_allclose(loss, brute_force(arrays, blocks, LossConfig(), words), rtol=1e-5)
+  weight = np.exp(-np.nonzero(blocks.supervised)[2] / 4).sum()
+  np.testing.assert_allclose(metrics["tv"].weight, weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("words", (None, WORDS))
+def test_chunks_change_nothing(words):
+  """Kills chunks that drop the last slots, count the padding, or lose gradient of the shared projection."""
+  arrays, blocks = example(words)
+  whole = loss_and_grad(arrays, blocks, LossConfig(), words)
+  assert_same(loss_and_grad(arrays, blocks, LossConfig(chunk=7), words), whole)
+
+
+def test_all_words_are_the_full_vocabulary():
+  """Kills a second formula for the reduced vocabulary: the normaliser per position must be the softmax's."""
+  arrays, blocks = example()
+  full = loss_and_grad(arrays, blocks, LossConfig(chunk=7))
+  assert_same(loss_and_grad(arrays, blocks, LossConfig(chunk=7), tuple(range(VOCABULARY))), full)
+
+
+def test_dummy_and_unsupervised_slots_count_for_nothing():
+  """Kills a mean over all slots and a mask that is applied to the loss but not to a metric."""
+  arrays, blocks = example()
+  config, off = LossConfig(chunk=7), ~blocks.supervised
+  (loss, metrics), grads = loss_and_grad(arrays, blocks, config)
+  noise = {name: arrays[name] + 9 * off.reshape(off.shape + (1,) * (arrays[name].ndim - 3)).astype(np.float32)
+           for name in ("hidden", "latent", "confidence")}
+  relabelled = blocks.replace(labels=np.where(off, 0, blocks.labels))
+  assert_same(loss_and_grad(arrays | noise, relabelled, config)[0], (loss, metrics))
+  for name in noise:
+    assert not np.any(np.asarray(grads[name])[off]), name
+    assert np.all(np.any(np.asarray(grads[name])[~off].reshape((~off).sum(), -1), axis=-1)), name
+  nothing = blocks.replace(supervised=np.zeros_like(blocks.supervised))
+  (loss, metrics), grads = loss_and_grad(arrays, nothing, config)
+  assert loss == 0 and not any(np.any(g) for g in grads.values())
+  empty = [m for name, m in metrics.items() if "slots" not in name]
+  assert not any(np.any(m.weight) for m in empty) and all(np.all(np.isnan(mean(m))) for m in empty)
+
+
+def test_only_the_drafter_learns():
+  """Kills a teacher that is pulled to the draft, and a confidence target that the draft learns from."""
+  arrays, blocks = example(WORDS)
+  grads = loss_and_grad(arrays, blocks, LossConfig(chunk=7), WORDS)[1]
+  assert not np.any(grads["target_hidden"])
+  grads = loss_and_grad(arrays, blocks, LossConfig(0.0, 0.0, 1.0, chunk=7), WORDS)[1]
+  assert not np.any(grads["hidden"]) and not np.any(grads["w2"]) and np.any(grads["confidence"])
+
+
+def test_parts_of_a_batch_add_up():
+  """Kills a mean of microbatch means: the first row has fewer supervised slots than the second."""
+  arrays, blocks = example(WORDS)
+  config, drafter = LossConfig(chunk=7), Head(None, arrays["w2"], jnp.array(WORDS, jnp.int32))
+  weights = term_weights(drafter, blocks, config)
+  (loss, metrics), _ = loss_and_grad(arrays, blocks, config, WORDS)
+  assert_same(weights, {name: metrics[name].weight for name in weights})
+
+  def part(row):
+    outputs = DraftOutputs(*(arrays[name][row] for name in ("hidden", "latent", "confidence")))
+    return draft_loss(drafter, Head(arrays["head"]), outputs, blocks=jax.tree.map(lambda x: x[row], blocks),
+                      target_hidden=arrays["target_hidden"][row], config=config, weights=weights)
+
+  one, two = jax.jit(lambda: (part(slice(0, 1)), part(slice(1, 2))), compiler_options=QUICK)()
+  assert blocks.supervised[0].sum() < blocks.supervised[1].sum()
+  assert_same(add(one, two), (loss, metrics))
+
+
+def test_softmaxes_are_float32_under_bfloat16():
+  """Kills softmaxes in the compute dtype: TV in bfloat16 has gradients that are 6 to 31 % off."""
+  arrays, blocks = example()
+  low = {name: x if name == "confidence" else x.astype(jnp.bfloat16) for name, x in arrays.items()}
+  exact = {name: x.astype(np.float32) for name, x in low.items()}
+  (loss, metrics), grads = loss_and_grad(low, blocks, LossConfig(chunk=7))
+  (wanted, wanted_metrics), wanted_grads = loss_and_grad(exact, blocks, LossConfig(chunk=7))
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((loss, metrics)))
+  np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+  assert_same(metrics, wanted_metrics, rtol=1e-4)
+  for name in ("hidden", "latent", "w2"):
+    wanted = wanted_grads[name]
+    error = np.linalg.norm(np.asarray(grads[name]).astype(np.float32) - wanted) / np.linalg.norm(wanted)
+    assert error < 0.01, (name, error)  # the gradient itself is rounded to bfloat16
