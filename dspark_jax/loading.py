@@ -95,7 +95,7 @@ def _read_drafter(path: Path, target: Target, dtype=None):
 def _read_ours(path, target):
   sidecar, tensors = state.read_drafter(path)
   kind = sidecar["drafter"]
-  if kind not in DRAFTERS:
+  if kind not in list(DRAFTERS):  # a list: what a damaged file holds may not be hashable
     raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
                      f"load it with the version that wrote it")
   config = from_json(DrafterConfig, sidecar["config"], f"{path / 'drafter.json'}, config")

@@ -110,4 +110,7 @@ def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array], me
   """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all."""
   with new_folder(folder, {"config.json", "model.safetensors"}) as new:
     (new / "config.json").write_bytes(config.encode())
-    save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata=metadata)
+    try:
+      save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata=metadata)
+    except SafetensorError as error:
+      raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error

@@ -25,7 +25,10 @@ def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> 
   """Writes a drafter folder; it appears whole or not at all."""
   with new_folder(folder, {"drafter.json", "weights"}) as new:
     # As host arrays: a stored device layout would have to exist on the machine that loads them.
-    ocp.save((new / "weights").absolute(), jax.device_get(weights))
+    try:
+      ocp.save((new / "weights").absolute(), jax.device_get(weights))
+    except Exception as error:  # Orbax has no common error; what is left to fail is the disk
+      raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
     (new / "drafter.json").write_text(json.dumps({"format": FORMAT, **sidecar}, indent=2) + "\n")
 
 

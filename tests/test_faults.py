@@ -1,0 +1,450 @@
+"""Bad input gets one sentence that says what, got, expected and remedy; and nothing is lost or half-written."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import dspark_jax
+from dspark_jax.checkpoints import atomic, hf, state
+from dspark_jax.config import to_json
+from dspark_jax.data import chat
+from dspark_jax.loading import target_id
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, files, fresh_drafter, qwen3, sharded,
+                     words)
+
+ROOT = Path(dspark_jax.__file__).parents[1]
+
+
+@contextlib.contextmanager
+def complains(*parts: str, error=ValueError):
+  """The block raises one line of text with all these parts in it."""
+  with pytest.raises(error) as caught:
+    yield
+  text = str(caught.value)
+  assert "\n" not in text and len(text) > 20
+  for part in parts:
+    assert part in text, f"{part!r} is not in {text!r}"
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+  path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+
+
+# Weight files
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_truncated_weights(share, tmp_path):
+  """Kills: zeros or garbage for the part of a download that never came; a traceback of the library below."""
+  for load, source in ((dspark_jax.load_target, QWEN3), (lambda p: dspark_jax.load_drafter(p, qwen3()), DSPARK)):
+    folder = copied(source, tmp_path / source.name)
+    cut(folder / "model.safetensors", share)
+    with complains("model.safetensors cannot be read", "download it again"):
+      load(folder)
+
+
+def test_missing_weights(tmp_path):
+  """Kills: a model of random weights where there were none to load."""
+  shutil.copy(QWEN3 / "config.json", tmp_path)
+  with complains("weight file model.safetensors is missing", "download it again"):
+    dspark_jax.load_target(tmp_path)
+  with complains("config.json is missing"):
+    dspark_jax.load_target(tmp_path.parent)
+
+
+def test_shards_at_fault(tmp_path):
+  """Kills: going on with the shards that are there; trusting the index over the files."""
+  folder = sharded(QWEN3, tmp_path / "a")
+  (folder / "model-00002-of-00003.safetensors").unlink()
+  (folder / "model-00003-of-00003.safetensors").unlink()
+  with complains("model-00002-of-00003.safetensors is missing", "model-00003-of-00003.safetensors is missing"):
+    dspark_jax.load_target(folder)
+  folder = sharded(QWEN3, tmp_path / "b")
+  cut(folder / "model-00002-of-00003.safetensors")
+  with complains("model-00002-of-00003.safetensors cannot be read"):
+    dspark_jax.load_target(folder)
+  index = sharded(QWEN3, tmp_path / "c") / "model.safetensors.index.json"
+  table = json.loads(index.read_text())
+  table["weight_map"]["lm_head.weight"] = "model-00002-of-00003.safetensors"
+  index.write_text(json.dumps(table))
+  with complains("lm_head.weight is listed in the index but not in model-00002"):
+    dspark_jax.load_target(index.parent)
+  for broken in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight'):
+    index.write_text(broken)
+    with complains("model.safetensors.index.json"):
+      dspark_jax.load_target(index.parent)
+
+
+def test_truncated_gguf(tmp_path):
+  """Kills: reading past the end of a file, or calling a missing file damaged."""
+  with open(chat.smollm2_path(), "rb") as whole:
+    (tmp_path / "cut.gguf").write_bytes(whole.read(3_000_000))
+  with complains("cut.gguf is a damaged GGUF file", "download it again"):
+    dspark_jax.load_target(tmp_path / "cut.gguf")
+  (tmp_path / "other.gguf").write_bytes(b"PK\x03\x04 and so on")
+  with complains("give the path of a .gguf file"):
+    dspark_jax.load_target(tmp_path / "other.gguf")
+  with complains("nothing.gguf does not exist", "expected a GGUF file"):
+    dspark_jax.load_target(tmp_path / "nothing.gguf")
+
+
+def spoiled(prefix: str):
+  """A function that removes two tensors, adds two, misshapes one and makes integers of another."""
+  def spoil(tensors):
+    layer = f"{prefix}layers.0."
+    del tensors[layer + "mlp.up_proj.weight"], tensors[f"{prefix}norm.weight"]
+    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"].T
+    tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.gate_proj.weight"].astype(jnp.int8)
+    return tensors | {"extra.weight": jnp.ones(3), layer + "self_attn.q_proj.bias": jnp.ones(3)}
+  return spoil
+
+
+@pytest.mark.parametrize("kind", ["target", "deepspec", "ours"])
+def test_every_tensor_at_fault_is_listed(kind, tmp_path):
+  """Kills: one error per attempt; an unknown tensor dropped; a wrong shape broadcast; int8 weights taken as numbers."""
+  prefix = "model." if kind == "target" else ""
+  parts = [f"tensor {prefix}layers.0.mlp.up_proj.weight is missing", f"tensor {prefix}norm.weight is missing",
+           "tensor extra.weight is not part of this model", f"{prefix}layers.0.self_attn.q_proj.bias is not part",
+           f"{prefix}layers.0.self_attn.q_proj.weight is float32[48, 64], expected floating point [64, 48]",
+           f"{prefix}layers.0.mlp.gate_proj.weight is int8[96, 48]"]
+  if kind == "target":
+    with complains(*parts):
+      dspark_jax.load_target(copied(QWEN3, tmp_path / "t", tensors=spoiled(prefix)))
+  elif kind == "deepspec":
+    drop = lambda tensors: {k: v for k, v in spoiled("")(tensors).items() if k != "lm_head.weight"}
+    with complains(*parts, "tensor lm_head.weight is missing"):
+      dspark_jax.load_drafter(copied(DSPARK, tmp_path / "d", tensors=drop), qwen3())
+  else:
+    drafter = fresh_drafter()
+    weights = spoiled("")({name: v[...] for name, v in hf.names(drafter).items()})
+    save_ours(tmp_path / "o", drafter, weights=weights)
+    with complains(*parts):
+      dspark_jax.load_drafter(tmp_path / "o", qwen3())
+
+
+# Configurations
+
+
+def test_rope_theta_has_no_default(tmp_path):
+  """Kills: rope theta 10000 in silence: the model talks, and is wrong."""
+  drop = lambda config: {k: v for k, v in config.items() if k != "rope_parameters"}
+  with complains("no rope theta: expected rope_parameters.rope_theta or rope_theta"):
+    dspark_jax.load_target(copied(QWEN3, tmp_path / "t", config=drop))
+  with complains("no rope theta"):
+    dspark_jax.load_drafter(copied(DSPARK, tmp_path / "d", config=drop), qwen3())
+
+
+def test_all_problems_of_a_config_at_once(tmp_path):
+  """Kills: fixing a config one error at a time; a config that is no object."""
+  drop = ("hidden_size", "vocab_size", "rope_parameters")
+  with complains("'hidden_size' is missing", "'vocab_size' is missing", "no rope theta", "attention_bias is true"):
+    dspark_jax.load_target(copied(LLAMA, tmp_path / "t", config=lambda c: {
+        k: v for k, v in c.items() if k not in drop} | {"attention_bias": True}))
+  folder = copied(LLAMA, tmp_path / "u")
+  for text in ("[]", "{", "", '"llama"'):
+    (folder / "config.json").write_text(text)
+    with complains("config.json"):
+      dspark_jax.load_target(folder)
+
+
+def test_other_families(tmp_path):
+  """Kills: running Gemma weights through Llama's block because the names agree; a KeyError for a new family."""
+  with complains("family 'gemma4_text'", "supported are llama, qwen3", error=NotImplementedError):
+    dspark_jax.load_target(copied(LLAMA, tmp_path / "t", config=lambda c: c | {"model_type": "gemma4_text"}))
+  for name in ("Gemma4DSparkModel", "Qwen3Eagle3Model", None):
+    folder = copied(DSPARK, tmp_path / f"d{name}", config=lambda c: c | {"architectures": [name] if name else None})
+    with complains("is not supported", "Qwen3DSparkModel", error=NotImplementedError):
+      dspark_jax.load_drafter(folder, qwen3())
+
+
+@pytest.mark.parametrize("taps, word", [((0, 5), "taps [5]"), ((0, 6, -2), "taps [6, -2]"), ((), "taps are empty")])
+def test_taps(taps, word, tmp_path):
+  """Kills: a tap that is never written, and the last layer, whose stored output is normed in one dialect only."""
+  with complains(word):
+    fresh_drafter(taps=taps)
+  with complains(word):
+    dspark_jax.load_drafter(copied(DSPARK, tmp_path / "d", config=lambda c: c | {"target_layer_ids": list(taps)}),
+                            qwen3())
+
+
+def test_all_problems_of_a_drafter_at_once():
+  """Kills: impossible settings that surface as shapes deep in a step, or not at all."""
+  with complains("taps [9]", "markov_head is 'lstm'", "confidence is 'both'", "block_size is 0", "mask_token_id is 131",
+                 "draft_vocab_size is 500"):
+    fresh_drafter(taps=(9,), markov_head="lstm", confidence="both", block_size=0, mask_token_id=131,
+                  draft_vocab_size=500)
+  with complains("markov_rank is 0: use 'hidden' or 'none'"):
+    fresh_drafter(markov_rank=0)
+
+
+# Drafters of other targets
+
+
+def test_other_width():
+  """Kills: shape errors from inside a matrix product."""
+  with complains("width is 64, the target's is 48", "vocabulary is 257, the target's is 131", "made for another target"):
+    dspark_jax.load_drafter(GOLDEN / "drafter_dspark_qwen3_vanilla", qwen3())
+
+
+def test_same_width_other_weights(tmp_path):
+  """Kills: a drafter that fits by shape, and accepts nothing because it learned from another model."""
+  with complains("embed_tokens.weight [131, 48] is not the target's", "lm_head.weight [131, 48] is not the target's"):
+    dspark_jax.load_drafter(GOLDEN / "drafter_dspark_qwen3_gated", qwen3())
+  dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(), qwen3())
+  double = lambda tensors: tensors | {"model.embed_tokens.weight": 2 * tensors["model.embed_tokens.weight"]}
+  for name, change in (("w", dict(tensors=double)), ("c", dict(config=lambda c: c | {"rms_norm_eps": 1e-5}))):
+    other = dspark_jax.load_target(copied(QWEN3, tmp_path / name, **change))
+    with complains(f"made for target {target_id(qwen3())}, this target is {target_id(other)}", "load the target it was"):
+      dspark_jax.load_drafter(tmp_path / "ours", other)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("prompts, settings, parts", [
+    ([[]], {}, ["prompt 0 is empty", "expected at least one token"]),
+    ([], {}, ["there are no prompts"]),
+    ([[1], [2, 131]], {}, ["prompt 1 has token ids 2..131", "0..130"]),
+    ([[-1]], {}, ["token ids -1..-1"]),
+    ([[1] * 500], {}, ["500 tokens and 64 new ones do not fit the target's 512 positions", "shorten the prompt"]),
+    ([[1]], {"max_new_tokens": 0}, ["max_new_tokens is 0"]),
+    ([[1]], {"temperature": -1.0}, ["temperature"]),
+    ([[1]], {"temperature": float("nan")}, ["temperature"]),
+    ([[1]], {"temperature": 1.0, "top_p": 0.0}, ["top_p"]),
+    ([[1]], {"temperature": 1.0, "top_k": -1}, ["top_k"])])
+def test_prompts_and_settings(prompts, settings, parts):
+  """Kills: a clipped token id, positions past the table, 0/0 in the sampler: text that looks fine."""
+  with complains(*parts):
+    dspark_jax.generate(qwen3(), None, prompts, **{"max_new_tokens": 64, **settings})
+
+
+@pytest.mark.parametrize("whose, temperature", [("target", 0.0), ("drafter", 1.0)])
+def test_nan_logits(whose, temperature):
+  """Kills: argmax of NaN, which is token 0 every time: drafts all accepted, and nonsense out."""
+  target, drafter = dspark_jax.load_target(QWEN3, scanned=True), dspark_jax.load_drafter(DSPARK, qwen3())
+  broken = target if whose == "target" else drafter
+  broken.norm.weight.set_value(broken.norm.weight[...].at[3].set(jnp.nan))
+  with complains("NaN logits in rows [0, 1]", "weights are broken, or the dtype overflows"):
+    dspark_jax.generate(target, drafter, [[1, 2], [3]], max_new_tokens=8, temperature=temperature)
+
+
+# Our own folder
+
+
+def save_ours(folder, drafter, *, sidecar=None, weights=None) -> None:
+  """A drafter folder written whole, with a sidecar and weights of the test's choice."""
+  whole = {"drafter": "dspark", "config": to_json(drafter.config), "target": target_id(qwen3()), "imported": None}
+  stored = {name: v[...] for name, v in hf.names(drafter).items()}
+  stored |= {} if drafter.words is None else {"draft_words": drafter.words}
+  state.save_drafter(Path(folder), sidecar(whole) if sidecar else whole, weights or stored)
+
+
+@pytest.mark.parametrize("change, parts", [
+    (lambda s: s | {"format": 2}, ["has format 2, this version reads 1"]),
+    (lambda s: s | {"drafter": "medusa"}, ["names the drafter 'medusa', known are dspark"]),
+    (lambda s: s | {"drafter": ["dspark"]}, ["names the drafter ['dspark']"]),
+    (lambda s: {k: v for k, v in s.items() if k != "target"}, ["key 'target' is missing"]),
+    (lambda s: s | {"config": [1]}, ["expected an object"]),
+    (lambda s: s | {"config": s["config"] | {"depth": 3, "taps": None, "block_size": "7"}}, ["unknown key 'depth'"]),
+    (lambda s: s | {"config": {k: v for k, v in s["config"].items() if k != "taps"}}, ["key 'taps' is missing"]),
+    (lambda s: s | {"config": s["config"] | {"taps": None, "block_size": "7"}}, ["'taps' is None", "'block_size' is '7'"]),
+    (lambda s: s | {"config": s["config"] | {"spec": {"hidden_size": 48}}}, ["key 'num_heads' is missing"]),
+    (lambda s: s | {"config": s["config"] | {"taps": [0, 5]}}, ["taps [5] are out of range"])])
+def test_sidecar_at_fault(change, parts, tmp_path):
+  """Kills: a newer format read as if it were ours; a misspelt key ignored; a KeyError for a damaged file."""
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())
+  file = tmp_path / "d" / "drafter.json"
+  file.write_text(json.dumps(change(json.loads(file.read_text()))))
+  with complains("drafter" if "taps [5]" in parts[0] else "drafter.json", *parts):
+    dspark_jax.load_drafter(tmp_path / "d", qwen3())
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1'])
+def test_sidecar_is_not_json(text, tmp_path):
+  """Kills: a traceback of the JSON parser for a file that was cut."""
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())
+  (tmp_path / "d" / "drafter.json").write_bytes(text)
+  with complains("drafter.json"):
+    dspark_jax.load_drafter(tmp_path / "d", qwen3())
+
+
+def test_weights_at_fault(tmp_path):
+  """Kills: Orbax's page of context for a folder that was half copied; zeros for chunks that are not there."""
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())
+  biggest = max((p for p in (tmp_path / "d" / "weights").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  shutil.copytree(tmp_path / "d", tmp_path / "cut")
+  cut(tmp_path / "cut" / biggest.relative_to(tmp_path / "d"))
+  shutil.copytree(tmp_path / "d", tmp_path / "lost")
+  (tmp_path / "lost" / biggest.relative_to(tmp_path / "d")).unlink()
+  shutil.copytree(tmp_path / "d", tmp_path / "none")
+  shutil.rmtree(tmp_path / "none" / "weights")
+  for name in ("cut", "lost", "none"):
+    with complains("weights cannot be read", "save the drafter again"):
+      dspark_jax.load_drafter(tmp_path / name, qwen3())
+  with complains("nothing does not exist: expected a folder with drafter.json"):
+    dspark_jax.load_drafter(tmp_path / "nothing", qwen3())
+  with complains("is no drafter: expected a folder with drafter.json"):
+    dspark_jax.load_drafter(tmp_path, qwen3())
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda w: None, "draft_words is missing"), (lambda w: w[:-1], "draft_words is [4], expected [5]"),
+    (lambda w: w[::-1], "must be ascending"), (lambda w: w.at[1].set(0), "must be ascending"),
+    (lambda w: w - 1, "must be ascending token ids below 131"), (lambda w: w + 3, "below 131")])
+def test_draft_words_at_fault(change, part, tmp_path):
+  """Kills: drafts mapped to other tokens: nothing is accepted, or a token twice as likely as the sampler thinks."""
+  drafter = fresh_drafter(words=words())
+  new = change(words())
+  weights = {n: v[...] for n, v in hf.names(drafter).items()} | ({} if new is None else {"draft_words": new})
+  save_ours(tmp_path / "d", drafter, weights=weights)
+  with complains(part):
+    dspark_jax.load_drafter(tmp_path / "d", qwen3())
+
+
+# Saving
+
+
+def leftovers(folder: Path) -> list[str]:
+  return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+@contextlib.contextmanager
+def small_disk(size: int):
+  """No file of this process may grow over `size` bytes: what a full disk does, seen from a program."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, old)
+
+
+@pytest.mark.parametrize("what", ["ours", "deepspec"])
+def test_full_disk(what, tmp_path):
+  """Kills: writing over the only good copy; half a folder that looks whole; scratch that eats the rest of the disk."""
+  drafters = [fresh_drafter(seed=seed) for seed in range(3)]
+  for seed, drafter in enumerate(drafters):
+    dspark_jax.save_drafter(tmp_path / f"source{seed}", drafter, qwen3())
+  def write(seed):
+    if what == "ours":
+      dspark_jax.save_drafter(tmp_path / "d", drafters[seed], qwen3())
+    else:
+      dspark_jax.export_drafter(tmp_path / f"source{seed}", tmp_path / "d", qwen3())
+  write(0)
+  before = files(tmp_path / "d")
+  with small_disk(10_000), complains("d cannot be written", "free some space", error=OSError):
+    write(1)
+  assert files(tmp_path / "d") == before and leftovers(tmp_path) == []
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), drafters[0])
+  write(2)
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), drafters[2])
+  assert leftovers(tmp_path) == []
+
+
+def test_full_disk_at_the_last_file(tmp_path, monkeypatch):
+  """Kills: a folder taken into place before its last file is written."""
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=0), qwen3())
+  before = files(tmp_path / "d")
+  def full(path, text, **_):
+    path.write_bytes(text.encode()[:10])
+    raise OSError(errno.ENOSPC, "No space left on device")
+  monkeypatch.setattr(Path, "write_text", full)
+  with pytest.raises(OSError, match="No space left"):
+    dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=1), qwen3())
+  assert files(tmp_path / "d") == before and leftovers(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import dspark_jax
+from folders import fresh_drafter, qwen3
+def die(*_, **__):
+  os.kill(os.getpid(), signal.SIGKILL)
+Path.write_text = die  # drafter.json comes last
+dspark_jax.save_drafter({folder!r}, fresh_drafter(seed=1), qwen3())
+"""
+KILLED_BETWEEN = """
+import importlib.util, os, signal
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("atomic", {atomic!r})
+atomic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(atomic)
+rename = Path.rename
+def once(path, to):
+  rename(path, to)
+  os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = once  # the old folder is aside, the new one not in place
+with atomic.new_folder(Path({folder!r}), {{"drafter.json", "weights"}}) as new:
+  (new / "drafter.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("where", ["writing", "between the renames"])
+def test_kill(where, tmp_path):
+  """Kills: no drafter at all after a kill; scratch folders that pile up; a next save that trips over them."""
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=0), qwen3())
+  code = (KILLED if where == "writing" else KILLED_BETWEEN).format(
+      root=str(ROOT), tests=str(ROOT / "tests"), atomic=atomic.__file__, folder=str(tmp_path / "d"))
+  out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)
+  assert out.returncode == -signal.SIGKILL, out.stderr.decode()
+  assert leftovers(tmp_path) != []
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), fresh_drafter(seed=0))
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=2), qwen3())
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), fresh_drafter(seed=2))
+  assert leftovers(tmp_path) == []
+
+
+def test_kill_then_save_without_loading(tmp_path):
+  """Kills: sweeping away the only copy, which a kill had left aside."""
+  (tmp_path / ".d.old").mkdir()
+  (tmp_path / ".d.old" / "drafter.json").write_text("old")
+  with pytest.raises(KeyError), atomic.new_folder(tmp_path / "d", {"drafter.json"}):
+    raise KeyError
+  assert files(tmp_path) == {"d/drafter.json": b"old"}
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path):
+  """Kills: `--destination ~`: a folder with other things in it moved aside and deleted."""
+  for name in ("mine", "file"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+  (tmp_path / "file").write_text("x")
+  with complains("mine holds thesis.tex, which would be lost", "choose another place"):
+    dspark_jax.save_drafter(tmp_path / "mine", fresh_drafter(), qwen3())
+  with complains("file is a file, expected a folder or nothing"):
+    dspark_jax.save_drafter(tmp_path / "file", fresh_drafter(), qwen3())
+  source = copied(DSPARK, tmp_path / "source")
+  before = files(source)
+  with complains("source holds config.json, model.safetensors, which would be lost"):
+    dspark_jax.import_drafter(source, source, qwen3())
+  assert files(source) == before and leftovers(tmp_path) == []
+  (tmp_path / "link").symlink_to(tmp_path / "real")
+  (tmp_path / "real").mkdir()
+  for _ in range(2):  # an empty folder, then ours; through a link
+    dspark_jax.save_drafter(tmp_path / "link", fresh_drafter(), qwen3())
+  assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "drafter.json").exists()
+
+
+def test_conversion_at_fault_leaves_the_destination(tmp_path):
+  """Kills: emptying the destination before the source was read."""
+  dspark_jax.import_drafter(DSPARK, tmp_path / "d", qwen3())
+  before = files(tmp_path / "d")
+  source = copied(DSPARK, tmp_path / "source", tensors=spoiled(""))
+  with pytest.raises(ValueError):
+    dspark_jax.import_drafter(source, tmp_path / "d", qwen3())
+  assert files(tmp_path / "d") == before
