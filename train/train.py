@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dspark_jax
@@ -35,7 +34,7 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters.backbone import init_from_target
 from dspark_jax.loading import locate_target
-from dspark_jax.training.step import StepConfig, init_state, train_step
+from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
 from train.config import TrainConfig, read_config
 
@@ -62,14 +61,15 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
   batch_of = lambda step: jax.device_put(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
-  state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 0)
+  state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 1000)
+  target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   with program.stderr.status("compiling the training step"):
     step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
     step = step.lower(state, target, batch_of(0)).compile()
   program.say(f"step: {program.memory_report(step)}")
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   run = open_run(config, packed, state, step, target, batch_of, resume=saved.latest is not None)
-  state = state.replace(total_steps=jnp.int32(run["total_steps"]))
+  state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
   if restored is not None:
     state = restored

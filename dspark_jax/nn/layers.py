@@ -17,27 +17,40 @@ from dspark_jax.types import Array
 SMALL_ROWS = 256
 
 
-def _weight_first(weight, x, dtype):
+def _weight_first(weight, x):
   rows = x.shape[0]
   x = jnp.pad(x, ((0, max(1 << (rows - 1).bit_length(), 4) - rows if rows <= 64 else 0), (0, 0)))
   # The barriers keep XLA from folding the transposes back into x @ weight.T, which is the slow order.
   x = jax.lax.optimization_barrier(x.T)
-  return jax.lax.optimization_barrier(jnp.matmul(weight, x, preferred_element_type=dtype)).T[:rows]
+  return jax.lax.optimization_barrier(jnp.matmul(weight, x, preferred_element_type=jnp.float32)).T[:rows]
 
 
-def _rows_first(weight, x, dtype):
-  return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+def _contract(a, b, a_axis, b_axis):
+  """Sum over one axis of each, accumulated in float32 whatever the inputs: bfloat16 in and out is slow on CPU."""
+  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product(weight, x):
+  """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
+  if 1 < x.shape[0] <= SMALL_ROWS:
+    return jax.lax.platform_dependent(weight, x, cpu=_weight_first, default=lambda w, x: _contract(x, w, 1, 1))
+  return _contract(x, weight, 1, 1)
+
+
+def _product_backward(saved, cotangent):
+  # Written out so that bfloat16 products stay bfloat16 products: JAX would multiply by a float32 cotangent.
+  weight, x = saved
+  cotangent = cotangent.astype(x.dtype)
+  return _contract(cotangent, x, 0, 0).astype(weight.dtype), _contract(cotangent, weight, 1, 0).astype(x.dtype)
+
+
+_product.defvjp(lambda weight, x: (_product(weight, x), (weight, x)), _product_backward)
 
 
 def linear(weight: Array, x: Array, dtype=None) -> Array:
-  """x @ weight.T: f[...,out], in `dtype` (default: x's). weight: f[out,in], x: f[...,in]."""
-  dtype = jnp.dtype(dtype or x.dtype)
-  rows = x.reshape(-1, x.shape[-1])
-  if 1 < rows.shape[0] <= SMALL_ROWS:
-    y = jax.lax.platform_dependent(weight, rows, cpu=lambda w, r: _weight_first(w, r, dtype),
-                                   default=lambda w, r: _rows_first(w, r, dtype))
-  else:
-    y = _rows_first(weight, rows, dtype)
+  """x @ weight.T: f[...,out], in `dtype` (default: x's). weight: f[out,in], x: f[...,in], of one dtype."""
+  y = _product(weight, x.reshape(-1, x.shape[-1])).astype(dtype or x.dtype)
   return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

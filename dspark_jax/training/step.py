@@ -41,7 +41,6 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
   """Everything static about a step."""
-  total_steps: int
   num_anchors: int = 512
   microbatches: int = 1  # the batch is processed in so many parts; the result is that of the whole batch
   compute_dtype: str = "bfloat16"
@@ -55,28 +54,34 @@ class TrainState:
   drafter: Drafter  # float32 masters
   opt_state: optax.OptState
   key: Array        # u32[2]  key data; step s draws its anchors from fold_in(key, s), resumed or not
+  span: Array       # i32[2]  warm-up and total steps; traced, so that a run may time its steps before it fixes them
 
 
-def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-  """The rate of update s from 0: linear, peak at s = W - 1, then a cosine to 0; W = int(warmup_ratio * steps).
+def span(config: OptimizerConfig, total_steps: int) -> Array:
+  """i32[2]: W = int(warmup_ratio * total_steps), and total_steps."""
+  return jnp.asarray([int(config.warmup_ratio * total_steps), total_steps], jnp.int32)
+
+
+def schedule(config: OptimizerConfig, span: Array) -> optax.Schedule:
+  """The rate of update s from 0: linear, peak at s = W - 1, then a cosine to 0 at the end of the span.
 
   cos(x) near pi cancels in float32 (optax's cosine is 7 % off on the last of 4000 steps): (1 + cos x) / 2 is
   written as sin^2((pi - x) / 2), where pi - x counts the remaining steps exactly.
   """
-  warmup = int(config.warmup_ratio * total_steps)
+  warmup, total = span.astype(jnp.float32)
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
-    left = jnp.maximum(total_steps - step, 0) / (total_steps - warmup)
-    shape = jnp.where(step < warmup, (step + 1) / max(warmup, 1), jnp.sin(jnp.pi / 2 * left) ** 2)
+    left = jnp.maximum(total - step, 0) / (total - warmup)
+    shape = jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), jnp.sin(jnp.pi / 2 * left) ** 2)
     return config.learning_rate * shape
 
   return rate
 
 
-def optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, span: Array) -> optax.GradientTransformation:
   """Clipping by the global norm, then AdamW or Muon, over a flat dictionary of parameters."""
-  rate, common = schedule(config, total_steps), dict(eps=config.eps, weight_decay=config.weight_decay)
+  rate, common = schedule(config, span), dict(eps=config.eps, weight_decay=config.weight_decay)
   if config.name == "adamw":
     step = optax.adamw(rate, b1=config.b1, b2=config.b2, **common)
   else:
@@ -105,12 +110,13 @@ def with_parameters(drafter: Drafter, params: dict[str, Array]) -> Drafter:
   return nnx.merge(graph, nnx.from_flat_state(flat), rest)
 
 
-def init_state(drafter: Drafter, config: StepConfig, seed: int) -> TrainState:
+def init_state(drafter: Drafter, config: StepConfig, seed: int, *, total_steps: int) -> TrainState:
   """The state before the first step. The drafter is copied: donating the state must not delete it."""
   dtype = lambda x: jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
   drafter = jax.tree.map(lambda x: jnp.array(x, dtype(x)), drafter)
-  opt_state = optimizer(config.optimizer, config.total_steps).init(parameters(drafter))
-  return TrainState(jnp.zeros((), jnp.int32), drafter, opt_state, jax.random.key_data(jax.random.key(seed)))
+  steps = span(config.optimizer, total_steps)
+  opt_state = optimizer(config.optimizer, steps).init(parameters(drafter))
+  return TrainState(jnp.zeros((), jnp.int32), drafter, opt_state, jax.random.key_data(jax.random.key(seed)), steps)
 
 
 def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepConfig,
@@ -124,13 +130,13 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
   blocks = sample_blocks(key, batch, config.num_anchors, state.drafter.block_size)
   params = parameters(state.drafter)
   loss, metrics, grads = gradients(state.drafter, params, target, batch, encoded, blocks, config)
-  transform = optimizer(config.optimizer, config.total_steps)
+  transform = optimizer(config.optimizer, state.span)
   with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python floats and int32 counters
     updates, opt_state = transform.update(grads, state.opt_state, params)
   drafter = with_parameters(state.drafter, optax.apply_updates(params, updates))
   rows = jnp.ones(batch.tokens.shape[0])
-  metrics |= {"loss": once(loss), "grad_norm": once(optax.global_norm(grads)),
-              "learning_rate": once(schedule(config.optimizer, config.total_steps)(state.step)),
+  metrics |= {"loss": once(loss), "grad_norm": once(optax.tree.norm(grads)),
+              "learning_rate": once(schedule(config.optimizer, state.span)(state.step)),
               "candidates": weighted(candidates(batch).sum(1).astype(jnp.float32), rows),
               "blocks": weighted(blocks.keep.sum(1).astype(jnp.float32), rows)}
   return state.replace(step=state.step + 1, drafter=drafter, opt_state=opt_state), metrics
