@@ -110,11 +110,14 @@ def _messages(line, where):
     record = json.loads(line)
   except json.JSONDecodeError as error:
     raise ValueError(f"{where} is not JSON ({error.msg}): expected one object per line") from error
-  if isinstance(record, dict) and isinstance(record.get("prompt"), str) and record["prompt"].strip():
+  record = record if isinstance(record, dict) else {}
+  if isinstance(record.get("prompt"), str) and record["prompt"].strip():
     return [{"role": "user", "content": record["prompt"]}]
-  if isinstance(record, dict) and isinstance(record.get("messages"), list) and record["messages"]:
+  texts = [[m.get("role"), m.get("content")] if isinstance(m, dict) else [None] for m in record.get("messages") or []]
+  if texts and all(isinstance(text, str) for pair in texts for text in pair):
     return record["messages"]
-  raise ValueError(f'{where} has no prompt: expected {{"prompt": TEXT}} or {{"messages": [...]}} with some text in it')
+  raise ValueError(f'{where} has no prompt: expected {{"prompt": TEXT}} or {{"messages": [{{"role": TEXT, "content": '
+                   f'TEXT}}, ...]}}, with some text in it')
 
 
 if __name__ == "__main__":

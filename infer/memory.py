@@ -4,7 +4,7 @@ When to use it: to see that a training step or the decode loop fits before a pod
 `tpu-compiler`; nothing is run and no weights exist.
 
     python -m infer.memory
-    python -m infer.memory --topology v5p:2x2x1 --tokens 8192
+    python -m infer.memory --topology v6e:2x2 --rows 8
 
 The last line of stdout is a JSON object: per program the GB of arguments, outputs that are not donated arguments, and
 temporaries; for decoding also the GB of weights and caches.
@@ -41,7 +41,7 @@ DRAFTER = DrafterConfig(SPEC, 5, 151_936, 36, (1, 9, 17, 25, 33), 151_669)
 
 @dataclasses.dataclass
 class Settings:
-  topology: str = "v5e:2x2"
+  topology: str = "v5p:2x2x1"
   """any that libtpu knows; one of its devices is compiled for"""
   tokens: int = 4096
   """tokens of the training sequence"""
