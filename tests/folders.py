@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 from safetensors.flax import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dspark_jax
-from dspark_jax.config import TargetConfig
 from dspark_jax.checkpoints import dialects, hf
+from dspark_jax.config import TargetConfig
+from dspark_jax.data import chat
 from dspark_jax.targets.decoder import Decoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,6 +27,11 @@ DSPARK = GOLDEN / "generate_dspark_qwen3"
 @functools.cache
 def qwen3():
   return dspark_jax.load_target(QWEN3, scanned=False)
+
+
+@functools.cache
+def llama():
+  return dspark_jax.load_target(LLAMA, scanned=False)
 
 
 @functools.cache
@@ -91,3 +98,19 @@ def fresh_drafter(words=None, seed: int = 0, **settings):
 
 def words() -> jnp.ndarray:
   return jnp.asarray([0, 3, 4, 50, 128], jnp.int32)
+
+
+CHATML = """{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}\
+{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
+
+
+def with_tokenizer(source: Path, folder: Path) -> Path:
+  """A copy of a target with a tokenizer of one word per token: w4, w5, ..."""
+  shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.npz", "meta.json"))
+  special = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
+  vocabulary = special + [f"w{i}" for i in range(len(special), 130)]
+  backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>"))
+  backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  chat.fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML,
+                        additional_special_tokens=special[1:3]).save_pretrained(folder)
+  return folder

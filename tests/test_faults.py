@@ -1,6 +1,7 @@
 """Bad input gets one sentence that says what, got, expected and remedy; and nothing is lost or half-written."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -12,13 +13,16 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 import dspark_jax
 from dspark_jax.checkpoints import atomic, hf, state
 from dspark_jax.config import to_json
 from dspark_jax.data import chat
 from dspark_jax.loading import target_id
+from dspark_jax.targets.decoder import Decoder
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, files, fresh_drafter, qwen3, sharded,
                      words)
 
@@ -231,7 +235,9 @@ def test_prompts_and_settings(prompts, settings, parts):
 @pytest.mark.parametrize("whose, temperature", [("target", 0.0), ("drafter", 1.0)])
 def test_nan_logits(whose, temperature):
   """Kills: argmax of NaN, which is token 0 every time: drafts all accepted, and nonsense out."""
-  target, drafter = dspark_jax.load_target(QWEN3, scanned=True), dspark_jax.load_drafter(DSPARK, qwen3())
+  config = dataclasses.replace(qwen3().config, num_layers=2)
+  target = Decoder(config, rngs=nnx.Rngs(0))
+  drafter = fresh_drafter(num_target_layers=2, taps=(0,), block_size=2)
   broken = target if whose == "target" else drafter
   broken.norm.weight.set_value(broken.norm.weight[...].at[3].set(jnp.nan))
   with complains("NaN logits in rows [0, 1]", "weights are broken, or the dtype overflows"):
@@ -448,3 +454,31 @@ def test_conversion_at_fault_leaves_the_destination(tmp_path):
   with pytest.raises(ValueError):
     dspark_jax.import_drafter(source, tmp_path / "d", qwen3())
   assert files(tmp_path / "d") == before
+
+
+# Training states
+
+
+def test_training_state_comes_back(tmp_path):
+  """Kills: a state that can be saved but not read, comes back in another order, or from a damaged step in silence."""
+  drafter = fresh_drafter(num_layers=2, words=words())
+  tree = {"drafter": drafter, "moments": ({"layers.0.a": jnp.ones(3)}, jnp.int32(7)), "none": None}
+  saved = state.checkpointer(tmp_path / "steps", every=2)
+  assert state.restore(saved, tree) is None
+  for step in range(1, 8):
+    saved.save_checkpointables(step, {"state": tree | {"moments": ({"layers.0.a": jnp.full(3, step / 8)},
+                                                                   jnp.int32(step))}}, force=step == 7)
+  saved.close()
+  assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["6", "7"]
+  saved = state.checkpointer(tmp_path / "steps", every=2)
+  back = state.restore(saved, tree)
+  assert_same_weights(back["drafter"], drafter)
+  np.testing.assert_array_equal(back["drafter"].words, words())
+  assert int(back["moments"][1]) == 7 and back["none"] is None
+  np.testing.assert_array_equal(back["moments"][0]["layers.0.a"], np.full(3, 7 / 8, np.float32))
+  biggest = max((p for p in (tmp_path / "steps" / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  cut(biggest)
+  with complains("the state of step 7 cannot be restored", "delete that step's folder"):
+    state.restore(saved, tree)
+  with complains("save_every is 0, expected at least 1"):
+    state.checkpointer(tmp_path / "other", every=0)

@@ -49,17 +49,36 @@ def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   return sidecar, weights
 
 
-def checkpointer(folder: Path, every: int, keep: int = 2) -> ocp.training.Checkpointer:
+class Checkpointer(ocp.training.Checkpointer):
+  """Orbax's, with every tree stored flat, by path: it cannot read back the mixed keys of a list of modules."""
+
+  def save_checkpointables(self, step, checkpointables, **options):
+    return super().save_checkpointables(step, {k: _flat(tree) for k, tree in checkpointables.items()}, **options)
+
+
+def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:
   """Saves a training state every `every` steps and when asked (`force`), keeping the newest `keep`."""
+  if every < 1:
+    raise ValueError(f"save_every is {every}, expected at least 1")
   Path(folder).mkdir(parents=True, exist_ok=True)
-  return ocp.training.Checkpointer(
+  return Checkpointer(
       Path(folder).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
       preservation_policy=ocp.training.preservation_policies.LatestN(keep))
 
 
-def restore(checkpoints: ocp.training.Checkpointer, state):
+def restore(checkpoints: Checkpointer, state):
   """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved."""
   if checkpoints.latest is None:
     return None
-  return checkpoints.load_checkpointables(checkpoints.latest.step, {"state": state})["state"]
+  step = checkpoints.latest.step
+  try:
+    leaves = checkpoints.load_checkpointables(step, {"state": _flat(state)})["state"]
+  except Exception as error:  # Orbax has no common error, and its texts print the whole state
+    raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}): it is damaged or of another "
+                     f"version; delete that step's folder to go on from the one before") from error
+  return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in _flat(state)])
+
+
+def _flat(tree):
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
@@ -138,7 +139,10 @@ def encode(tokenizer, messages: Messages, text: str, variables: dict) -> tuple[l
 
 
 def render(tokenizer, messages: Messages, **variables) -> str:
-  return tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+  try:
+    return tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+  except jinja2.TemplateError as error:  # templates refuse with this, e.g. two user messages in a row
+    raise ValueError(f"the chat template refuses these messages ({error}): change the messages") from error
 
 
 def tokenize(tokenizer, text: str) -> list[int]:

@@ -1,0 +1,391 @@
+"""The programs as their users meet them: one JSON line at the end, one sentence for a mistake, runs that go on."""
+
+import dataclasses
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dspark_jax
+from dspark_jax.data import chat, pipeline
+from infer import convert, generate, program
+from train import answers, train
+from train.config import DrafterSettings, TrainConfig, read_config
+from folders import DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, files, llama, with_tokenizer
+
+ROOT = Path(dspark_jax.__file__).parents[1]
+GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
+TRAINED = {"steps", "loss", "tau", "accept_rate", "tokens_per_second", "checkpoint"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """The same few programs run again and again, in this process and in others: they are compiled once."""
+  cache = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+           "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+  before = {name: getattr(jax.config, name) for name in cache}
+  for name, value in cache.items():
+    jax.config.update(name, value)
+  yield {name.upper(): str(value) for name, value in cache.items()} | {"JAX_NUM_CPU_DEVICES": "8"}
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Golden prompts without stop tokens, a target with a tokenizer, and data to train on."""
+  folder = tmp_path_factory.mktemp("programs")
+  golden, wanted = np.load(DSPARK / "inputs.npz"), np.load(DSPARK / "outputs.npz")
+  prompts = [golden[f"prompt{i}/input_ids"][0].tolist() for i in (0, 3)]
+  whole = [wanted[f"prompt{i}/ar_output_ids"][0].tolist() for i in (0, 3)]
+  (folder / "prompts.json").write_text(json.dumps(prompts))
+  (folder / "wanted.json").write_text(json.dumps([w[len(p):] for w, p in zip(whole, prompts)]))
+  with_tokenizer(LLAMA, folder / "target")
+  rng = np.random.default_rng(0)
+  rows = [{"tokens": rng.integers(5, 130, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
+  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (folder / "data.txt").write_text(" ".join(f"w{i}" for i in rng.integers(5, 130, 100)))
+  return folder
+
+
+def read(path: Path):
+  return json.loads(path.read_text())
+
+
+def called(capsys, main, settings, *args, code: int = 0):
+  """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
+  capsys.readouterr()
+  try:
+    program.run(main, settings, args=[str(a) for a in args])
+    got = 0
+  except SystemExit as exit_:
+    got = exit_.code
+  out, err = capsys.readouterr()
+  assert got == code, err
+  assert "Traceback" not in err
+  return json.loads(out.splitlines()[-1]) if got == 0 else None, err
+
+
+def spawn(environment, *args):
+  """A program in a process of its own."""
+  return subprocess.Popen([sys.executable, "-m", *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
+
+
+# infer.generate
+
+
+def test_generate_as_a_process(folder, compiled_once):
+  """Kills: a result mixed with progress on stdout; a missing key; other tokens than plain greedy decoding's."""
+  run = spawn(compiled_once, "infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens", folder / "prompts.json",
+              "--max-new-tokens", 32)
+  out, err = run.communicate()
+  assert run.returncode == 0, err
+  assert len(out.splitlines()) == 1
+  result = json.loads(out)
+  assert set(result) == GENERATED
+  assert result["tokens"] == read(folder / "wanted.json") and result["text"] is None
+  assert result["rounds"] == sum(map(len, result["n_accept"]))
+  assert result["accepted_length"] == pytest.approx(np.mean([n + 1 for row in result["n_accept"] for n in row]))
+  assert result["accepted_length"] > 2 and result["tokens_per_second"] > 0 and result["compile_seconds"] > 0
+
+
+def test_generate_without_a_drafter(folder, capsys):
+  """Kills: a plain path that needs a drafter, or that counts its rounds in another way."""
+  result, _ = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", "none",
+                     "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 32)
+  assert set(result) == GENERATED and result["tokens"] == read(folder / "wanted.json")
+  assert result["accepted_length"] == 1 and result["rounds"] == 2 * 31  # the prompt pass brings the first token
+
+
+def test_generate_llama_and_nothing_to_do(folder, capsys):
+  """Kills: NaN in the JSON, which is no JSON, when not a single round was run."""
+  result, _ = called(capsys, generate.main, generate.Settings, "--target", LLAMA, "--drafter", "none",
+                     "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 1)
+  assert result["accepted_length"] is None and result["rounds"] == 0 and [len(t) for t in result["tokens"]] == [1, 1]
+
+
+def test_generate_text(folder, capsys):
+  """Kills: a template left out, text that is not what the tokens say, a stop token that is not the template's."""
+  (folder / "prompts.jsonl").write_text('{"prompt": "w7 w9"}\n\n{"messages": [{"role": "user", "content": "w5"}]}\n')
+  common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 4)
+  result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", folder / "prompts.jsonl")
+  tokenizer = chat.load_tokenizer(folder / "target")
+  prompts = [tokenizer(f"<|im_start|> user {t} <|im_end|> <|im_start|> assistant")["input_ids"] for t in ("w7 w9", "w5")]
+  assert prompts[0] == [1, 3, 7, 9, 2, 1, 4]
+  wanted = dspark_jax.generate(llama(), None, prompts, max_new_tokens=4, stop_token_ids=(2,)).tokens
+  assert result["tokens"] == wanted
+  assert result["text"] == [tokenizer.decode(t, skip_special_tokens=True) for t in wanted]
+
+
+MISTAKES = [
+  ("--target", "/nowhere", "target /nowhere does not exist"),
+  ("--drafter", "/nowhere", "/nowhere does not exist: expected a folder with drafter.json"),
+  ("--drafter", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
+  ("--prompt-tokens", "/nowhere.json", "/nowhere.json is missing"),
+  ("--prompt-tokens", "[[1], []]", "prompt 1 is empty"),
+  ("--prompt-tokens", "[1, 2]", "not a list of lists of token ids"),
+  ("--prompt-tokens", "{}", "expected a list"),
+  ("--prompt-tokens", "[[1.5]]", "not a list of lists of token ids"),
+  ("--prompt-tokens", "[[131]]", "the target's vocabulary is 0..130"),
+  ("--prompt-tokens", "[[1", "is not JSON"),
+  ("--prompt", "w5", "exactly one of --prompt, --prompts and --prompt-tokens"),
+  ("--max-new-tokens", "512", "do not fit the target's 512 positions"),
+  ("--max-new-tokens", "many", "invalid"),
+  ("--dtype", "float16", "expected float32 or bfloat16"),
+  ("--temperature", "-1", "temperature"),
+  ("--speed", "11", "--speed")]
+
+
+@pytest.mark.parametrize("flag, value, part", MISTAKES)
+def test_generate_mistakes(flag, value, part, folder, capsys, tmp_path):
+  """Kills: a traceback for a typo; a mistake found after minutes of loading; exit code 0 or 1 for it."""
+  args = {"--target": QWEN3, "--drafter": "none", "--prompt-tokens": folder / "prompts.json"}
+  if flag == "--prompt-tokens" and not str(value).startswith("/"):
+    (tmp_path / "p.json").write_text(value)
+    value = tmp_path / "p.json"
+  _, err = called(capsys, generate.main, generate.Settings, *sum((args | {flag: value}).items(), ()), code=2)
+  assert part in err
+  if flag not in ("--speed",) and value != "many":  # tyro draws a box
+    assert err.strip().splitlines()[-1].startswith("error: ") and err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("line, part", [("{", "line 2 is not JSON"), ("[]", "line 2 has no prompt"),
+                                        ('{"prompt": " "}', "line 2 has no prompt"), ('{"messages": []}', "line 2"),
+                                        ('{"messages": [{"content": "w5"}]}', "line 2 has no prompt"),
+                                        ('{"messages": ["w5"]}', "line 2"), ('{"messages": {"role": "user"}}', "line 2")])
+def test_prompt_files(line, part, folder, capsys, tmp_path):
+  """Kills: a prompt of nothing, or a role of None, quietly decoded; an error that does not say which line."""
+  (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n' + line + "\n")
+  _, err = called(capsys, generate.main, generate.Settings, "--target", folder / "target", "--drafter", "none",
+                  "--prompts", tmp_path / "p.jsonl", code=2)
+  assert part in err
+
+
+def test_no_tokenizer(capsys):
+  """Kills: advice to look on the hub for a folder that merely lacks tokenizer.json."""
+  _, err = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", "none", "--prompt", "hi",
+                  code=2)
+  assert "has no tokenizer.json: put the model's there, or give prompts as token ids" in err
+
+
+def test_mistake_as_a_process():
+  """Kills: an exit code or a traceback that only the real process has."""
+  run = spawn({}, "infer.generate", "--target", QWEN3, "--drafter", "none", "--prompt-tokens", "/nowhere.json")
+  out, err = run.communicate()
+  assert run.returncode == 2 and out == ""
+  assert [line for line in err.splitlines() if line] == ["error: /nowhere.json is missing: expected a JSON file there"]
+
+
+# infer.convert
+
+
+def test_convert(capsys, tmp_path):
+  """Kills: a program that converts in one direction only, or reports another place than it wrote."""
+  result, _ = called(capsys, convert.main, convert.Settings, "--source", DSPARK, "--destination", tmp_path / "ours",
+                     "--target", QWEN3)
+  assert result == {"source": str(DSPARK), "destination": str(tmp_path / "ours"), "format": "orbax"}
+  result, _ = called(capsys, convert.main, convert.Settings, "--source", tmp_path / "ours", "--destination",
+                     tmp_path / "out", "--target", QWEN3, "--to", "deepspec")
+  assert set(result) == {"source", "destination", "format"} and result["format"] == "deepspec"
+  golden = files(DSPARK)
+  assert files(tmp_path / "out") == {name: golden[name] for name in ("config.json", "model.safetensors")}
+  _, err = called(capsys, convert.main, convert.Settings, "--source", tmp_path / "nothing", "--destination",
+                  tmp_path / "out", "--target", QWEN3, code=2)
+  assert "nothing does not exist" in err and files(tmp_path / "out")
+  _, err = called(capsys, convert.main, convert.Settings, "--source", DSPARK, "--destination", tmp_path,
+                  "--target", QWEN3, code=2)
+  assert "which would be lost" in err
+
+
+# --help
+
+
+PROGRAMS = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for part in ("infer", "train")
+                  for p in (ROOT / part).glob("*.py") if '"__main__"' in p.read_text())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help(name, monkeypatch, capsys):
+  """Kills: a program that cannot say what it does, e.g. for an import of something that is not installed."""
+  args = ["--help"] if name != "train.train" else ["--config", str(ROOT / "configs" / "demo.py"), "--help"]
+  monkeypatch.setattr(sys, "argv", [name, *args])
+  monkeypatch.delitem(sys.modules, name, raising=False)
+  with pytest.raises(SystemExit) as exit_:
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+  out = capsys.readouterr().out
+  assert exit_.value.code == 0
+  settings = TrainConfig if name == "train.train" else importlib.import_module(name).Settings
+  for field in dataclasses.fields(settings):
+    assert "--" + field.name.replace("_", "-") in out, field.name
+
+
+def test_help_of_train_without_a_config(monkeypatch, capsys):
+  """Kills: `--help` that asks for a config first; a start without a config that does not say what is missing."""
+  for args, code in ((["--help"], 0), ([], 2), (["--config"], 2)):
+    monkeypatch.setattr(sys, "argv", ["train.train", *args])
+    monkeypatch.delitem(sys.modules, "train.train", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+      runpy.run_module("train.train", run_name="__main__", alter_sys=True)
+    assert exit_.value.code == code
+    assert "--config configs/demo.py" in "".join(capsys.readouterr())
+
+
+# train.answers
+
+
+def test_answers_go_on(folder, capsys, tmp_path):
+  """Kills: asking again what is answered; a line that a kill cut in the middle, kept or fatal; an unsupervised end."""
+  (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(7, 12)))
+  args = ("--target", folder / "target", "--out", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "--batch", 2,
+          "--max-new-tokens", 4)
+  first, _ = called(capsys, answers.main, answers.Settings, *args, "--count", 2)
+  assert set(first) == {"answers", "tokens", "tokens_per_second", "out"} and first["answers"] == 2
+  whole = (tmp_path / "a.jsonl").read_text()
+  (tmp_path / "a.jsonl").write_text(whole + '{"id": "3", "tok')
+  second, _ = called(capsys, answers.main, answers.Settings, *args)
+  text = (tmp_path / "a.jsonl").read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  assert second["answers"] == 5 and text.startswith(whole) and [r["id"] for r in rows] == list("12345")
+  tokenizer = chat.load_tokenizer(folder / "target")
+  for number, row in enumerate(rows):
+    prompt = chat.encode_prompt(tokenizer, [{"role": "user", "content": f"w{7 + number}"}])
+    assert row["tokens"][:len(prompt)] == prompt
+    assert row["loss_mask"] == [0] * len(prompt) + [1] * (len(row["tokens"]) - len(prompt))
+
+
+# train.train
+
+STEPS = 8
+
+
+def experiment(folder, out, **changes) -> TrainConfig:
+  return TrainConfig(**{**dict(
+      target=str(folder / "target"), out=Path(out), data=(folder / "data.jsonl", folder / "data.txt"), steps=STEPS, batch=2,
+      row_length=48, anchors=4, save_every=3, log_every=1, drafter=DrafterSettings(
+          taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8, draft_vocab_size=64)), **changes})
+
+
+def log_of(out: Path) -> list[dict]:
+  return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> dict[int, tuple]:
+  return {r["step"]: (r["loss"], r["tau"], r["grad_norm"]) for r in log_of(out)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+  out = folder / "uninterrupted"
+  return out, train.main(experiment(folder, out))
+
+
+def test_training_leaves_what_it_promises(folder, uninterrupted):
+  """Kills: a run without its record, a drafter that load_drafter cannot read, a last step that is not saved."""
+  out, result = uninterrupted
+  assert set(result) == TRAINED
+  json.dumps(result, allow_nan=False)
+  assert result["steps"] == STEPS and result["checkpoint"] == str(out) and len(result["accept_rate"]) == 3
+  assert [r["step"] for r in log_of(out)] == list(range(1, STEPS + 1))
+  run = read(out / "run.json")
+  assert run["total_steps"] == STEPS and run["config"]["drafter"]["taps"] == [0, 1] and run["data"] and run["versions"]
+  drafter = dspark_jax.load_drafter(out, llama())
+  assert drafter.words.shape == (64,) and 2 in drafter.words  # the end of a reply can always be drafted
+  assert len(dspark_jax.generate(llama(), drafter, [[5, 6, 7]], max_new_tokens=6).tokens[0]) == 6
+  assert [p.name for p in sorted((out / "steps").iterdir())][-1] == str(STEPS)
+
+
+def at_step(step: int, action, monkeypatch):
+  """Runs `action` when the batch of a step (from 0) is made for the training loop, once."""
+  real, seen = pipeline.batch_at, []
+  def batch_at(packed, index, *args, **kwargs):
+    seen.append(index)
+    if index == step and len(seen) > 1:
+      monkeypatch.setattr(pipeline, "batch_at", real)
+      action()
+    return real(packed, index, *args, **kwargs)
+  monkeypatch.setattr(pipeline, "batch_at", batch_at)
+
+
+def test_sigterm_saves_and_the_run_goes_on(folder, uninterrupted, monkeypatch, tmp_path):
+  """Kills: work lost between two saves; a resumed run that repeats data, anchors, warm-up or moments."""
+  at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+  result = train.main(experiment(folder, tmp_path / "run"))
+  assert result["steps"] == 5 and len(log_of(tmp_path / "run")) == 5
+  result = train.main(experiment(folder, tmp_path / "run"))
+  assert result["steps"] == STEPS
+  assert losses(tmp_path / "run") == losses(uninterrupted[0])
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "run", llama()),
+                      dspark_jax.load_drafter(uninterrupted[0], llama()))
+  again = train.main(experiment(folder, tmp_path / "run"))  # nothing is left to do
+  assert again["steps"] == STEPS and again["loss"] == result["loss"] and set(again) == TRAINED
+
+
+def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path):
+  """Kills: a run that a real SIGKILL spoils, or that goes on from another step than the newest saved one."""
+  out = tmp_path / "run"
+  config = tmp_path / "config.py"
+  config.write_text(f"from pathlib import Path, PosixPath\nfrom dspark_jax.training.losses import LossConfig\n"
+                    f"from dspark_jax.training.step import OptimizerConfig\n"
+                    f"from train.config import DrafterSettings, TrainConfig\nconfig = {experiment(folder, out)!r}\n")
+  assert read_config(str(config)) == experiment(folder, out)
+  run = spawn(compiled_once, "train.train", "--config", config)
+  until = time.monotonic() + 300
+  while time.monotonic() < until and run.poll() is None:
+    if (out / "metrics.jsonl").exists() and len(log_of(out)) >= 4:
+      break
+    time.sleep(0.01)
+  run.kill()
+  _, err = run.communicate()
+  assert len(losses(out)) >= 4, err
+  result = train.main(experiment(folder, out))
+  assert result["steps"] == STEPS
+  assert losses(out) == losses(uninterrupted[0])
+  assert_same_weights(dspark_jax.load_drafter(out, llama()), dspark_jax.load_drafter(uninterrupted[0], llama()))
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"steps": STEPS + 1}, "steps"), ({"seed": 1}, "seed"), ("data", "data"), ("target", "target")])
+def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
+  """Kills: going on with half of one experiment and half of another."""
+  out = uninterrupted[0]
+  before = losses(out)
+  if change == "data":
+    change = {"data": (folder / "data.jsonl",)}
+  if change == "target":
+    change = {"target": str(with_tokenizer(LLAMA, folder / "other"))}
+  with pytest.raises(ValueError, match=rf"holds a run with other settings \(.*{word}.*\): give the same ones"):
+    train.main(experiment(folder, out, **change))
+  assert losses(out) == before
+
+
+def test_train_by_the_clock(folder, tmp_path):
+  """Kills: --minutes that never fixes the number of steps, or times them on the state that is trained."""
+  result = train.main(experiment(folder, tmp_path / "run", steps=None, minutes=1e-6))
+  assert result["steps"] == read(tmp_path / "run" / "run.json")["total_steps"] == len(log_of(tmp_path / "run")) == 8
+  assert train.main(experiment(folder, tmp_path / "run", steps=None, minutes=2))["steps"] == 8  # it has its steps
+
+
+@pytest.mark.parametrize("args, part", [
+  (["--minutes", "1"], "either --steps or --minutes"), (["--data"], "no data"),
+  (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "/nowhere.csv"], "/nowhere.csv"),
+  (["--target", "/nowhere"], "/nowhere does not exist"), (["--depth", "3"], "--depth"),
+  (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "expected adamw or muon"),
+  (["--microbatches", "3"], "microbatches"), (["--row-length", "200"], "multiple"), (["--save-every", "0"], "save_every")])
+def test_train_mistakes(args, part, folder, capsys, tmp_path):
+  """Kills: an override that is ignored, or that fails in the middle of a run with a traceback."""
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as exit_:
+    program.run(train.main, TrainConfig, default=lambda: experiment(folder, tmp_path / "run"), args=args)
+  err = capsys.readouterr().err
+  assert exit_.value.code == 2 and part in err and "Traceback" not in err
+  assert not (tmp_path / "run" / "steps").exists() or not list((tmp_path / "run" / "steps").iterdir())
