@@ -233,14 +233,19 @@ def test_words_are_the_full_vocabulary_cut_down(words, target):
     np.testing.assert_array_equal(first.tokens, second.tokens)
 
 
+def golden_drafter(case):
+  """(drafter, all stored tensors)"""
+  raw, tensors = hf.read_folder(GOLDEN / case)
+  build = lambda: DRAFTERS["dspark"](dialects.drafter_config(raw), rngs=nnx.Rngs(0))
+  return hf.fill(build, tensors, case, extra_ok=dialects.FROZEN), tensors
+
+
 @pytest.mark.parametrize("case", GOLDENS)
 def test_golden_rounds(case):
   """Kills: any slip in the backbone, the heads, the slot convention or the growth of the draft cache."""
   folder = GOLDEN / f"drafter_{case}"
-  raw, tensors = hf.read_folder(folder)
-  config = dialects.drafter_config(raw)
-  build = lambda: DRAFTERS["dspark"](config, rngs=nnx.Rngs(0))
-  drafter = hf.fill(build, tensors, case, extra_ok=dialects.FROZEN)
+  drafter, tensors = golden_drafter(f"drafter_{case}")
+  config = drafter.config
   inputs, outputs = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
   frozen = {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN}
   no_layers = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
