@@ -34,8 +34,8 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
                weights: dict[str, Array] | None = None) -> tuple[Array, dict[str, Mean]]:
   """(loss f32[], metrics). target_hidden: f[B,T,D] after the final norm; the target and its p are detached.
 
-  weights: the denominators where `blocks` are a part of the batch (`term_weights` of the whole batch): the parts'
-  losses then add up to the batch's. accept_rate and tau are plain means, the rest is weighted by w.
+  weights: the denominators where `blocks` are a part of the batch (`term_weights` of the whole): the parts' losses
+  then add up to the batch's. accept_rate and tau are plain means, the rest is weighted by w.
   """
   columns, known = draft_columns(drafter, blocks)
   ce, tv = slot_terms(drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden),

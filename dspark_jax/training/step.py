@@ -22,6 +22,7 @@ from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+  """The released settings."""
   name: str = "adamw"          # adamw | muon (matrices of the layers and fc; AdamW for everything else)
   learning_rate: float = 6e-4  # one rate for both: Muon's updates are scaled to AdamW's size
   warmup_ratio: float = 0.04
