@@ -23,6 +23,7 @@ import numpy as np
 from rich.table import Table
 
 import dspark_jax
+from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import generate as gen
@@ -59,6 +60,8 @@ def main(settings: Settings) -> dict:
     answers.answer(ask, target, tokenizer, answers.read_questions(ask))
   program.say("a drafter learns from the answers")
   trained = train.train(config, target, tokenizer)
+  if trained["steps"] < read_json(settings.out / "run.json")["total_steps"]:
+    return {"training": trained}  # stopped by SIGTERM: the same command goes on
   drafter = dspark_jax.load_drafter(settings.out, target)
   program.say("both ways of decoding, on questions about modules that were not in the training data")
   result = compare(settings, target, drafter, tokenizer)

@@ -21,7 +21,6 @@ import json
 import signal
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -138,13 +137,13 @@ def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps:
         if finished or (index + 1) % config.log_every == 0:
           result = summarise(window)
           window = []
-          if not np.isfinite(result["loss"]):
-            raise ValueError(f"the loss is {result['loss']} at step {index + 1}: lower the learning rate; the last "
-                             f"checkpoint is whole")
+          if result["loss"] is None:
+            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last checkpoint "
+                             f"is whole")
           rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
           log.write(json.dumps({"step": index + 1, **result, "tokens_per_second": rate}) + "\n")
           log.flush()
-          bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau']:.2f}  "
+          bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
                      f"{rate:.0f} tokens/s")
           result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
         saved.save_checkpointables(index + 1, {"state": state}, force=finished)
@@ -157,9 +156,10 @@ def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps:
 
 
 def summarise(window: list) -> dict:
-  """Means over a window of steps, as plain numbers."""
+  """Means over a window of steps, as plain numbers; None where nothing was observed, or a number is not finite."""
   total = functools.reduce(means.add, jax.device_get(window))
-  return {name: np.asarray(means.mean(pair)).tolist() for name, pair in total.items()}
+  plain = lambda pair: np.asarray(means.mean(pair)).tolist()
+  return {name: jax.tree.map(lambda x: x if np.isfinite(x) else None, plain(pair)) for name, pair in total.items()}
 
 
 def summarise_saved(config: TrainConfig) -> dict:
