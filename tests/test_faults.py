@@ -232,8 +232,8 @@ def test_prompts_and_settings(prompts, settings, parts):
     dspark_jax.generate(qwen3(), None, prompts, **{"max_new_tokens": 64, **settings})
 
 
-@pytest.mark.parametrize("whose, temperature", [("target", 0.0), ("drafter", 1.0)])
-def test_nan_logits(whose, temperature):
+@pytest.mark.parametrize("whose", ["target", "drafter"])
+def test_nan_logits(whose):
   """Kills: argmax of NaN, which is token 0 every time: drafts all accepted, and nonsense out."""
   config = dataclasses.replace(qwen3().config, num_layers=2)
   target = Decoder(config, rngs=nnx.Rngs(0))
@@ -241,7 +241,7 @@ def test_nan_logits(whose, temperature):
   broken = target if whose == "target" else drafter
   broken.norm.weight.set_value(broken.norm.weight[...].at[3].set(jnp.nan))
   with complains("NaN logits in rows [0, 1]", "weights are broken, or the dtype overflows"):
-    dspark_jax.generate(target, drafter, [[1, 2], [3]], max_new_tokens=8, temperature=temperature)
+    dspark_jax.generate(target, drafter, [[1, 2], [3]], max_new_tokens=8)
 
 
 # Our own folder
