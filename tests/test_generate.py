@@ -293,17 +293,17 @@ def joint_of_four(target, prompt, *settings):
   return joint.reshape([size] * 4)
 
 
-@pytest.mark.parametrize("top, words", [((0, 1.0), None), ((4, 0.9), (4, 1, 3))], ids=["full", "truncated"])
+@pytest.mark.parametrize("top, words", [((0, 1.0), None), ((4, 0.8), (0, 1, 3, 4))], ids=["full", "truncated"])
 def test_text_follows_the_target(top, words, monkeypatch):
   """Kills: what is not lossless from end to end: drafts and q under different settings, residual at the wrong
   slot, a cut by the confidence of the drawn token itself, random numbers shared between draws."""
   for bucket in ("PROMPT_BUCKET", "CACHE_BUCKET"):
     monkeypatch.setattr(subject, bucket, 4)
   target, prompt = small_target("llama", seed=2, vocab_size=6), [3, 1, 4]
-  drafter = small_drafter(target, seed=4, words=words, num_layers=1, block_size=2,
+  drafter = small_drafter(target, seed=6, words=words, num_layers=1, block_size=2,
                           draft_vocab_size=len(words or ()))
-  proj = drafter.confidence_head.proj.weight  # large, so that a token alone can decide the cut
-  proj.set_value(8 * proj[...])
+  proj = drafter.confidence_head.proj.weight
+  proj.set_value(jnp.where(jnp.arange(20)[None] < 16, 0, 16 * proj[...]))  # the previous token alone decides the cut
   for temperature, threshold in ((0.7, 0.0), (1.0, 0.5)):
     out = generate(target, drafter, [prompt] * ROWS, max_new_tokens=4, temperature=temperature, top_k=top[0],
                    top_p=top[1], seed=int(10 * temperature), confidence_threshold=threshold)

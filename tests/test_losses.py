@@ -21,7 +21,7 @@ from dspark_jax.targets.decoder import Decoder
 from dspark_jax.training.anchors import blocks_at, candidates
 from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, gradients, parameters
-from dspark_jax.types import Batch, Blocks, DraftOutputs, TargetOutput
+from dspark_jax.types import Batch, DraftOutputs, TargetOutput
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile

@@ -376,7 +376,7 @@ def test_train_by_the_clock(folder, tmp_path):
 
 
 @pytest.mark.parametrize("args, part", [
-  (["--minutes", "1"], "either --steps or --minutes"), (["--data"], "no data"),
+  (["--steps", "None"], "neither steps nor minutes"), (["--batch", "0"], "batch is 0"), (["--data"], "no data"),
   (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "/nowhere.csv"], "/nowhere.csv"),
   (["--target", "/nowhere"], "/nowhere does not exist"), (["--depth", "3"], "--depth"),
   (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "expected adamw or muon"),

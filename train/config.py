@@ -6,6 +6,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
+from dspark_jax.config import raise_all
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig
 
@@ -35,7 +36,7 @@ class TrainConfig:
   out: Path
   data: tuple[Path, ...] = ()
   steps: int | None = None
-  """optimizer steps; or give minutes"""
+  """optimizer steps; they win over minutes"""
   minutes: float | None = None
   """train for about so long: the first steps are timed and the number of steps is fixed from that"""
   batch: int = 8
@@ -52,6 +53,17 @@ class TrainConfig:
   log_every: int = 10
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
+
+  def __post_init__(self):
+    counts = ("batch", "row_length", "anchors", "microbatches", "save_every", "log_every")
+    problems = [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
+    for name in ("steps", "minutes"):
+      value = getattr(self, name)
+      problems += [f"{name} is {value}, expected more than 0"] if value is not None and value <= 0 else []
+    for name in ("compute_dtype", "target_dtype"):
+      value = getattr(self, name)
+      problems += [f"{name} is {value!r}, expected float32 or bfloat16"] if value not in ("float32", "bfloat16") else []
+    raise_all("training config", problems)
 
 
 def read_config(path: str) -> TrainConfig:

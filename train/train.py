@@ -21,6 +21,7 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ from train.config import TrainConfig, read_config
 
 
 def main(config: TrainConfig) -> dict:
-  if (config.steps is None) == (config.minutes is None):
-    raise ValueError("expected either --steps or --minutes, and not both")
+  if config.steps is None and config.minutes is None:
+    raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
   with program.stderr.status("loading"):
@@ -63,16 +64,20 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   batch_of = lambda step: jax.device_put(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
   state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 1000)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
+  saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
+  record = describe(config, packed)
+  run = known_run(config.out, record) if saved.latest is not None else None
   with program.stderr.status("compiling the training step"):
     step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
     step = step.lower(state, target, batch_of(0)).compile()
   program.say(f"step: {program.memory_report(step)}")
-  saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
-  run = open_run(config, packed, state, step, target, batch_of, resume=saved.latest is not None)
+  if run is None:
+    run = new_run(config, record, config.steps or steps_in(config.minutes, state, step, target, batch_of))
   state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
   if restored is not None:
     state = restored
+    forget_after(config.out / "metrics.jsonl", int(state.step))
     program.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   state, last = loop(config, step, state, target, batch_of, saved, run["total_steps"])
   saved.close()
@@ -91,25 +96,40 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   return init_from_target(drafter, target) if s.from_target else drafter
 
 
-def open_run(config: TrainConfig, packed, state, step, target, batch_of, *, resume: bool) -> dict:
-  """The run's record, run.json: written when a run begins, compared when it goes on."""
-  digest = hashlib.sha256(packed.rows.tokens.tobytes() + packed.rows.loss_mask.tobytes()).hexdigest()[:16]
+def describe(config: TrainConfig, packed) -> dict:
+  """What must be the same for a run to go on: settings that matter to the result, and the data."""
   settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
   settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
-  path, mine = config.out / "run.json", {"config": settings, "data": digest}
-  if resume:
-    run = read_json(path)
-    differ = [k for k in settings if run["config"].get(k) != settings[k]] + (["data"] if run["data"] != digest else [])
-    if differ:
-      raise ValueError(f"{config.out} holds a run with other settings ({', '.join(differ)}): give the same ones to go on "
-                       f"with it, or another --out")
-    return run
-  total = config.steps or steps_in(config.minutes, state, step, target, batch_of)
-  run = {**mine, "total_steps": total, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(run, indent=2) + "\n")
+  digest = hashlib.sha256(packed.rows.tokens.tobytes() + packed.rows.loss_mask.tobytes()).hexdigest()[:16]
+  return {"config": settings, "data": digest}
+
+
+def known_run(folder: Path, record: dict) -> dict:
+  """The record of the run in `folder`; ValueError when it is not the one described by `record`."""
+  run = read_json(folder / "run.json")
+  differ = [k for k, v in record["config"].items() if run["config"].get(k) != v]
+  differ += ["data"] if run["data"] != record["data"] else []
+  if differ:
+    raise ValueError(f"{folder} holds a run with other settings ({', '.join(differ)}): give the same ones to go on with "
+                     f"it, or another --out")
+  return run
+
+
+def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
+  """Writes the record of a run that begins."""
+  run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
+  scratch = config.out / "run.json.new"
+  scratch.write_text(json.dumps(run, indent=2) + "\n")
+  scratch.replace(config.out / "run.json")
   (config.out / "metrics.jsonl").unlink(missing_ok=True)
   return run
+
+
+def forget_after(log: Path, step: int) -> None:
+  """Drops the lines of steps that a kill took back and that will be run again."""
+  if log.exists():
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def steps_in(minutes: float, state, step, target, batch_of) -> int:
@@ -134,10 +154,10 @@ def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps:
         state, metrics = step(state, target, batch_of(index))
         window.append(metrics)
         finished = bool(stop) or index + 1 == total_steps
-        if finished or (index + 1) % config.log_every == 0:
+        if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
           result = summarise(window)
           window = []
-          if result["loss"] is None:
+          if result["loss"] is None or result["grad_norm"] is None:  # before a broken state could be saved
             raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last checkpoint "
                              f"is whole")
           rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
@@ -147,7 +167,7 @@ def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps:
                      f"{rate:.0f} tokens/s")
           result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
         saved.save_checkpointables(index + 1, {"state": state}, force=finished)
-        if stop:
+        if finished and stop:
           program.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
           break
   finally:
@@ -169,9 +189,9 @@ def summarise_saved(config: TrainConfig) -> dict:
 
 
 if __name__ == "__main__":
-  if "--config" not in sys.argv[1:-1]:
+  words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+  if "--config" not in words[:-1]:
     program.stderr.print(__doc__, markup=False, highlight=False)
-    sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
-  where = sys.argv.index("--config")
-  program.run(main, TrainConfig, default=lambda: read_config(sys.argv[where + 1]),
-              args=sys.argv[1:where] + sys.argv[where + 2:])
+    sys.exit(0 if {"-h", "--help"} & set(words) else 2)
+  where = words.index("--config")
+  program.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])
