@@ -7,7 +7,7 @@ When to use it: to see that a training step or the decode loop fits before a pod
     python -m infer.memory --topology v6e:2x2 --rows 8
 
 The last line of stdout is a JSON object: per program the GB of arguments, outputs that are not donated arguments, and
-temporaries; for decoding also the GB of weights and caches.
+temporaries; for training also the GB of gradients and for decoding of caches, which the temporaries hold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.training.losses import LossConfig
-from dspark_jax.training.step import StepConfig, init_state, train_step
+from dspark_jax.training.step import StepConfig, init_state, parameters, train_step
 from dspark_jax.types import Batch
 from infer import program
 
@@ -86,7 +86,8 @@ def training(settings: Settings, target, drafter, on) -> dict:
   whole = jax.ShapeDtypeStruct((1, settings.tokens), jnp.int32)
   batch = on(Batch(whole, jax.ShapeDtypeStruct(whole.shape, jnp.bool_), whole, whole))
   step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
-  return memory(step.lower(state, target, batch).compile())
+  out, gradients = memory(step.lower(state, target, batch).compile()), size(jax.eval_shape(parameters, state.drafter))
+  return {**out, "gradients_gb": gradients, "temporaries_beyond_gradients_gb": out["temporaries_gb"] - gradients}
 
 
 def decoding(settings: Settings, target, drafter, on) -> dict:
