@@ -6,6 +6,7 @@ The goldens run through padded chunks, so they also hold the chunking to the ref
 import functools
 from pathlib import Path
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from dspark_jax.targets.decoder import Decoder
 from dspark_jax.training.anchors import blocks_at, candidates
 from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, gradients, parameters
-from dspark_jax.types import Batch, DraftOutputs, TargetOutput
+from dspark_jax.types import Batch, DraftHead, DraftOutputs, TargetOutput
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -111,20 +112,21 @@ ROWS, TOKENS, ANCHORS, BLOCK, WIDTH, RANK, VOCABULARY = 2, 9, 5, 3, 6, 2, 23
 WORDS = (1, 2, 4, 8, 9, 15, 16, 22)
 
 
+@flax.struct.dataclass
 class Head:
   """As much of a drafter and of a target as the loss needs."""
-
-  def __init__(self, weight, w2=None, words=None):
-    self.weight, self.w2, self.words = weight, w2, words
+  weight: jax.Array
+  w2: jax.Array | None = None
+  words: jax.Array | None = None
 
   def head(self, target):
-    return target.weight if self.words is None else target.weight[self.words]
+    return DraftHead(target.weight if self.words is None else target.weight[self.words], self.w2)
 
   def logits(self, head, hidden=None, latent=None):
     if hidden is None:  # the target's signature
-      head, hidden = self.weight, head
-    base = linear(head, hidden, jnp.float32)
-    return base if latent is None else base + linear(self.w2, latent, jnp.float32)
+      return linear(self.weight, head, jnp.float32)
+    base = linear(head.base, hidden, jnp.float32)
+    return base if latent is None else base + linear(head.bias, latent, jnp.float32)
 
 
 def example(words=None, seed=0):

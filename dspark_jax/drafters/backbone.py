@@ -13,7 +13,7 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig
 from dspark_jax.nn import cache as kv
-from dspark_jax.nn.attention import Context, attend, bidirectional
+from dspark_jax.nn.attention import Context, attend, bidirectional, sequence
 from dspark_jax.nn.layers import Block, Linear, RMSNorm, rope_table
 from dspark_jax.types import Array, Batch, Blocks, Target
 
@@ -66,8 +66,7 @@ class Backbone(nnx.Module):
     lo = jnp.broadcast_to(blocks.anchors[..., None] - start, shape)
     rope, contexts = self._rope(batch.positions), []
     for block in self.layers:
-      k, v = block.self_attn.keys_values(context, rope)
-      contexts.append(Context(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), lo, hi))
+      contexts.append(sequence(*block.self_attn.keys_values(context, rope), lo, hi))
     own = jnp.arange(slots, dtype=jnp.int32)[None, None]
     return self._blocks(embeddings, self._rope(start + own), contexts, blocks.keep)
 

@@ -12,7 +12,7 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.layers import Linear, linear
 from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftOutputs, Proposal, Target
+from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target
 
 
 class DraftWords(nnx.Variable):
@@ -61,18 +61,19 @@ class DSpark(Backbone):
     """i32[W], or None when the draft vocabulary is the target's."""
     return None if self.draft_words is None else self.draft_words[...]
 
-  def head(self, target: Target) -> Array:
-    """f[W,D]: the target's frozen head at the draft words."""
+  def head(self, target: Target) -> DraftHead:
+    return DraftHead(self._base(target), None if self.markov_head is None else self.markov_head.markov_w2.weight[...])
+
+  def _base(self, target):
     return target.head if self.words is None else jnp.take(target.head, self.words, axis=0, mode="clip")
 
-  def logits(self, head: Array, hidden: Array, latent: Array | None) -> Array:
+  def logits(self, head: DraftHead, hidden: Array, latent: Array | None) -> Array:
     """f32[...,W] from hidden f[...,D] and the sequential head's latent f[...,R]."""
-    base = linear(head, hidden, jnp.float32)
-    return base if latent is None else base + self.markov_head.bias(latent)
+    base = linear(head.base, hidden, jnp.float32)
+    return base if latent is None else base + linear(head.bias, latent, jnp.float32)
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
-    head = None if self.words is None else self.head(target)
-    return DSparkState(self.empty_context(batch, max_len), head)
+    return DSparkState(self.empty_context(batch, max_len), None if self.words is None else self._base(target))
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
     return state.replace(cache=self.absorb_context(state.cache, committed.features, committed.n))
@@ -80,7 +81,7 @@ class DSpark(Backbone):
   def propose(self, target: Target, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
     tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
     hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
-    base = self.logits(target.head if state.head is None else state.head, hidden, None)
+    base = linear(target.head if state.head is None else state.head, hidden, jnp.float32)
     return heads.propose(self.markov_head, self._confidence, hidden, base, anchor, self.words, keys, sampling)
 
   def train_outputs(self, target: Target, batch: Batch, features: Array, blocks: Blocks) -> DraftOutputs:

@@ -16,24 +16,26 @@ from dspark_jax.types import Array
 
 @flax.struct.dataclass
 class Cache:
-  """k, v: per layer f[B,K,S,h], as a tuple (unrolled layers) or stacked f[L,B,K,S,h] (scanned layers)."""
+  """Per layer k f[B,K,h,S], v f[B,K,S,h], as tuples (unrolled layers) or stacked f[L,...] (scanned layers).
+
+  Keys are stored as columns, so that the product with the queries reads them along S as they lie.
+  """
   k: tuple[Array, ...] | Array
   v: tuple[Array, ...] | Array
   length: Array  # i32[B]  committed slots
 
   @property
   def capacity(self) -> int:
-    return self.k[0].shape[-2]
+    return self.v[0].shape[-2]
 
 
 def empty(num_layers: int, batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype, *,
           stacked: bool = False) -> Cache:
   """A cache without a single committed slot."""
-  shape, length = (batch, num_kv_heads, capacity, head_dim), jnp.zeros(batch, jnp.int32)
-  if stacked:
-    return Cache(jnp.zeros((num_layers, *shape), dtype), jnp.zeros((num_layers, *shape), dtype), length)
-  return Cache(tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
-               tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)), length)
+  def zeros(*shape):
+    one = lambda *lead: jnp.zeros((*lead, batch, num_kv_heads, *shape), dtype)
+    return one(num_layers) if stacked else tuple(one() for _ in range(num_layers))
+  return Cache(zeros(head_dim, capacity), zeros(capacity, head_dim), jnp.zeros(batch, jnp.int32))
 
 
 def write(cache: Cache, layer, k: Array, v: Array) -> Cache:
@@ -41,26 +43,25 @@ def write(cache: Cache, layer, k: Array, v: Array) -> Cache:
 
   The caller keeps length + T <= capacity: a dynamic update that runs over the end would slide back over committed rows.
   """
-  k, v = (jnp.swapaxes(x, 1, 2).astype(cache.k[0].dtype) for x in (k, v))
-  if isinstance(cache.k, tuple):
-    put = lambda old, new: old[:layer] + (_put(old[layer], new, cache.length),) + old[layer + 1:]
+  put = _put if isinstance(cache.k, tuple) else _put_stacked
+  dtype = cache.k[0].dtype
+  return cache.replace(k=put(cache.k, layer, jnp.transpose(k, (0, 2, 3, 1)).astype(dtype), cache.length, 3),
+                       v=put(cache.v, layer, jnp.swapaxes(v, 1, 2).astype(dtype), cache.length, 2))
+
+
+def _put(old, layer, new, start, axis):
+  at = lambda slot: tuple(slot if a == axis else 0 for a in range(1, 4))
+  if new.shape[0] == 1:  # a plain in-place update instead of a scatter
+    written = jax.lax.dynamic_update_slice(old[layer], new, (0, *at(start[0])))
   else:
-    put = lambda old, new: _put_stacked(old, layer, new, cache.length)
-  return cache.replace(k=put(cache.k, k), v=put(cache.v, v))
+    written = jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, at(s)))(old[layer], new, start)
+  return old[:layer] + (written,) + old[layer + 1:]
 
 
-def _put(old, new, start):
-  if old.shape[0] == 1:  # one row: a plain in-place update instead of a scatter
-    return jax.lax.dynamic_update_slice(old, new, (0, 0, start[0], 0))
-  return jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, 0)))(old, new, start)
-
-
-def _put_stacked(old, layer, new, start):
-  batch, heads, length, _ = new.shape
-  rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-  heads = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
-  slots = start[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, None, :]
-  return old.at[layer, rows, heads, slots].set(new, unique_indices=True, mode="drop")
+def _put_stacked(old, layer, new, start, axis):
+  index = [i.astype(jnp.int32) for i in jnp.ogrid[tuple(slice(n) for n in new.shape)]]
+  index[axis] = index[axis] + start[:, None, None, None]
+  return old.at[(layer, *index)].set(new, unique_indices=True, mode="drop")
 
 
 def commit(cache: Cache, n: Array) -> Cache:

@@ -17,9 +17,11 @@ from dspark_jax.types import Array
 SMALL_ROWS = 256
 
 
-def _weight_first(weight, x):
+def _few_rows(weight, x):
   rows = x.shape[0]
   x = jnp.pad(x, ((0, max(1 << (rows - 1).bit_length(), 4) - rows if rows <= 64 else 0), (0, 0)))
+  if x.dtype == jnp.bfloat16:
+    return _contract(x, weight, 1, 1)[:rows]
   # The barriers keep XLA from folding the transposes back into x @ weight.T, which is the slow order.
   x = jax.lax.optimization_barrier(x.T)
   return jax.lax.optimization_barrier(jnp.matmul(weight, x, preferred_element_type=jnp.float32)).T[:rows]
@@ -33,8 +35,8 @@ def _contract(a, b, a_axis, b_axis):
 @jax.custom_vjp
 def _product(weight, x):
   """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
-  if 1 < x.shape[0] <= SMALL_ROWS:
-    return jax.lax.platform_dependent(weight, x, cpu=_weight_first, default=lambda w, x: _contract(x, w, 1, 1))
+  if x.shape[0] <= SMALL_ROWS and (x.shape[0] > 1 or x.dtype == jnp.bfloat16):
+    return jax.lax.platform_dependent(weight, x, cpu=_few_rows, default=lambda w, x: _contract(x, w, 1, 1))
   return _contract(x, weight, 1, 1)
 
 

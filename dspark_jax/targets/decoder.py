@@ -8,7 +8,7 @@ from flax import nnx
 
 from dspark_jax.config import TargetConfig
 from dspark_jax.nn import cache as kv
-from dspark_jax.nn.attention import Context, attend, causal
+from dspark_jax.nn.attention import Context, attend, causal, sequence
 from dspark_jax.nn.layers import Block, Embedding, Linear, RMSNorm, linear, rope_table
 from dspark_jax.types import Array, Batch, TargetOutput
 
@@ -87,8 +87,7 @@ class Decoder(nnx.Module):
 
     def layer(x, cache, weights, index, rope):
       def attention(q, k, v):
-        context = Context(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), lo, hi)
-        return _in_blocks(q, k, v, mask, context, block)
+        return _in_blocks(q, k, v, mask, sequence(k, v, lo, hi), block)
       return weights(x, rope, attention), cache
 
     return self._run(batch.tokens, batch.positions, taps, layer, None)[0]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from dspark_jax.metrics import Mean, weighted
-from dspark_jax.types import Array, Blocks, Drafter, DraftOutputs, Target
+from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Target
 
 EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervised slots has loss 0
 
@@ -37,18 +37,18 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
   weights: the denominators where `blocks` are a part of the batch (`term_weights` of the whole): the parts' losses
   then add up to the batch's. accept_rate and tau are plain means, the rest is weighted by w.
   """
-  columns, known = draft_columns(drafter, blocks)
-  ce, tv = slot_terms(drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden),
-                      anchors=blocks.anchors, columns=columns, chunk=config.chunk)
   decay, mask = slot_decay(blocks, config), blocks.supervised.astype(jnp.float32)
-  accept = jnp.clip(jax.lax.stop_gradient(1 - tv / 2), 0, 1)
-  metrics = {"ce": weighted(ce, decay * known), "tv": weighted(tv, decay)}
+  weights = weights or term_weights(drafter, blocks, config)
+  columns, known = draft_columns(drafter, blocks)
+  scale = {name: getattr(config, name) / (weight + EPSILON) for name, weight in weights.items()}
+  loss, ce, tv = slot_loss(drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden),
+                           anchors=blocks.anchors, columns=columns, chunk=config.chunk,
+                           weights=(scale["ce"] * decay * known, scale["tv"] * decay))
+  accept = jnp.clip(1 - tv / 2, 0, 1)
+  metrics = {"ce": weighted(ce, decay * known), "tv": weighted(tv, decay)} | acceptance(accept, mask)
   if outputs.confidence is not None:
     metrics["confidence"] = weighted(optax.sigmoid_binary_cross_entropy(outputs.confidence, accept), decay)
-  weights = weights or {name: term.weight for name, term in metrics.items()}
-  loss = sum(getattr(config, name) * term.sum / (weights[name] + EPSILON) for name, term in metrics.items())
-  metrics |= acceptance(accept, mask)
-  if outputs.confidence is not None:
+    loss += scale["confidence"] * metrics["confidence"].sum
     metrics |= confidence_errors(jax.nn.sigmoid(outputs.confidence), accept, mask, decay)
   return loss, jax.lax.stop_gradient(metrics)
 
@@ -74,49 +74,78 @@ def draft_columns(drafter: Drafter, blocks: Blocks) -> tuple[Array, Array]:
   return column, (words[column] == blocks.labels).astype(jnp.float32)
 
 
-def slot_terms(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array,
-               anchors: Array, columns: Array, chunk: int) -> tuple[Array, Array]:
-  """(CE, TV) of every slot, f32[B,A,G] each. columns: i32[B,A,G], the label's column in the draft logits.
+def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array, anchors: Array,
+              columns: Array, weights: tuple[Array, Array], chunk: int) -> tuple[Array, Array, Array]:
+  """(sum of weights[0] * CE + weights[1] * TV, CE, TV) over slots; CE and TV are f32[B,A,G] and detached.
 
-  Chunks take some slots of every row, so that a batch sharded over devices stays where it is. With a reduced
-  draft vocabulary p is not renormalised: TV also counts p's mass outside the draft words, which q misses.
+  columns: i32[B,A,G], the label's column in the draft logits. Chunks take some slots of every row, so that a batch
+  sharded over devices stays where it is. With a reduced draft vocabulary p is not renormalised: TV also counts p's
+  mass outside the draft words, which q misses.
   """
+  target = jax.lax.stop_gradient(target)
   batch, _, block = columns.shape
   slot = jnp.arange(block, dtype=jnp.int32)[None, None]
   position = jnp.minimum(anchors[..., None] + slot, target_hidden.shape[1] - 1)
   head = drafter.head(target)
-  draft_head = head.astype(outputs.hidden.dtype)
+  base = jax.lax.stop_gradient(head.base)
   log_total = None if drafter.words is None else log_normalizer(target, target_hidden, chunk)
 
-  @jax.checkpoint
-  def one(part):
-    hidden, latent, position, column = part
+  def teacher(position):
     rows = jnp.take_along_axis(target_hidden, position[..., None], axis=1)
     if log_total is None:
-      p, outside = jax.nn.softmax(target.logits(rows)), 0.0
-    else:
-      total = jnp.take_along_axis(log_total, position, axis=1)
-      p = jnp.exp(drafter.logits(head, rows, None) - total[..., None])
-      outside = jnp.maximum(1 - p.sum(-1), 0)
-    p, outside = jax.lax.stop_gradient((p, outside))
-    log_q = jax.nn.log_softmax(drafter.logits(draft_head, hidden, latent))
-    tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
-    return -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0], tv
+      return jax.nn.softmax(target.logits(rows)), 0.0
+    total = jnp.take_along_axis(log_total, position, axis=1)[..., None]
+    p = jnp.exp(drafter.logits(DraftHead(base, None), rows, None) - total)
+    return p, jnp.maximum(1 - p.sum(-1), 0)
 
-  slots = jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[3:]),
-                       (outputs.hidden, outputs.latent, position, columns))
-  ce, tv = in_chunks(one, slots, chunk)
-  return ce.reshape(columns.shape), tv.reshape(columns.shape)
+  def terms(slots, bias, fixed):
+    (hidden, latent), (position, column, weights) = slots, fixed
+    p, outside = teacher(position)
+    log_q = jax.nn.log_softmax(drafter.logits(DraftHead(base.astype(hidden.dtype), bias), hidden, latent))
+    ce = -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0]
+    tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
+    return (weights[0] * ce + weights[1] * tv).sum(), (ce, tv)
+
+  flat = lambda x: x.reshape(batch, -1, *x.shape[3:])
+  slots = jax.tree.map(flat, (outputs.hidden, outputs.latent))
+  loss, (ce, tv) = _sum_of_chunks(terms, slots, head.bias, jax.tree.map(flat, (position, columns, weights)), chunk)
+  return loss, *(jax.lax.stop_gradient(x).reshape(columns.shape) for x in (ce, tv))
+
+
+def _sum_of_chunks(terms, slots, bias, fixed, chunk):
+  """(sum of what `terms` gives first, f32[]; the arrays of slots that it gives second) over chunks of slots.
+
+  Differentiable in slots and bias. The weights of the terms are known before any model runs, so a chunk's gradient is
+  taken while its logits exist: three products with the vocabulary per slot instead of five when they are recomputed.
+  """
+  @jax.custom_vjp
+  def total(slots, bias):
+    return in_chunks(lambda part: terms(part[0], bias, part[1]), (slots, fixed), chunk)
+
+  def forward(slots, bias):
+    def one(part):
+      (loss, rest), (d_slots, d_bias) = jax.value_and_grad(terms, (0, 1), has_aux=True)(part[0], bias, part[1])
+      return (loss, jax.tree.map(lambda x: x.astype(jnp.float32), d_bias)), (rest, d_slots)
+    (loss, d_bias), (rest, d_slots) = in_chunks(one, (slots, fixed), chunk)
+    return (loss, rest), (d_slots, jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias))
+
+  def backward(grads, cotangent):
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangent[0]).astype(g.dtype), grads)
+
+  total.defvjp(forward, backward)
+  return total(slots, bias)
 
 
 def log_normalizer(target: Target, target_hidden: Array, chunk: int) -> Array:
   """f32[B,T]: log-sum-exp of the target's logits at every position, over the whole vocabulary."""
-  return jax.lax.stop_gradient(in_chunks(lambda hidden: jax.nn.logsumexp(target.logits(hidden), axis=-1),
-                                         target_hidden, chunk))
+  return in_chunks(lambda hidden: ((), jax.nn.logsumexp(target.logits(hidden), axis=-1)), target_hidden, chunk)[1]
 
 
 def in_chunks(function, rows, chunk: int):
-  """function over arrays [B,N,...] in pieces [B,n,...] with B * n <= chunk (n at least 1), joined again."""
+  """(sums, joined) of a function of arrays [B,N,...] that is run on pieces [B,n,...], B * n <= chunk (n at least 1).
+
+  It returns (arrays to add up over the pieces, arrays [B,n,...] to join along N); the last piece is padded with zeros.
+  """
   batch, length = jax.tree.leaves(rows)[0].shape[:2]
   size = max(1, min(chunk // batch, length))
   pieces = math.ceil(length / size)
@@ -128,7 +157,14 @@ def in_chunks(function, rows, chunk: int):
   def join(x):
     return jnp.moveaxis(x, 0, 1).reshape(batch, pieces * size, *x.shape[3:])[:, :length]
 
-  return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, rows)))
+  def step(sums, part):
+    more, out = function(part)
+    return jax.tree.map(jnp.add, sums, more), out
+
+  parts = jax.tree.map(split, rows)
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))[0]
+  sums, out = jax.lax.scan(step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+  return sums, jax.tree.map(join, out)
 
 
 def acceptance(accept: Array, mask: Array) -> dict[str, Mean]:
