@@ -240,7 +240,7 @@ def test_nan_logits(whose):
   drafter = fresh_drafter(num_target_layers=2, taps=(0,), block_size=2)
   broken = target if whose == "target" else drafter
   broken.norm.weight.set_value(broken.norm.weight[...].at[3].set(jnp.nan))
-  with complains("NaN logits in rows [0, 1]", "weights are broken, or the dtype overflows"):
+  with complains("NaN logits or confidences in rows [0, 1]", "weights are broken, or the dtype overflows"):
     dspark_jax.generate(target, drafter, [[1, 2], [3]], max_new_tokens=8)
 
 

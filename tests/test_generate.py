@@ -241,9 +241,10 @@ def test_nan_is_an_error(settings):
            for kind in kinds}
   pairs = [(target(), broken(drafter(kind), name)) for kind in kinds for name in names[kind]]
   pairs += [(broken(target(), "norm.weight"), drafter(kind)) for kind in kinds]
-  pairs += [] if settings else [(broken(target(), "lm_head.weight"), drafter("vanilla"))]
+  pairs += [] if settings else [(broken(target(), "lm_head.weight"), drafter("vanilla")),
+                                (target(), broken(drafter("vanilla"), "confidence_head.proj.weight"))]
   for models in pairs:
-    with pytest.raises(ValueError, match="NaN logits in rows"):
+    with pytest.raises(ValueError, match="NaN logits or confidences in rows"):
       generate(*models, PROMPTS, max_new_tokens=NEW, **settings)
 
 

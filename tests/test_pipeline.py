@@ -142,6 +142,32 @@ def test_top_words_fills_and_refuses():
       pipeline.top_words([document], k, 10, always=(8, 9))
 
 
+def test_bigram_factors():
+  """Kills: pairs across the loss mask, words off by a column, an unsmoothed or unweighted fit, a transposed factor."""
+  documents = random_documents(40)
+  words, rank, prior = np.array([3, 4, 8, 20, 21, 33, 47]), 7, 2.0
+  w1, w2 = pipeline.bigram_factors(documents, words, 50, rank, prior)
+  counts = Counter((int(a), int(b)) for d in documents for a, b, m, n in
+                   zip(d.tokens, d.tokens[1:], d.loss_mask, d.loss_mask[1:]) if m and n and b in words)
+  often = np.array([sum(n for (_, b), n in counts.items() if b == word) for word in words]) + 0.1
+  for u in range(50):
+    row = np.array([counts[u, word] for word in words])
+    if row.sum():
+      p = (row + prior * often / often.sum()) / (row.sum() + prior)
+      logits = w1[u] @ w2.T
+      np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), p, rtol=1e-3)
+  total = np.array([sum(counts[u, w] for w in words) for u in range(50)])
+  np.testing.assert_allclose(w1[total == 0], np.tile(total @ w1 / total.sum(), ((total == 0).sum(), 1)), rtol=1e-4, atol=1e-6)
+  exact = total[:, None] ** 0.5 * (w1 @ w2.T)
+  singular = np.linalg.svd(exact, compute_uv=False)
+  for r in (2, 5):  # no matrix of rank r is nearer (Eckart-Young)
+    a, b = pipeline.bigram_factors(documents, words, 50, r, prior)
+    error = np.linalg.norm(exact - total[:, None] ** 0.5 * (a @ b.T))
+    np.testing.assert_allclose(error, np.linalg.norm(singular[r:]), rtol=1e-3)
+  wide = pipeline.bigram_factors(documents, words, 50, 9, prior)
+  assert wide[0].shape == (50, 9) and not wide[0][:, 7:].any() and wide[1].shape == (7, 9)
+
+
 def letters(text, add_special_tokens):
   assert not add_special_tokens
   return {"input_ids": list(text.encode())}

@@ -209,7 +209,7 @@ def attention_case():
 
 def block_attention(arrays, mask, bounds):
   q, k, v, far_k, far_v = arrays
-  return attention.attend(q, k, v, mask, attention.Context(far_k, far_v, *bounds))
+  return attention.attend(q, k, v, mask, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, *bounds))
 
 
 def dense_attention(arrays, mask, bounds):

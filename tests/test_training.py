@@ -14,7 +14,7 @@ from scipy import stats
 
 from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
 from dspark_jax.drafters.backbone import init_from_target
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.dspark import DSpark, init_from_bigrams
 from dspark_jax.metrics import mean
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.training import step as subject
@@ -347,8 +347,12 @@ def test_no_array_of_all_slots_and_the_vocabulary(words):
 
 
 def test_a_drafter_started_from_its_target():
-  """Kills a start from the first layers, and one that depends on whether the target's layers are stacked."""
+  """Kills a start from the first layers, one that depends on whether the target's layers are stacked, and one that
+  changes the drafter it was given."""
   target, drafter = models()
+  before = jax.tree.map(np.array, drafter)
+  init_from_target(drafter, target)
+  jax.tree.map(np.testing.assert_array_equal, drafter, before)
   start = lambda t, d: (init_from_target(d, t), init_from_target(d, stack_layers(t)))
   one, stacked = jax.jit(start)(target, drafter)
   jax.tree.map(np.testing.assert_array_equal, one, stacked)
@@ -356,7 +360,25 @@ def test_a_drafter_started_from_its_target():
   for mine, theirs in zip(one.layers, target.layers[1:]):
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
   taps = np.random.default_rng(0).normal(size=(1, 2, 32)).astype(np.float32)
-  np.testing.assert_allclose(one.fc(taps), (taps[..., :16] + taps[..., 16:]) / 2, rtol=1e-6)
+  np.testing.assert_allclose(one.fc(taps), taps[..., 16:], rtol=1e-6)
   other = dataclasses.replace(target.config, spec=dataclasses.replace(SPEC, num_heads=4))
   with pytest.raises(ValueError, match="use the target's own block"):
     init_from_target(drafter, Decoder(other, rngs=nnx.Rngs(0)))
+
+
+def test_a_drafter_started_from_bigrams():
+  """Kills factors in each other's place, and a backbone whose untrained logits drown the bigrams."""
+  target, drafter = models()
+  rng = np.random.default_rng(0)
+  w1, w2 = rng.normal(size=(VOCABULARY, 4)), rng.normal(size=(30, 4))
+  started = init_from_bigrams(drafter, w1, w2)
+  assert jax.tree.structure(started) == jax.tree.structure(drafter)
+  hidden, previous = rng.normal(size=(3, 16)).astype(np.float32), jnp.array([5, 0, 39])
+  state, latent = started.markov_head.step(None, started.markov_head.markov_w1(previous), hidden)
+  with_bias = started.logits(started.head(target), hidden, latent)
+  np.testing.assert_allclose(with_bias - started.logits(started.head(target), hidden, None), w1[previous] @ w2.T,
+                             rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(started.norm(hidden), 0.3 * drafter.norm(hidden), rtol=1e-6)
+  gated = DSpark(dataclasses.replace(drafter.config, markov_head="gated"), rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="only a vanilla sequential head"):
+    init_from_bigrams(gated, w1, w2)

@@ -27,6 +27,8 @@ class DrafterSettings:
   """draft over so many most frequent tokens of the data; 0: the whole vocabulary"""
   from_target: bool = False
   """start the draft layers from the target's last ones"""
+  from_bigrams: bool = False
+  """start a vanilla sequential head from the data's bigrams (needs draft_vocab_size)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,8 @@ class TrainConfig:
     for name in ("compute_dtype", "target_dtype"):
       value = getattr(self, name)
       problems += [f"{name} is {value!r}, expected float32 or bfloat16"] if value not in ("float32", "bfloat16") else []
+    if self.drafter.from_bigrams and not self.drafter.draft_vocab_size:
+      problems.append("from_bigrams needs a reduced vocabulary: set draft_vocab_size to 8192 or less")
     raise_all("training config", problems)
 
 

@@ -39,7 +39,7 @@ from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 @dataclasses.dataclass
 class Settings:
   minutes: float = 8
-  """of training; answering the questions takes half as long again, once"""
+  """of training; answering the questions takes as long again, once"""
   out: Path = Path("runs/demo")
   config: str = "configs/demo.py"
   held_out: int = 12
@@ -54,7 +54,7 @@ def main(settings: Settings) -> dict:
   with program.stderr.status("loading SmolLM2-135M-Instruct"):
     tokenizer = chat.load_tokenizer(locate_target(config.target))
     target = dspark_jax.load_target(config.target)
-  ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes / 2)
+  ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
   if not (settings.out / "run.json").exists():  # a run that began keeps its data
     program.say("the target answers questions about Python's standard library")
     answers.answer(ask, target, tokenizer, answers.read_questions(ask))

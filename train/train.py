@@ -34,6 +34,7 @@ from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.config import DrafterConfig
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters.backbone import init_from_target
+from dspark_jax.drafters.dspark import init_from_bigrams
 from dspark_jax.loading import locate_target
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
@@ -89,11 +90,16 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
   words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
-  shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name not in ("from_target", "draft_vocab_size")}
+  shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(s)
+           if f.name not in ("from_target", "from_bigrams", "draft_vocab_size")}
   drafter = dspark_jax.new_drafter(DrafterConfig(spec=target.config.spec, vocab_size=target.config.vocab_size,
                                                  num_target_layers=target.config.num_layers, **shape),
                                    words=words, seed=config.seed)
-  return init_from_target(drafter, target) if s.from_target else drafter
+  if s.from_target:
+    drafter = init_from_target(drafter, target)
+  if s.from_bigrams:
+    drafter = init_from_bigrams(drafter, *pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank))
+  return drafter
 
 
 def describe(config: TrainConfig, packed) -> dict:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 from dspark_jax.types import Batch
 
@@ -136,6 +137,36 @@ def top_words(documents: Iterable[Document], k: int, vocab_size: int, always: It
     np.add.at(counts, ids, 1)
   counts[always] = np.iinfo(np.int64).max
   return np.sort(np.argsort(-counts, kind="stable")[:k]).astype(np.int32)
+
+
+def bigram_factors(documents: Iterable[Document], words: np.ndarray, vocab_size: int, rank: int, prior: float = 5.0
+                   ) -> tuple[np.ndarray, np.ndarray]:
+  """(W1 f32[V,R], W2 f32[W,R]) with W1[u] . W2[w] near log P(words[w] | u), up to a constant per u.
+
+  A start for a vanilla sequential head, which has exactly this form (DSpark, 3.1). P counts supervised tokens after
+  supervised ones, with `prior` more counts shared out by the words' own frequency; the factors are the best ones of
+  rank R when every u weighs as often as it occurs. Tokens never followed get the mean row. Memory and time go with
+  W x W and W cubed: 3 s for 4,096 words.
+  """
+  column = np.full(vocab_size, -1)
+  column[words] = np.arange(len(words))
+  pairs = [(d.tokens[:-1][both], column[d.tokens[1:][both]])
+           for d in documents for both in [d.loss_mask[:-1] & d.loss_mask[1:]]]
+  previous, following = (np.concatenate(part)[np.concatenate([f for _, f in pairs]) >= 0] for part in zip(*pairs))
+  seen, row = np.unique(previous, return_inverse=True)
+  counts = np.zeros((len(seen), len(words)), np.float32)
+  np.add.at(counts, (row, following), 1)
+  total, frequency = counts.sum(1, keepdims=True), counts.sum(0) + 0.1  # no word is impossible
+  log_p = np.log((counts + prior * frequency / frequency.sum()) / (total + prior))
+  log_p -= log_p.mean(1, keepdims=True)
+  rank_here = min(rank, len(words))
+  square, basis = scipy.linalg.eigh(log_p.T @ (total * log_p), subset_by_index=(len(words) - rank_here, len(words) - 1))
+  root = np.maximum(square, square[-1] * 1e-12) ** 0.25  # of the singular values: both factors get the same size
+  seen_rows = log_p @ basis / root
+  w1, w2 = np.zeros((vocab_size, rank), np.float32), np.zeros((len(words), rank), np.float32)
+  w1[:, :rank_here] = (total * seen_rows).sum(0) / total.sum()
+  w1[seen, :rank_here], w2[:, :rank_here] = seen_rows, basis * root
+  return w1, w2
 
 
 def _read_text(path: str, tokenizer: Any, max_len: int) -> Iterator[Encoded]:

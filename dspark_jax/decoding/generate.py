@@ -43,7 +43,7 @@ class LoopState:
   tokens: Array    # i32[B,N+2G+2]  new tokens; what lies past `count` is scratch
   count: Array     # i32[B]    new tokens so far, the stop token included; may pass max_new_tokens in the last round
   done: Array      # bool[B]
-  failed: Array    # bool[B]   NaN logits, the target's or the drafter's
+  failed: Array    # bool[B]   NaN logits, the target's or the drafter's, or NaN confidences
   n_accept: Array  # i32[B,N]  drafts kept per round, -1 where the row ran no round
   rounds: Array    # i32[]
 
@@ -93,7 +93,8 @@ def one_round(target: Target, drafter: Drafter | None, requests: Requests, state
   emitted = jnp.where(place == kept[:, None], verdict.next_token[:, None], emitted)  # past a stop token: scratch
   n_new = jnp.where(live, kept + jnp.where(stopped, 0, 1), 0)
   vocabulary = target.config.vocab_size
-  failed = live & (jnp.any(proposal.tokens >= vocabulary, axis=1) | (verdict.next_token >= vocabulary))
+  failed = live & (jnp.any(proposal.tokens >= vocabulary, axis=1) | (verdict.next_token >= vocabulary)
+                   | jnp.any(jnp.isnan(proposal.confidence), axis=1))
   put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
   count, n_commit = state.count + n_new, jnp.where(live, kept + 1, 0)
   ended = stopped | _among(verdict.next_token, requests.stop_ids) | (count >= state.n_accept.shape[1])
@@ -181,7 +182,7 @@ def collect(state: LoopState, max_new_tokens: int) -> Generation:
   """The texts of a finished `decode`. ValueError when logits were NaN."""
   failed, tokens, count, n_accept = jax.device_get((state.failed, state.tokens, state.count, state.n_accept))
   if failed.any():
-    raise ValueError(f"NaN logits in rows {np.flatnonzero(failed).tolist()}: the target's or the drafter's weights are "
+    raise ValueError(f"NaN logits or confidences in rows {np.flatnonzero(failed).tolist()}: the target's or the drafter's weights are "
                      f"broken, or the dtype overflows")
   return Generation([row[:min(n, max_new_tokens)].tolist() for row, n in zip(tokens, count)],
                     [row[row >= 0].tolist() for row in n_accept])

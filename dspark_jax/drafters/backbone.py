@@ -82,8 +82,9 @@ class Backbone(nnx.Module):
 def init_from_target(drafter: Backbone, target: Target) -> Backbone:
   """The drafter with layers and norms started from the target's last layers; a start for training.
 
-  fc starts as the mean of the taps (residual streams, what those layers read in the target), and hidden_norm as
-  the mean of the copied layers' input norms: `ctx` goes to k_proj and v_proj in the place of a normed input.
+  fc starts as the last tap alone (the residual stream that is nearest to what those layers read in the target), and
+  hidden_norm as the mean of the copied layers' input norms: `ctx` goes to k_proj and v_proj in the place of a normed
+  input.
   """
   config, taps = drafter.config, len(drafter.config.taps)
   if config.spec != target.config.spec or config.num_layers > target.config.num_layers:
@@ -93,9 +94,10 @@ def init_from_target(drafter: Backbone, target: Target) -> Backbone:
   last = range(target.config.num_layers - config.num_layers, target.config.num_layers)
   stacked = isinstance(target.layers, Block)
   layers = [jax.tree.map(lambda x: x[i], target.layers) if stacked else target.layers[i] for i in last]
-  new = nnx.merge(*nnx.split(drafter))
+  new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
   new.layers = nnx.List([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
   new.norm.weight.set_value(target.norm.weight[...].astype(dtype))
   new.hidden_norm.weight.set_value(sum(layer.input_layernorm.weight[...] for layer in new.layers) / len(last))
-  new.fc.weight.set_value(jnp.tile(jnp.eye(config.spec.hidden_size, dtype=dtype) / taps, (1, taps)))
+  width = config.spec.hidden_size
+  new.fc.weight.set_value(jnp.eye(width, width * taps, k=width * (taps - 1), dtype=dtype))
   return new
