@@ -1,5 +1,6 @@
 """Small folders for the tests of loading and of the programs: golden models, and copies of them changed on purpose."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from safetensors import safe_open
 from safetensors.flax import load_file, save_file
@@ -114,3 +116,29 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
   chat.fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML,
                         additional_special_tokens=special[1:3]).save_pretrained(folder)
   return folder
+
+
+@contextlib.contextmanager
+def complains(*parts: str, error=ValueError):
+  """The block raises one line of text with all these parts in it."""
+  with pytest.raises(error) as caught:
+    yield
+  text = str(caught.value)
+  assert "\n" not in text and len(text) > 20
+  for part in parts:
+    assert part in text, f"{part!r} is not in {text!r}"
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+  path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+
+
+def spoiled(prefix: str):
+  """A function that removes two tensors, adds two, misshapes one and makes integers of another."""
+  def spoil(tensors):
+    layer = f"{prefix}layers.0."
+    del tensors[layer + "mlp.up_proj.weight"], tensors[f"{prefix}norm.weight"]
+    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"].T
+    tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.gate_proj.weight"].astype(jnp.int8)
+    return tensors | {"extra.weight": jnp.ones(3), layer + "self_attn.q_proj.bias": jnp.ones(3)}
+  return spoil

@@ -1,51 +1,24 @@
-"""Bad input gets one sentence that says what, got, expected and remedy; and nothing is lost or half-written."""
+"""Bad input gets one sentence that says what, got, expected and remedy."""
 
-import contextlib
 import dataclasses
-import errno
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 import dspark_jax
-from dspark_jax.checkpoints import atomic, hf, state
+from dspark_jax.checkpoints import hf, state
 from dspark_jax.config import to_json
 from dspark_jax.data import chat
 from dspark_jax.loading import target_id
 from dspark_jax.targets.decoder import Decoder
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, files, fresh_drafter, qwen3, sharded,
-                     words)
-
-ROOT = Path(dspark_jax.__file__).parents[1]
-
-
-@contextlib.contextmanager
-def complains(*parts: str, error=ValueError):
-  """The block raises one line of text with all these parts in it."""
-  with pytest.raises(error) as caught:
-    yield
-  text = str(caught.value)
-  assert "\n" not in text and len(text) > 20
-  for part in parts:
-    assert part in text, f"{part!r} is not in {text!r}"
-
-
-def cut(path: Path, share: float = 0.5) -> None:
-  path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
-
+from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, copied, cut, fresh_drafter, qwen3, sharded, spoiled, words
+from train.config import DrafterSettings, TrainConfig
 
 # Weight files
-
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
 def test_truncated_weights(share, tmp_path):
@@ -100,17 +73,6 @@ def test_truncated_gguf(tmp_path):
     dspark_jax.load_target(tmp_path / "other.gguf")
   with complains("nothing.gguf does not exist", "expected a GGUF file"):
     dspark_jax.load_target(tmp_path / "nothing.gguf")
-
-
-def spoiled(prefix: str):
-  """A function that removes two tensors, adds two, misshapes one and makes integers of another."""
-  def spoil(tensors):
-    layer = f"{prefix}layers.0."
-    del tensors[layer + "mlp.up_proj.weight"], tensors[f"{prefix}norm.weight"]
-    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"].T
-    tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.gate_proj.weight"].astype(jnp.int8)
-    return tensors | {"extra.weight": jnp.ones(3), layer + "self_attn.q_proj.bias": jnp.ones(3)}
-  return spoil
 
 
 @pytest.mark.parametrize("kind", ["target", "deepspec", "ours"])
@@ -232,6 +194,14 @@ def test_prompts_and_settings(prompts, settings, parts):
     dspark_jax.generate(qwen3(), None, prompts, **{"max_new_tokens": 64, **settings})
 
 
+def test_training_settings_at_fault():
+  """Kills: settings that surface after the target was loaded, or in the middle of a run; one complaint at a time."""
+  drafter = DrafterSettings(taps=(1,), mask_token_id=0, from_bigrams=True)
+  with complains("batch is 0, expected at least 1", "minutes is -1, expected more than 0", "'float16', expected float32",
+                 "expected draft_vocab_size 1..16384, got 0"):
+    TrainConfig(target="t", out=Path("o"), drafter=drafter, batch=0, minutes=-1, compute_dtype="float16")
+
+
 @pytest.mark.parametrize("whose", ["target", "drafter"])
 def test_nan_logits(whose):
   """Kills: argmax of NaN, which is token 0 every time: drafts all accepted, and nonsense out."""
@@ -315,170 +285,3 @@ def test_draft_words_at_fault(change, part, tmp_path):
   save_ours(tmp_path / "d", drafter, weights=weights)
   with complains(part):
     dspark_jax.load_drafter(tmp_path / "d", qwen3())
-
-
-# Saving
-
-
-def leftovers(folder: Path) -> list[str]:
-  return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
-
-
-@contextlib.contextmanager
-def small_disk(size: int):
-  """No file of this process may grow over `size` bytes: what a full disk does, seen from a program."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, old)
-
-
-@pytest.mark.parametrize("what", ["ours", "deepspec"])
-def test_full_disk(what, tmp_path):
-  """Kills: writing over the only good copy; half a folder that looks whole; scratch that eats the rest of the disk."""
-  drafters = [fresh_drafter(seed=seed) for seed in range(3)]
-  for seed, drafter in enumerate(drafters):
-    dspark_jax.save_drafter(tmp_path / f"source{seed}", drafter, qwen3())
-  def write(seed):
-    if what == "ours":
-      dspark_jax.save_drafter(tmp_path / "d", drafters[seed], qwen3())
-    else:
-      dspark_jax.export_drafter(tmp_path / f"source{seed}", tmp_path / "d", qwen3())
-  write(0)
-  before = files(tmp_path / "d")
-  with small_disk(10_000), complains("d cannot be written", "free some space", error=OSError):
-    write(1)
-  assert files(tmp_path / "d") == before and leftovers(tmp_path) == []
-  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), drafters[0])
-  write(2)
-  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), drafters[2])
-  assert leftovers(tmp_path) == []
-
-
-def test_full_disk_at_the_last_file(tmp_path, monkeypatch):
-  """Kills: a folder taken into place before its last file is written."""
-  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=0), qwen3())
-  before = files(tmp_path / "d")
-  def full(path, text, **_):
-    path.write_bytes(text.encode()[:10])
-    raise OSError(errno.ENOSPC, "No space left on device")
-  monkeypatch.setattr(Path, "write_text", full)
-  with pytest.raises(OSError, match="No space left"):
-    dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=1), qwen3())
-  assert files(tmp_path / "d") == before and leftovers(tmp_path) == []
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import dspark_jax
-from folders import fresh_drafter, qwen3
-def die(*_, **__):
-  os.kill(os.getpid(), signal.SIGKILL)
-Path.write_text = die  # drafter.json comes last
-dspark_jax.save_drafter({folder!r}, fresh_drafter(seed=1), qwen3())
-"""
-KILLED_BETWEEN = """
-import importlib.util, os, signal
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("atomic", {atomic!r})
-atomic = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(atomic)
-rename = Path.rename
-def once(path, to):
-  rename(path, to)
-  os.kill(os.getpid(), signal.SIGKILL)
-Path.rename = once  # the old folder is aside, the new one not in place
-with atomic.new_folder(Path({folder!r}), {{"drafter.json", "weights"}}) as new:
-  (new / "drafter.json").write_text("new")
-"""
-
-
-@pytest.mark.parametrize("where", ["writing", "between the renames"])
-def test_kill(where, tmp_path):
-  """Kills: no drafter at all after a kill; scratch folders that pile up; a next save that trips over them."""
-  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=0), qwen3())
-  code = (KILLED if where == "writing" else KILLED_BETWEEN).format(
-      root=str(ROOT), tests=str(ROOT / "tests"), atomic=atomic.__file__, folder=str(tmp_path / "d"))
-  out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)
-  assert out.returncode == -signal.SIGKILL, out.stderr.decode()
-  assert leftovers(tmp_path) != []
-  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), fresh_drafter(seed=0))
-  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(seed=2), qwen3())
-  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", qwen3()), fresh_drafter(seed=2))
-  assert leftovers(tmp_path) == []
-
-
-def test_kill_then_save_without_loading(tmp_path):
-  """Kills: sweeping away the only copy, which a kill had left aside."""
-  (tmp_path / ".d.old").mkdir()
-  (tmp_path / ".d.old" / "drafter.json").write_text("old")
-  with pytest.raises(KeyError), atomic.new_folder(tmp_path / "d", {"drafter.json"}):
-    raise KeyError
-  assert files(tmp_path) == {"d/drafter.json": b"old"}
-
-
-def test_nothing_of_the_users_is_replaced(tmp_path):
-  """Kills: `--destination ~`: a folder with other things in it moved aside and deleted."""
-  for name in ("mine", "file"):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-  (tmp_path / "mine").mkdir()
-  (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-  (tmp_path / "file").write_text("x")
-  with complains("mine holds thesis.tex, which would be lost", "choose another place"):
-    dspark_jax.save_drafter(tmp_path / "mine", fresh_drafter(), qwen3())
-  with complains("file is a file, expected a folder or nothing"):
-    dspark_jax.save_drafter(tmp_path / "file", fresh_drafter(), qwen3())
-  source = copied(DSPARK, tmp_path / "source")
-  before = files(source)
-  with complains("source holds config.json, model.safetensors, which would be lost"):
-    dspark_jax.import_drafter(source, source, qwen3())
-  assert files(source) == before and leftovers(tmp_path) == []
-  (tmp_path / "link").symlink_to(tmp_path / "real")
-  (tmp_path / "real").mkdir()
-  for _ in range(2):  # an empty folder, then ours; through a link
-    dspark_jax.save_drafter(tmp_path / "link", fresh_drafter(), qwen3())
-  assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "drafter.json").exists()
-
-
-def test_conversion_at_fault_leaves_the_destination(tmp_path):
-  """Kills: emptying the destination before the source was read."""
-  dspark_jax.import_drafter(DSPARK, tmp_path / "d", qwen3())
-  before = files(tmp_path / "d")
-  source = copied(DSPARK, tmp_path / "source", tensors=spoiled(""))
-  with pytest.raises(ValueError):
-    dspark_jax.import_drafter(source, tmp_path / "d", qwen3())
-  assert files(tmp_path / "d") == before
-
-
-# Training states
-
-
-def test_training_state_comes_back(tmp_path):
-  """Kills: a state that can be saved but not read, comes back in another order, or from a damaged step in silence."""
-  drafter = fresh_drafter(num_layers=2, words=words())
-  tree = {"drafter": drafter, "moments": ({"layers.0.a": jnp.ones(3)}, jnp.int32(7)), "none": None}
-  saved = state.checkpointer(tmp_path / "steps", every=2)
-  assert state.restore(saved, tree) is None
-  for step in range(1, 8):
-    saved.save_checkpointables(step, {"state": tree | {"moments": ({"layers.0.a": jnp.full(3, step / 8)},
-                                                                   jnp.int32(step))}}, force=step == 7)
-  saved.close()
-  assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["6", "7"]
-  saved = state.checkpointer(tmp_path / "steps", every=2)
-  back = state.restore(saved, tree)
-  assert_same_weights(back["drafter"], drafter)
-  np.testing.assert_array_equal(back["drafter"].words, words())
-  assert int(back["moments"][1]) == 7 and back["none"] is None
-  np.testing.assert_array_equal(back["moments"][0]["layers.0.a"], np.full(3, 7 / 8, np.float32))
-  biggest = max((p for p in (tmp_path / "steps" / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-  cut(biggest)
-  with complains("the state of step 7 cannot be restored", "delete that step's folder"):
-    state.restore(saved, tree)
-  with complains("save_every is 0, expected at least 1"):
-    state.checkpointer(tmp_path / "other", every=0)

@@ -65,8 +65,9 @@ class TrainConfig:
     for name in ("compute_dtype", "target_dtype"):
       value = getattr(self, name)
       problems += [f"{name} is {value!r}, expected float32 or bfloat16"] if value not in ("float32", "bfloat16") else []
-    if self.drafter.from_bigrams and not self.drafter.draft_vocab_size:
-      problems.append("from_bigrams needs a reduced vocabulary: set draft_vocab_size to 8192 or less")
+    if self.drafter.from_bigrams and not 0 < self.drafter.draft_vocab_size <= 16384:
+      problems.append(f"from_bigrams factors a matrix of words x words: expected draft_vocab_size 1..16384, got "
+                      f"{self.drafter.draft_vocab_size}")
     raise_all("training config", problems)
 
 

@@ -153,6 +153,8 @@ def bigram_factors(documents: Iterable[Document], words: np.ndarray, vocab_size:
   pairs = [(d.tokens[:-1][both], column[d.tokens[1:][both]])
            for d in documents for both in [d.loss_mask[:-1] & d.loss_mask[1:]]]
   previous, following = (np.concatenate(part)[np.concatenate([f for _, f in pairs]) >= 0] for part in zip(*pairs))
+  if not len(previous):
+    raise ValueError("no supervised token follows another one: there are no bigrams to start from")
   seen, row = np.unique(previous, return_inverse=True)
   counts = np.zeros((len(seen), len(words)), np.float32)
   np.add.at(counts, (row, following), 1)
