@@ -22,7 +22,7 @@ SCORE_BUDGET = 2 ** 25  # attention scores held at a time, in elements: 128 MB o
 @flax.struct.dataclass
 class Context:
   """Slots shared by all blocks of a row; query (a, t) sees slots lo <= j < hi."""
-  k: Array   # f[B,K,h,S]  keys as columns: both products then read rows of S, 5 times faster on CPU
+  k: Array   # f[B,K,h,S]  keys as columns: both products then read along S, on CPU in half the time
   v: Array   # f[B,K,S,h]
   lo: Array  # i32[B,A,T]
   hi: Array  # i32[B,A,T]
