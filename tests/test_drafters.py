@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.config import DrafterConfig, TargetConfig
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.sampling import Sampling
 from dspark_jax.targets import TARGETS

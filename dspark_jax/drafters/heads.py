@@ -80,6 +80,7 @@ def propose(head: MarkovHead | None, confidence, hidden: Array, base: Array, anc
   confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.
   """
   def step(carry, slot):
+    """One slot: (state, previous token) and (k, hidden, base logits) -> the next carry and what the slot gives."""
     state, previous = carry
     k, h, logits = slot
     embedding = latent = None
