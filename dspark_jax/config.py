@@ -48,25 +48,17 @@ class DrafterConfig:
   draft_vocab_size: int = 0    # W; 0: the target's whole vocabulary
 
   def __post_init__(self):
-    problems = []
+    problems = common_problems(self)
     if not self.taps:
       problems.append("taps are empty: name at least one target layer")
-    bad = [t for t in self.taps if not -1 <= t < self.num_target_layers - 1]
-    if bad:
-      problems.append(f"taps {bad} are out of range: the target has {self.num_target_layers} layers, allowed are -1 "
-                      f"(embedding) to {self.num_target_layers - 2} (the last layer's stored form is ambiguous)")
     if self.markov_rank and self.markov_head not in ("vanilla", "gated", "rnn"):
       problems.append(f"markov_head is {self.markov_head!r}, expected vanilla, gated or rnn")
     if self.confidence not in ("none", "hidden", "markov"):
       problems.append(f"confidence is {self.confidence!r}, expected none, hidden or markov")
     if self.confidence == "markov" and not self.markov_rank:
       problems.append("confidence 'markov' reads the sequential head's embedding, but markov_rank is 0: use 'hidden' or 'none'")
-    if self.block_size < 1:
-      problems.append(f"block_size is {self.block_size}, expected at least 1")
     if not 0 <= self.mask_token_id < self.vocab_size:
       problems.append(f"mask_token_id is {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
-    if not 0 <= self.draft_vocab_size <= self.vocab_size:
-      problems.append(f"draft_vocab_size is {self.draft_vocab_size}, expected 0..{self.vocab_size}")
     raise_all("drafter config", problems)
 
   @property
@@ -78,6 +70,38 @@ class DrafterConfig:
   def words(self) -> int:
     """W: columns of the draft logits."""
     return self.draft_vocab_size or self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig:
+  """An Eagle3 or MTP drafter. `spec` repeats the target family's own block."""
+  spec: BlockSpec
+  vocab_size: int              # of the target
+  num_target_layers: int
+  taps: tuple[int, ...] = ()   # MTP reads the target's last hidden states and needs none
+  block_size: int = 7          # G: drafts per round, and steps that training unrolls
+  draft_vocab_size: int = 0    # W; 0: the target's whole vocabulary
+
+  def __post_init__(self):
+    raise_all("drafter config", common_problems(self))
+
+  @property
+  def words(self) -> int:
+    """W: columns of the draft logits."""
+    return self.draft_vocab_size or self.vocab_size
+
+
+def common_problems(config: DrafterConfig | RecurrentConfig) -> list[str]:
+  """What is wrong with the fields that every drafter has."""
+  problems, bad = [], [t for t in config.taps if not -1 <= t < config.num_target_layers - 1]
+  if bad:
+    problems.append(f"taps {bad} are out of range: the target has {config.num_target_layers} layers, allowed are -1 "
+                    f"(embedding) to {config.num_target_layers - 2} (the last layer's stored form is ambiguous)")
+  if config.block_size < 1:
+    problems.append(f"block_size is {config.block_size}, expected at least 1")
+  if not 0 <= config.draft_vocab_size <= config.vocab_size:
+    problems.append(f"draft_vocab_size is {config.draft_vocab_size}, expected 0..{config.vocab_size}")
+  return problems
 
 
 def raise_all(what: str, problems: list[str]) -> None:

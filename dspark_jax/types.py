@@ -27,9 +27,9 @@ class TargetOutput:
 @flax.struct.dataclass
 class Committed:
   """What became final in a round (or in the prompt): the drafter learns it through `absorb`."""
-  features: Array     # f[B,T,F]  the target's features of the rows that were run
-  next_tokens: Array  # i32[B,T]  the token after each row
-  n: Array            # i32[B]    only the first n rows of T are real
+  encoded: TargetOutput  # [B,T,...]  what the target said of the rows that were run
+  next_tokens: Array     # i32[B,T]   the token after each row
+  n: Array               # i32[B]     only the first n rows of T are real
 
 
 @flax.struct.dataclass
@@ -65,7 +65,7 @@ class Blocks:
   keep: Array        # bool[B,A]     False for dummy blocks
   previous: Array    # i32[B,A,G]    teacher-forced previous token of each slot: the token at anchor + k
   labels: Array      # i32[B,A,G]
-  supervised: Array  # bool[B,A,G]   contiguous from the first slot
+  supervised: Array  # bool[B,A,G]   contiguous from the first slot (sampled anchors)
 
 
 @flax.struct.dataclass
@@ -98,11 +98,12 @@ class Drafter(Protocol):
   """Proposes blocks of tokens (an nnx.Module used as a pytree). Holds no copy of the target's embedding or head."""
   taps: tuple[int, ...]
   block_size: int
-  words: Array | None  # i32[W], the reduced draft vocabulary
+  words: Array | None   # i32[W], the reduced draft vocabulary
+  every_position: bool  # trained at all positions of a row (recurrent drafters), not at sampled anchors
 
   def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...
   def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...
   def propose(self, target: Target, state: Any, anchor: Array, keys: Array, sampling: Any) -> Proposal: ...
-  def train_outputs(self, target: Target, batch: Batch, features: Array, blocks: Blocks) -> DraftOutputs: ...
+  def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs: ...
   def head(self, target: Target) -> DraftHead: ...
   def logits(self, head: DraftHead, hidden: Array, latent: Array | None) -> Array: ...

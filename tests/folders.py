@@ -41,7 +41,7 @@ def target_of(case: str):
   """The target of a golden drafter: the real one, or random layers between the drafter's own embedding and head."""
   if case.startswith("generate_"):
     return qwen3()
-  config = dialects.drafter_config(hf.read_json(GOLDEN / case / "config.json"))
+  _, config = dialects.drafter_config(hf.read_json(GOLDEN / case / "config.json"))
   target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers, config.vocab_size,
                                                        False, 512), rngs=nnx.Rngs(0)))
   stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)

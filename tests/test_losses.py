@@ -3,6 +3,7 @@
 The goldens run through padded chunks, so they also hold the chunking to the reference.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from flax import nnx
 
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.config import TargetConfig
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import add, mean
 from dspark_jax.nn.layers import linear
 from dspark_jax.targets.decoder import Decoder
-from dspark_jax.training.anchors import blocks_at, candidates
-from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
+from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
+from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, gradients, parameters
 from dspark_jax.types import Batch, DraftHead, DraftOutputs, TargetOutput
 
@@ -36,13 +37,14 @@ def golden(case):
   given, expected = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
   given = {name[6:]: jnp.asarray(x) for name, x in given.items() if name.startswith("train/")}
   config_json, tensors = hf.read_folder(folder)
-  config = dialects.drafter_config(config_json)
-  drafter = hf.fill(lambda: DSpark(config, rngs=nnx.Rngs(0)), tensors, case, extra_ok=dialects.FROZEN)
+  kind, config = dialects.drafter_config(config_json)
+  drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, case, extra_ok=dialects.FROZEN)
   own = {name: tensors[name] for name in dialects.FROZEN} | {"norm.weight": jnp.ones(config.spec.hidden_size)}
   target_config = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
   target = hf.fill(lambda: Decoder(target_config, rngs=nnx.Rngs(0)), own, "a target without layers")
-  loss = LossConfig(*(float(given[f"{name}_alpha"]) for name in ("ce_loss", "l1_loss", "confidence_head")),
-                    decay=float(given["loss_decay_gamma"]), chunk=22)
+  loss = dataclasses.replace(EAGLE3, chunk=22) if kind == "eagle3" else LossConfig(
+      *(float(given[f"{name}_alpha"]) for name in ("ce_loss", "l1_loss", "confidence_head")),
+      decay=float(given["loss_decay_gamma"]), chunk=22)
   step = StepConfig(compute_dtype="float32", loss=loss)
   compiled = jax.jit(run, static_argnums=3, compiler_options=QUICK)
   return expected, jax.tree.map(np.asarray, compiled(drafter, target, given, step))
@@ -52,9 +54,10 @@ def run(drafter, target, given, step):
   tokens = given["input_ids"]
   batch = Batch(tokens, given["loss_mask"] > 0, given["attention_mask"],
                 jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
-  blocks = blocks_at(batch, given["anchor_positions"], given["block_keep_mask"], drafter.block_size)
+  blocks = (all_blocks(batch, drafter.block_size) if drafter.every_position else
+            blocks_at(batch, given["anchor_positions"], given["block_keep_mask"], drafter.block_size))
   encoded = TargetOutput(given["target_last_hidden_states"], given["target_hidden_states"])
-  outputs = drafter.train_outputs(target, batch, encoded.features, blocks)
+  outputs = drafter.train_outputs(target, batch, encoded, blocks)
   loss, metrics, grads = gradients(drafter, parameters(drafter), target, batch, encoded, blocks, step)
   return dict(outputs=outputs, logits=drafter.logits(drafter.head(target), outputs.hidden, outputs.latent),
               blocks=blocks, candidates=candidates(batch), loss=loss, metrics=metrics, grads=grads)
@@ -98,7 +101,22 @@ def test_loss_and_metrics(case):
       np.testing.assert_allclose(mean(ours["metrics"][name]), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+def test_eagle3_blocks_forward_and_loss():
+  """Kills a RoPE offset left out, own keys of other columns, a normaliser of supervised positions, a shifted teacher."""
+  expected, ours = golden("eagle3_qwen3")
+  supervised = np.moveaxis(np.asarray(ours["blocks"].supervised), 2, 0)
+  np.testing.assert_array_equal(supervised, expected["train/position_masks"] > 0)
+  logits = np.moveaxis(ours["logits"], 2, 0)
+  np.testing.assert_allclose(logits[supervised], expected["train/draft_logits"][supervised], atol=1e-4)
+  np.testing.assert_allclose(ours["loss"], expected["loss/total"], rtol=1e-4)
+  wanted = (expected["loss/per_step"] * 0.8 ** np.arange(3)).sum() * supervised[0].size
+  np.testing.assert_allclose(ours["metrics"]["soft"].sum, wanted, rtol=1e-4)
+  for name, stored in (("accept_rate", "accept_rate"), ("tau", "tau_probabilistic")):
+    np.testing.assert_allclose(mean(ours["metrics"][name]), expected[f"metric/{stored}"], rtol=1e-4)
+  np.testing.assert_array_equal(ours["metrics"]["accept_rate"].weight, expected["metric/valid_tokens"])
+
+
+@pytest.mark.parametrize("case", (*CASES, "eagle3_qwen3"))
 def test_every_gradient(case):
   """Kills a teacher or a confidence target that is not detached, a parameter that the loss does not reach."""
   expected, ours = golden(case)

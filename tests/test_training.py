@@ -227,7 +227,7 @@ def test_packing_changes_nothing():
   @functools.partial(jax.jit, compiler_options=QUICK)
   def run(batch, anchors, keep):
     blocks, seen = blocks_at(batch, anchors, keep, BLOCK), target.encode(batch, drafter.taps)
-    outputs = drafter.train_outputs(target, batch, seen.features, blocks)
+    outputs = drafter.train_outputs(target, batch, seen, blocks)
     loss, metrics = draft_loss(drafter, target, outputs, blocks=blocks, target_hidden=seen.hidden,
                                config=CONFIG.loss)
     return (outputs.hidden, blocks.supervised, outputs.latent, outputs.confidence, blocks.labels), loss, metrics

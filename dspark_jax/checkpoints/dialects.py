@@ -1,4 +1,4 @@
-"""The spellings of a stored drafter: DeepSpec's (DSpark and DFlash) and the original DFlash's.
+"""The spellings of a stored drafter: DeepSpec's (DSpark, DFlash, Eagle3) and the original DFlash's.
 
 Both store parameters under the names that our modules carry. DeepSpec adds frozen copies of the target's embedding and
 head, which are compared with the target and dropped; on export they are put back.
@@ -12,20 +12,35 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import DrafterConfig, hf_spec, raise_all
+from dspark_jax.config import DrafterConfig, RecurrentConfig, hf_spec, raise_all
 from dspark_jax.types import Target
 
 FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...], "lm_head.weight": lambda target: target.head}
 
 
-def drafter_config(hf: dict) -> DrafterConfig:
-  """The configuration in a stored drafter's config.json; ValueError lists all that is missing or not understood."""
+ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel", "Qwen3Eagle3Model", "LlamaEagle3Model", "DFlashDraftModel")
+
+
+def drafter_config(hf: dict) -> tuple[str, DrafterConfig | RecurrentConfig]:
+  """(name of the drafter, configuration) in a stored config.json; ValueError lists what is missing or not understood."""
   kind = (hf.get("architectures") or ["none"])[0]
-  if kind not in ("Qwen3DSparkModel", "DFlashDraftModel", "LlamaDSparkModel"):
-    raise NotImplementedError(f"drafter architecture {kind!r} is not supported, only Qwen3DSparkModel, LlamaDSparkModel "
-                              f"and DFlashDraftModel are")
-  original = kind == "DFlashDraftModel"
+  if kind not in ARCHITECTURES:
+    raise NotImplementedError(f"drafter architecture {kind!r} is not supported, only {', '.join(ARCHITECTURES)} are")
   spec, problems = hf_spec(hf, qk_norm=not kind.startswith("Llama"))
+  return ("eagle3", _eagle3(hf, spec, problems)) if "Eagle3" in kind else ("dspark", _dspark(hf, spec, problems))
+
+
+def _eagle3(hf, spec, problems):
+  needed = ("ttt_length", "num_target_layers", "target_layer_ids")
+  problems += [f"key {k!r} is missing" for k in needed if hf.get(k) is None]
+  layers = hf.get("draft_num_hidden_layers", hf.get("num_hidden_layers"))
+  problems += [f"an Eagle3 drafter of {layers} layers is not supported, only of one"] if layers != 1 else []
+  raise_all("drafter config", problems)
+  return RecurrentConfig(spec, hf["vocab_size"], hf["num_target_layers"], tuple(hf["target_layer_ids"]), hf["ttt_length"])
+
+
+def _dspark(hf, spec, problems):
+  original = hf["architectures"][0] == "DFlashDraftModel"
   own = {**hf, **hf.get("dflash_config", {})} if original else hf
   needed = ["block_size", "num_target_layers", "mask_token_id"] + ([] if original else ["target_layer_ids", "markov_rank"])
   problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]
@@ -50,6 +65,11 @@ def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ..
   return tuple(round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1)) for i in range(num_draft_layers))
 
 
+def stores_frozen(config: DrafterConfig | RecurrentConfig) -> bool:
+  """Whether the drafter's stored form holds copies of the target's embedding and head: all but the original DFlash's."""
+  return getattr(config, "sample_from_anchor", True)
+
+
 def check_frozen(tensors: Mapping, target: Target) -> list[str]:
   """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser of both dtypes)."""
   problems = []
@@ -65,20 +85,25 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
   return problems
 
 
-def deepspec_config(config: DrafterConfig) -> str:
+def deepspec_config(kind: str, config: DrafterConfig | RecurrentConfig) -> str:
   """The text of a DeepSpec config.json for a drafter trained here; ValueError where that format has no word for it."""
   raise_all("export to DeepSpec", (["a reduced draft vocabulary cannot be stored"] if config.draft_vocab_size else [])
-            + ([] if config.sample_from_anchor else ["the original DFlash's slots cannot be stored"]))
+            + ([] if stores_frozen(config) else ["the original DFlash's slots cannot be stored"])
+            + ([] if kind in ("dspark", "eagle3") else [f"a drafter of the kind {kind} cannot be stored"]))
   spec, family = config.spec, "Qwen3" if config.spec.qk_norm else "Llama"
   out = dict(
-      architectures=[f"{family}DSparkModel"], attention_bias=False, block_size=config.block_size,
-      enable_confidence_head=config.confidence != "none", head_dim=spec.head_dim, hidden_act="silu",
-      hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size, markov_rank=config.markov_rank,
-      mask_token_id=config.mask_token_id, model_type=family.lower(), num_attention_heads=spec.num_heads,
-      num_hidden_layers=config.num_layers, num_key_value_heads=spec.num_kv_heads,
-      num_target_layers=config.num_target_layers, rms_norm_eps=spec.rms_norm_eps,
+      attention_bias=False, head_dim=spec.head_dim, hidden_act="silu", hidden_size=spec.hidden_size,
+      intermediate_size=spec.intermediate_size, model_type=family.lower(), num_attention_heads=spec.num_heads,
+      num_key_value_heads=spec.num_kv_heads, num_target_layers=config.num_target_layers, rms_norm_eps=spec.rms_norm_eps,
       rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"}, target_layer_ids=list(config.taps),
       tie_word_embeddings=False, vocab_size=config.vocab_size)
+  if kind == "eagle3":
+    out |= dict(architectures=[f"{family}Eagle3Model"], draft_num_hidden_layers=1, num_hidden_layers=1,
+                ttt_length=config.block_size, step_loss_decay=0.8)
+    return json.dumps(out, indent=2, sort_keys=True) + "\n"
+  out |= dict(architectures=[f"{family}DSparkModel"], block_size=config.block_size,
+              enable_confidence_head=config.confidence != "none", markov_rank=config.markov_rank,
+              mask_token_id=config.mask_token_id, num_hidden_layers=config.num_layers)
   if config.confidence != "none":
     out["confidence_head_with_markov"] = config.confidence == "markov"
   if config.markov_rank:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax import sampling as sp
+from dspark_jax.decoding.calibration import calibrate
+from dspark_jax.decoding.scheduler import survival
 from dspark_jax.decoding.verify import cut_at_stop, verify
 from dspark_jax.types import Array, Committed, Drafter, Proposal, Target
 
@@ -29,7 +31,8 @@ class Requests:
   prompt_lengths: Array  # i32[B]    at least 1
   seeds: Array           # u32[B]    one per row: a row's text does not depend on its neighbours
   stop_ids: Array        # i32[M]    -1 is padding
-  threshold: Array       # f32[]     drafts from the first one whose confidence is below this are not verified
+  temperatures: Array    # f32[G]    of the confidences; 1 leaves them as they are
+  threshold: Array       # f32[2]    drafts from the first one whose confidence, or survival, is below are not verified
   sampling: sp.Sampling
 
 
@@ -45,6 +48,8 @@ class LoopState:
   done: Array      # bool[B]
   failed: Array    # bool[B]   NaN logits, the target's or the drafter's, or NaN confidences
   n_accept: Array  # i32[B,N]  drafts kept per round, -1 where the row ran no round
+  n_verify: Array  # i32[B,N]  drafts verified per round, up to an accepted stop token
+  confidence: Array  # f32[B,N,G]  of the drafts of each round, calibrated
   rounds: Array    # i32[]
 
 
@@ -61,14 +66,16 @@ def start(target: Target, drafter: Drafter | None, requests: Requests, max_new_t
     following = jnp.concatenate([requests.prompts[:, 1:], first[:, None]], axis=1)
     following = following.at[jnp.arange(batch, dtype=jnp.int32), requests.prompt_lengths - 1].set(first)
     state = drafter.absorb(target, drafter.init_state(target, batch, capacity),
-                           Committed(out.features, following, requests.prompt_lengths))
+                           Committed(out, following, requests.prompt_lengths))
   block = drafter.block_size if drafter else 0
   failed = first >= target.config.vocab_size
   tokens = jnp.zeros((batch, max_new_tokens + 2 * block + 2), jnp.int32).at[:, 0].set(first)
   return LoopState(
       cache=target.commit(cache, requests.prompt_lengths), draft=state, anchor=first, keys=keys, tokens=tokens,
       count=jnp.ones(batch, jnp.int32), done=failed | _among(first, requests.stop_ids) | (max_new_tokens <= 1),
-      failed=failed, n_accept=jnp.full((batch, max_new_tokens), -1, jnp.int32), rounds=jnp.int32(0))
+      failed=failed, n_accept=jnp.full((batch, max_new_tokens), -1, jnp.int32),
+      n_verify=jnp.zeros((batch, max_new_tokens), jnp.int32), confidence=jnp.zeros((batch, max_new_tokens, block)),
+      rounds=jnp.int32(0))
 
 
 def one_round(target: Target, drafter: Drafter | None, requests: Requests, state: LoopState) -> LoopState:
@@ -81,8 +88,8 @@ def one_round(target: Target, drafter: Drafter | None, requests: Requests, state
     proposal = Proposal(empty[..., 0].astype(jnp.int32), empty, empty, empty[..., 0], None)
   inputs = jnp.concatenate([state.anchor[:, None], proposal.tokens], axis=1)
   out, cache = target(inputs, state.cache, drafter.taps if drafter else ())
-  below = (proposal.confidence < requests.threshold).astype(jnp.int32)
-  lengths = jnp.sum(1 - jnp.minimum(jnp.cumsum(below, axis=1), 1), axis=1)
+  confidence = calibrate(proposal.confidence, requests.temperatures)
+  lengths = proposal_lengths(confidence, requests.threshold)
   verdict = verify(target.logits(out.hidden), proposal, requests.sampling, accept_keys=accept_keys,
                    bonus_keys=bonus_keys, lengths=lengths)
   kept, stopped = cut_at_stop(proposal.tokens, verdict.n_accept, requests.stop_ids)
@@ -95,16 +102,27 @@ def one_round(target: Target, drafter: Drafter | None, requests: Requests, state
   vocabulary = target.config.vocab_size
   failed = live & (jnp.any(proposal.tokens >= vocabulary, axis=1) | (verdict.next_token >= vocabulary)
                    | jnp.any(jnp.isnan(proposal.confidence), axis=1))
+  record = lambda rows, new: jax.lax.dynamic_update_slice(
+      rows, new[:, None].astype(rows.dtype), (0, state.rounds, *[0] * (rows.ndim - 2)))
   put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
   count, n_commit = state.count + n_new, jnp.where(live, kept + 1, 0)
   ended = stopped | _among(verdict.next_token, requests.stop_ids) | (count >= state.n_accept.shape[1])
-  draft = drafter.absorb(target, state.draft, Committed(out.features, emitted, n_commit)) if drafter else None
+  draft = drafter.absorb(target, state.draft, Committed(out, emitted, n_commit)) if drafter else None
   return LoopState(
       cache=target.commit(cache, n_commit), draft=draft, anchor=verdict.next_token, keys=keys,
       tokens=put(state.tokens, emitted, state.count), count=count, done=state.done | failed | ended,
       failed=state.failed | failed,
-      n_accept=jax.lax.dynamic_update_slice(state.n_accept, jnp.where(live, kept, -1)[:, None], (0, state.rounds)),
+      n_accept=record(state.n_accept, jnp.where(live, kept, -1)),
+      n_verify=record(state.n_verify, jnp.where(stopped, kept, lengths)), confidence=record(state.confidence, confidence),
       rounds=state.rounds + 1)
+
+
+def proposal_lengths(confidence: Array, threshold: Array) -> Array:
+  """Drafts worth verifying, i32[B]: those before the first whose confidence (or survival) f32[B,G] is below threshold[0]
+  (or [1]). Lossless: whether a draft is verified depends on the drafts before it alone.
+  """
+  enough = (confidence >= threshold[0]) & (survival(confidence) >= threshold[1])
+  return jnp.sum(jnp.cumprod(enough.astype(jnp.int32), axis=1), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "capacity"))
@@ -132,6 +150,8 @@ class Generation:
   """New tokens on the host, per row."""
   tokens: list[list[int]]    # the stop token included
   n_accept: list[list[int]]  # drafts kept, per round
+  n_verify: list[list[int]]  # drafts verified, per round; up to an accepted stop token
+  confidence: list[np.ndarray]  # f32[rounds,G], of all drafts, calibrated
 
   @property
   def rounds(self) -> int:
@@ -146,7 +166,8 @@ class Generation:
 
 def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *, max_new_tokens: int,
             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-            stop_token_ids: tuple[int, ...] = (), confidence_threshold: float = 0.0) -> tuple[tuple, dict]:
+            stop_token_ids: tuple[int, ...] = (), confidence_threshold: float = 0.0, survival_threshold: float = 0.0,
+            temperatures=None, seeds: list[int] | None = None) -> tuple[tuple, dict]:
   """(args, static kwargs) of `decode`. ValueError for an empty prompt, an id outside the vocabulary or too long a text."""
   vocabulary, block = target.config.vocab_size, drafter.block_size if drafter else 0
   if not prompts:
@@ -159,6 +180,12 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
     if min(prompt) < 0 or max(prompt) >= vocabulary:
       raise ValueError(f"prompt {row} has token ids {min(prompt)}..{max(prompt)}, the target's vocabulary is "
                        f"0..{vocabulary - 1}: was it made with another tokenizer?")
+  for name, value in (("confidence_threshold", confidence_threshold), ("survival_threshold", survival_threshold)):
+    if not 0 <= value <= 1:
+      raise ValueError(f"{name} is {value}, expected 0 (verify every draft) to 1")
+  seeds = [seed + row for row in range(len(prompts))] if seeds is None else seeds
+  if len(seeds) != len(prompts):
+    raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts: give one for each")
   longest = max(map(len, prompts))
   if longest + max_new_tokens > target.config.max_positions:
     raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the target's "
@@ -171,8 +198,9 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
   stops[:len(stop_token_ids)] = stop_token_ids
   requests = Requests(
       jnp.asarray(padded), jnp.asarray([len(p) for p in prompts], jnp.int32),
-      jnp.asarray([(seed + row) % 2 ** 32 for row in range(len(prompts))], jnp.uint32), jnp.asarray(stops),
-      jnp.float32(confidence_threshold), sp.Sampling.of(temperature, top_k, top_p))
+      jnp.asarray([s % 2 ** 32 for s in seeds], jnp.uint32), jnp.asarray(stops),
+      jnp.ones(block) if temperatures is None else jnp.asarray(temperatures, jnp.float32),
+      jnp.asarray([confidence_threshold, survival_threshold], jnp.float32), sp.Sampling.of(temperature, top_k, top_p))
   # A row that is done still writes G + 1 scratch rows after up to G tokens past the limit.
   capacity = _round_up(max(padded.shape[1], longest + max_new_tokens + 2 * (block + 1)), CACHE_BUCKET)
   return (target, drafter, requests), dict(max_new_tokens=max_new_tokens, capacity=capacity)
@@ -180,20 +208,24 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
 
 def collect(state: LoopState, max_new_tokens: int) -> Generation:
   """The texts of a finished `decode`. ValueError when logits were NaN."""
-  failed, tokens, count, n_accept = jax.device_get((state.failed, state.tokens, state.count, state.n_accept))
+  failed, tokens, count, n_accept, n_verify, confidence = jax.device_get(
+      (state.failed, state.tokens, state.count, state.n_accept, state.n_verify, state.confidence))
   if failed.any():
-    raise ValueError(f"NaN logits or confidences in rows {np.flatnonzero(failed).tolist()}: the target's or the drafter's weights are "
-                     f"broken, or the dtype overflows")
+    raise ValueError(f"NaN logits or confidences in rows {np.flatnonzero(failed).tolist()}: the target's or the drafter's "
+                     f"weights are broken, or the dtype overflows")
+  ran = n_accept >= 0
+  pick = lambda rows: [row[there] for row, there in zip(rows, ran)]
   return Generation([row[:min(n, max_new_tokens)].tolist() for row, n in zip(tokens, count)],
-                    [row[row >= 0].tolist() for row in n_accept])
+                    [row.tolist() for row in pick(n_accept)], [row.tolist() for row in pick(n_verify)], pick(confidence))
 
 
 def generate(target: Target, drafter: Drafter | None, prompts: list[list[int]], *, max_new_tokens: int = 128,
              **settings) -> Generation:
   """Continues every prompt (a list of token ids), with a drafter or, with None, plainly.
 
-  Keyword settings: temperature (0 = greedy), top_k (0 = off), top_p (1 = off), seed (row r uses seed + r),
-  stop_token_ids, confidence_threshold (0 = verify every draft). The text follows the target's own distribution in all
+  Keyword settings: temperature (0 = greedy), top_k (0 = off), top_p (1 = off), seed (row r uses seed + r) or seeds (one
+  per row), stop_token_ids; temperatures (f[G], of the drafter's confidences), confidence_threshold and
+  survival_threshold: drafts from the first one below are not verified (0 = verify every draft). The text follows the target's own distribution in all
   cases; at temperature 0 it is the target's own text. Compiles once per batch size, prompt bucket, max_new_tokens and
   kind of sampling.
   """

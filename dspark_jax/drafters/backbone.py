@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig
+from dspark_jax.drafters.model import DraftModel
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, bidirectional, sequence
 from dspark_jax.nn.layers import Block, Linear, RMSNorm, rope_table
 from dspark_jax.types import Array, Batch, Blocks, Target
 
 
-class Backbone(nnx.Module):
+class Backbone(DraftModel):
   """fc, norms and draft layers; `DSpark` adds the heads."""
 
   def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
-    self.config = config
+    super().__init__(config)
     spec = config.spec
     self.fc = Linear(len(config.taps) * spec.hidden_size, spec.hidden_size, rngs=rngs)
     self.hidden_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)

@@ -13,17 +13,13 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.layers import Linear, linear
 from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target
-
-
-class DraftWords(nnx.Variable):
-  """i32[W] token ids, ascending: the reduced draft vocabulary. Not a parameter."""
+from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
 
 
 @flax.struct.dataclass
 class DSparkState:
   cache: kv.Cache      # of the context, per draft layer
-  head: Array | None   # f[W,D]  the target's head at the draft words, gathered once; None: all words, no copy
+  head: Array | None   # f[W,D]  as `DraftModel.gathered_head` gives it
 
 
 class ConfidenceHead(nnx.Module):
@@ -40,6 +36,8 @@ class ConfidenceHead(nnx.Module):
 class DSpark(Backbone):
   """A drafter behind the Drafter protocol (DSpark, 3.1)."""
 
+  Config = DrafterConfig
+
   def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width, rank = config.spec.hidden_size, config.markov_rank
@@ -47,37 +45,16 @@ class DSpark(Backbone):
                                         rngs=rngs) if rank else None
     self.confidence_head = None if config.confidence == "none" else ConfidenceHead(
         width + (rank if config.confidence == "markov" else 0), rngs=rngs)
-    self.draft_words = DraftWords(jnp.arange(config.words, dtype=jnp.int32)) if config.draft_vocab_size else None
-
-  @property
-  def taps(self) -> tuple[int, ...]:
-    return self.config.taps
-
-  @property
-  def block_size(self) -> int:
-    return self.config.block_size
-
-  @property
-  def words(self) -> Array | None:
-    """i32[W], or None when the draft vocabulary is the target's."""
-    return None if self.draft_words is None else self.draft_words[...]
 
   def head(self, target: Target) -> DraftHead:
-    return DraftHead(self._base(target), None if self.markov_head is None else self.markov_head.markov_w2.weight[...])
-
-  def _base(self, target):
-    return target.head if self.words is None else jnp.take(target.head, self.words, axis=0, mode="clip")
-
-  def logits(self, head: DraftHead, hidden: Array, latent: Array | None) -> Array:
-    """f32[...,W] from hidden f[...,D] and the sequential head's latent f[...,R]."""
-    base = linear(head.base, hidden, jnp.float32)
-    return base if latent is None else base + linear(head.bias, latent, jnp.float32)
+    return DraftHead(self.base_head(target),
+                     None if self.markov_head is None else self.markov_head.markov_w2.weight[...])
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
-    return DSparkState(self.empty_context(batch, max_len), None if self.words is None else self._base(target))
+    return DSparkState(self.empty_context(batch, max_len), self.gathered_head(target))
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
-    return state.replace(cache=self.absorb_context(state.cache, committed.features, committed.n))
+    return state.replace(cache=self.absorb_context(state.cache, committed.encoded.features, committed.n))
 
   def propose(self, target: Target, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
     tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
@@ -85,12 +62,12 @@ class DSpark(Backbone):
     base = linear(target.head if state.head is None else state.head, hidden, jnp.float32)
     return heads.propose(self.markov_head, self._confidence, hidden, base, anchor, self.words, keys, sampling)
 
-  def train_outputs(self, target: Target, batch: Batch, features: Array, blocks: Blocks) -> DraftOutputs:
+  def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs:
     rows, anchors, slots = *blocks.anchors.shape, self.config.slots
     tokens = jnp.full((rows, anchors, slots), self.config.mask_token_id, jnp.int32)
     first = jnp.where(blocks.keep, blocks.previous[:, :, 0], self.config.mask_token_id)
     embeddings = target.embed(tokens.at[:, :, 0].set(first))
-    hidden = self.draft_all(embeddings.astype(features.dtype), batch, features, blocks)[:, :, -self.block_size:]
+    hidden = self.draft_all(embeddings.astype(encoded.features.dtype), batch, encoded.features, blocks)[:, :, -self.block_size:]
     latent = embedding = None
     if self.markov_head is not None:
       flat = hidden.reshape(-1, *hidden.shape[2:])

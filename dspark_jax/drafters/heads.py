@@ -73,6 +73,19 @@ def teacher_forced(head: MarkovHead, hidden: Array, previous: Array) -> tuple[Ar
   return jnp.swapaxes(latents, 0, 1), embeddings
 
 
+def choose(logits: Array, keys: Array, k: Array, words: Array | None, sampling: sp.Sampling
+           ) -> tuple[Array, Array | None]:
+  """(tokens i32[B], the probabilities f32[B,W] that they were drawn from, None when greedy) of slot k."""
+  probs = None
+  if sampling.mode == "greedy":
+    column = sp.argmax(logits)
+  else:
+    probs = sp.probabilities(logits, sampling)
+    column = sp.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, k), probs)
+  # a NaN gives column W, which must not become a token
+  return column if words is None else words.at[column].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max), probs
+
+
 def propose(head: MarkovHead | None, confidence, hidden: Array, base: Array, anchor: Array, words: Array | None,
             keys: Array, sampling: sp.Sampling) -> Proposal:
   """Draws a block left to right. hidden f[B,G,D], base logits f32[B,G,W], anchor i32[B], keys [B].
@@ -88,14 +101,7 @@ def propose(head: MarkovHead | None, confidence, hidden: Array, base: Array, anc
       embedding = head.markov_w1(previous)
       state, latent = head.step(state, embedding, h)
       logits = logits + head.bias(latent)
-    probs = None
-    if sampling.mode == "greedy":
-      column = sp.argmax(logits)
-    else:
-      probs = sp.probabilities(logits, sampling)
-      column = sp.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, k), probs)
-    # a NaN gives column W, which must not become a token
-    token = column if words is None else words.at[column].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
+    token, probs = choose(logits, keys, k, words, sampling)
     survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
     return (state, token), (token, logits, probs, survive)
 

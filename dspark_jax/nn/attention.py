@@ -31,11 +31,11 @@ class Context:
 def attend(q: Array, k: Array, v: Array, own_mask: Array, context: Context) -> Array:
   """Attention of query blocks over their context and their own block: f[B,A,T,H,h]. Rows that see nothing give 0.
 
-  q: f[B,A,T,H,h], k and v: f[B,A,T,K,h], own_mask: bool[B,A,T,T] (B and A may be 1): query t sees own key s.
+  q: f[B,A,T,H,h], k and v: f[B,A,N,K,h], own_mask: bool[B,A,T,N] (B and A may be 1): query t sees own key n.
   Blocks are processed in chunks, each recomputed in the backward pass, so that memory holds SCORE_BUDGET scores.
   """
   batch, blocks, length, heads, _ = q.shape
-  own_mask = jnp.broadcast_to(own_mask, (batch, blocks, length, length))
+  own_mask = jnp.broadcast_to(own_mask, (batch, blocks, length, k.shape[2]))
   per_block = batch * length * heads * context.k.shape[3]
   chunk = max(c for c in range(1, blocks + 1) if blocks % c == 0 and (c == 1 or c * per_block <= SCORE_BUDGET))
   if chunk == blocks:
@@ -59,7 +59,7 @@ def _attend(q, k, v, own_mask, context):
   q = q.reshape(batch, blocks, length, groups, heads // groups, width) * jnp.asarray(width ** -0.5, q.dtype)
   slots = jnp.arange(context.k.shape[3], dtype=jnp.int32).reshape(1, 1, 1, -1)
   visible = (slots >= context.lo[..., None]) & (slots < context.hi[..., None])
-  # [B,K,A,T,g,S] and [B,K,A,T,g,T]: the products run per row and key head over all A*T*g queries at once
+  # [B,K,A,T,g,S] and [B,K,A,T,g,N]: the products run per row and key head over all A*T*g queries at once
   visible, own_mask = visible[:, None, :, :, None, :], own_mask[:, None, :, :, None, :]
   far = jnp.einsum("batkgh,bkhs->bkatgs", q, context.k, preferred_element_type=jnp.float32)
   near = jnp.einsum("batkgh,baskh->bkatgs", q, k, preferred_element_type=jnp.float32)
@@ -71,6 +71,12 @@ def _attend(q, k, v, own_mask, context):
          + jnp.einsum("bkatgs,baskh->bkatgh", near.astype(v.dtype), v, preferred_element_type=jnp.float32))
   out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
   return jnp.moveaxis(out, 1, 3).reshape(batch, blocks, length, heads, width).astype(v.dtype)
+
+
+def attend_causally(q: Array, k: Array, v: Array, own_mask: Array, context: Context, block: int) -> Array:
+  """Attention of rows f[B,T,H,h] cut into blocks of `block` tokens, as `attend` takes them: f[B,T,H,h]."""
+  cut = lambda x: x.reshape(x.shape[0], -1, block, *x.shape[2:])
+  return attend(cut(q), cut(k), cut(v), own_mask, context).reshape(q.shape)
 
 
 def sequence(k: Array, v: Array, lo: Array, hi: Array) -> Context:

@@ -111,13 +111,14 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
 
 
 class Attention(nnx.Module):
-  """The projections of an attention layer; who attends to whom is the caller's."""
+  """The projections of an attention layer; who attends to whom is the caller's. inputs: their width, default D."""
 
-  def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs):
+  def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs, inputs: int = 0):
     self.spec = spec
-    self.q_proj = Linear(spec.hidden_size, spec.num_heads * spec.head_dim, rngs=rngs)
-    self.k_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, rngs=rngs)
-    self.v_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, rngs=rngs)
+    inputs = inputs or spec.hidden_size
+    self.q_proj = Linear(inputs, spec.num_heads * spec.head_dim, rngs=rngs)
+    self.k_proj = Linear(inputs, spec.num_kv_heads * spec.head_dim, rngs=rngs)
+    self.v_proj = Linear(inputs, spec.num_kv_heads * spec.head_dim, rngs=rngs)
     self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, rngs=rngs)
     self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
     self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dspark_jax.config import TargetConfig
 from dspark_jax.nn import cache as kv
-from dspark_jax.nn.attention import Context, attend, causal, sequence
+from dspark_jax.nn.attention import Context, attend_causally, causal, sequence
 from dspark_jax.nn.layers import Block, Embedding, Linear, RMSNorm, linear, rope_table
 from dspark_jax.types import Array, Batch, TargetOutput
 
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
         nonlocal cache
         cache = kv.write(cache, index, k, v)
         context = Context(cache.k[index], cache.v[index], jnp.zeros_like(hi), hi)
-        return _in_blocks(q, k, v, causal(block), context, block)
+        return attend_causally(q, k, v, causal(block), context, block)
       return weights(x, rope, attention), cache
 
     return self._run(tokens, cache.length[:, None] + steps, taps, layer, cache)
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
 
     def layer(x, cache, weights, index, rope):
       def attention(q, k, v):
-        return _in_blocks(q, k, v, mask, sequence(k, v, lo, hi), block)
+        return attend_causally(q, k, v, mask, sequence(k, v, lo, hi), block)
       return weights(x, rope, attention), cache
 
     return self._run(batch.tokens, batch.positions, taps, layer, None)[0]
@@ -111,12 +111,6 @@ class Decoder(nnx.Module):
         features = [x if index == t else f for t, f in zip(taps, features)]
     features = jnp.concatenate(features, -1) if taps else x[..., :0]
     return TargetOutput(self.norm(x), features), cache
-
-
-def _in_blocks(q, k, v, own_mask, context, block):
-  shape = q.shape
-  q, k, v = (x.reshape(x.shape[0], -1, block, *x.shape[2:]) for x in (q, k, v))
-  return attend(q, k, v, own_mask, context).reshape(shape)
 
 
 def stack_layers(decoder: Decoder) -> Decoder:

@@ -30,6 +30,22 @@ def sample_blocks(key: Array, batch: Batch, num_anchors: int, block_size: int) -
   return blocks_at(batch, jnp.where(keep, anchors, 0), keep, block_size)
 
 
+def all_blocks(batch: Batch, block_size: int) -> Blocks:
+  """One block per position i of a row, at anchor i + 1: what recurrent drafters are trained on; A = T.
+
+  Slot k is supervised where loss_mask[i + k] is set and i + k + 1 is in i's document: the reference's rule for Eagle3,
+  which asks for the mask of the token before the previous one, and lets supervision resume after a gap.
+  """
+  length = batch.tokens.shape[1]
+  column = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens.shape)
+  following = jnp.minimum(column + 1, length - 1)
+  keep = (column + 1 < length) & (batch.segments > 0) & (_at(batch.segments, following) == batch.segments)
+  blocks = blocks_at(batch, jnp.where(keep, following, 0), keep, block_size)
+  seen = column[..., None] + jnp.arange(block_size, dtype=jnp.int32)[None, None]
+  inside = (seen + 1 < length) & (_at(batch.segments, jnp.minimum(seen + 1, length - 1)) == batch.segments[..., None])
+  return blocks.replace(supervised=keep[..., None] & inside & _at(batch.loss_mask, jnp.minimum(seen, length - 1)))
+
+
 def blocks_at(batch: Batch, anchors: Array, keep: Array, block_size: int) -> Blocks:
   """The blocks at given anchors i32[B,A]; keep bool[B,A] is False for dummies, which must stand at 0.
 

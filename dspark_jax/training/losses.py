@@ -1,7 +1,8 @@
 """The training loss, chunked so that no array of [anchors, block, vocabulary] exists (DSpark, 3.3).
 
-L = ce * CE + tv * TV + confidence * BCE, each = sum(w * mask * term) / sum(w * mask) over the global batch,
-w_k = exp(-k / decay). TV = || q - p ||_1 without the factor 1/2; q is of the draft, p of the target.
+L = ce * CE + tv * TV + soft * H + confidence * BCE, each = sum(w * mask * term) / sum(w * mask) over the global batch,
+w_k = exp(-k / decay). TV = || q - p ||_1 without the factor 1/2; q is of the draft, p of the target. H = -sum(p log q)
+is Eagle3's soft cross-entropy, whose denominator in the reference is the number of positions, supervised or not.
 """
 
 from __future__ import annotations
@@ -21,12 +22,21 @@ EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervis
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Weights of the terms. DFlash: ce 1, tv 0, confidence 0."""
+  """Weights of the terms. DFlash: ce 1, tv 0, confidence 0. Eagle3: `EAGLE3`."""
   ce: float = 0.1
   tv: float = 0.9
   confidence: float = 1.0
+  soft: float = 0.0
   decay: float = 4.0  # the reference's, with G = 7; the paper's text says G
+  per: str = "slots"  # what a term is divided by: slots (the sum of w * mask) | positions (blocks of the batch, dummies too)
   chunk: int = 1024   # slots of the batch whose logits exist at a time
+
+  def __post_init__(self):
+    if self.per not in ("slots", "positions"):
+      raise ValueError(f"loss.per is {self.per!r}, expected slots or positions")
+
+
+EAGLE3 = LossConfig(ce=0.0, tv=0.0, confidence=0.0, soft=1.0, decay=-1 / math.log(0.8), per="positions")  # the reference's
 
 
 def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, blocks: Blocks,
@@ -41,11 +51,13 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
   weights = weights or term_weights(drafter, blocks, config)
   columns, known = draft_columns(drafter, blocks)
   scale = {name: getattr(config, name) / (weight + EPSILON) for name, weight in weights.items()}
-  loss, ce, tv = slot_loss(drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden),
-                           anchors=blocks.anchors, columns=columns, chunk=config.chunk,
-                           weights=(scale["ce"] * decay * known, scale["tv"] * decay))
+  loss, (ce, tv, soft) = slot_loss(
+      drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden), anchors=blocks.anchors,
+      columns=columns, chunk=config.chunk,
+      weights=(scale["ce"] * decay * known, scale["tv"] * decay, scale["soft"] * decay))
   accept = jnp.clip(1 - tv / 2, 0, 1)
-  metrics = {"ce": weighted(ce, decay * known), "tv": weighted(tv, decay)} | acceptance(accept, mask)
+  metrics = {"ce": weighted(ce, decay * known), "tv": weighted(tv, decay), "soft": weighted(soft, decay)}
+  metrics |= acceptance(accept, mask)
   if outputs.confidence is not None:
     metrics["confidence"] = weighted(optax.sigmoid_binary_cross_entropy(outputs.confidence, accept), decay)
     loss += scale["confidence"] * metrics["confidence"].sum
@@ -56,7 +68,9 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
 def term_weights(drafter: Drafter, blocks: Blocks, config: LossConfig) -> dict[str, Array]:
   """The denominator of each term, f32[]; known before any model runs, so that microbatches can share it."""
   decay, (_, known) = slot_decay(blocks, config), draft_columns(drafter, blocks)
-  return {"ce": (decay * known).sum(), "tv": decay.sum(), "confidence": decay.sum()}
+  if config.per == "positions":
+    return dict.fromkeys(("ce", "tv", "confidence", "soft"), jnp.float32(blocks.keep.size))
+  return {"ce": (decay * known).sum()} | dict.fromkeys(("tv", "confidence", "soft"), decay.sum())
 
 
 def slot_decay(blocks: Blocks, config: LossConfig) -> Array:
@@ -75,8 +89,8 @@ def draft_columns(drafter: Drafter, blocks: Blocks) -> tuple[Array, Array]:
 
 
 def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array, anchors: Array,
-              columns: Array, weights: tuple[Array, Array], chunk: int) -> tuple[Array, Array, Array]:
-  """(sum of weights[0] * CE + weights[1] * TV, CE, TV) over slots; CE and TV are f32[B,A,G] and detached.
+              columns: Array, weights: tuple[Array, ...], chunk: int) -> tuple[Array, tuple[Array, ...]]:
+  """(sum over slots of the weighted terms, the terms); terms and weights: (CE, TV, H), f32[B,A,G], terms detached.
 
   columns: i32[B,A,G], the label's column in the draft logits. Chunks take some slots of every row, so that a batch
   sharded over devices stays where it is. With a reduced draft vocabulary p is not renormalised: TV also counts p's
@@ -104,12 +118,13 @@ def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target
     log_q = jax.nn.log_softmax(drafter.logits(DraftHead(base.astype(hidden.dtype), bias), hidden, latent))
     ce = -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0]
     tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
-    return (weights[0] * ce + weights[1] * tv).sum(), (ce, tv)
+    soft = -(p * log_q).sum(-1)
+    return sum((w * term).sum() for w, term in zip(weights, (ce, tv, soft))), (ce, tv, soft)
 
   flat = lambda x: x.reshape(batch, -1, *x.shape[3:])
   slots = jax.tree.map(flat, (outputs.hidden, outputs.latent))
-  loss, (ce, tv) = _sum_of_chunks(terms, slots, head.bias, jax.tree.map(flat, (position, columns, weights)), chunk)
-  return loss, *(jax.lax.stop_gradient(x).reshape(columns.shape) for x in (ce, tv))
+  loss, found = _sum_of_chunks(terms, slots, head.bias, jax.tree.map(flat, (position, columns, weights)), chunk)
+  return loss, tuple(jax.lax.stop_gradient(x).reshape(columns.shape) for x in found)
 
 
 def _sum_of_chunks(terms, slots, bias, fixed, chunk):

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from dspark_jax.metrics import Mean, add, once, weighted
-from dspark_jax.training.anchors import candidates, sample_blocks
+from dspark_jax.training.anchors import all_blocks, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
 from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
 
@@ -128,7 +128,9 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
   that is not finite is returned as it is, in metrics["loss"]; the program stops on it.
   """
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-  blocks = sample_blocks(key, batch, config.num_anchors, state.drafter.block_size)
+  drafter = state.drafter
+  blocks = (all_blocks(batch, drafter.block_size) if drafter.every_position else
+            sample_blocks(key, batch, config.num_anchors, drafter.block_size))
   params = parameters(state.drafter)
   loss, metrics, grads = gradients(state.drafter, params, target, batch, encoded, blocks, config)
   transform = optimizer(config.optimizer, state.span)
@@ -154,7 +156,7 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
     batch, encoded, blocks = part
     model = with_parameters(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
     seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
-    outputs = model.train_outputs(target, batch, seen.features.astype(dtype), blocks)
+    outputs = model.train_outputs(target, batch, jax.tree.map(lambda x: x.astype(dtype), seen), blocks)
     return draft_loss(model, target, outputs, blocks=blocks, target_hidden=seen.hidden, config=config.loss,
                       weights=weights)
 

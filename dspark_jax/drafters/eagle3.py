@@ -1,0 +1,45 @@
+"""Eagle3: one layer that attends with [norm(token embedding) ; norm(hidden)], fed by several taps of the target."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import BlockSpec, RecurrentConfig
+from dspark_jax.drafters.recurrent import Recurrent
+from dspark_jax.nn.layers import MLP, Attention, Linear, RMSNorm
+from dspark_jax.types import Array, TargetOutput
+
+
+class Eagle3Block(nnx.Module):
+  """The cell: the residual stream is the hidden state; the token enters through attention alone."""
+
+  def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs):
+    norm = lambda: RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+    self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = norm(), norm(), norm()
+    self.self_attn = Attention(spec, rngs=rngs, inputs=2 * spec.hidden_size)
+    self.mlp = MLP(spec, rngs=rngs)
+
+  def __call__(self, embedding: Array, hidden: Array, rope, attend) -> Array:
+    both = jnp.concatenate([self.input_layernorm(embedding), self.hidden_norm(hidden)], axis=-1)
+    out = attend(self.self_attn.queries(both, rope), *self.self_attn.keys_values(both, rope))
+    x = hidden + self.self_attn.o_proj(out.reshape(*hidden.shape[:-1], -1))
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Eagle3(Recurrent):
+  """A drafter behind the Drafter protocol, as the reference trains it."""
+
+  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+    if not config.taps:
+      raise ValueError("an Eagle3 drafter has no taps: name the target layers that feed it (the reference takes five)")
+    super().__init__(config, rngs=rngs)
+    width = config.spec.hidden_size
+    self.fc = Linear(len(config.taps) * width, width, rngs=rngs)
+    self.layers = nnx.List([Eagle3Block(config.spec, rngs=rngs)])
+
+  def first(self, encoded: TargetOutput) -> Array:
+    return self.fc(encoded.features)
+
+  def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
+    return self.layers[0](embedding, hidden, rope, attend)

@@ -1,0 +1,52 @@
+"""What all drafters share: a configuration, the draft vocabulary, and the target's frozen head over it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.nn.layers import linear
+from dspark_jax.types import Array, DraftHead, Target
+
+
+class DraftWords(nnx.Variable):
+  """i32[W] token ids, ascending: the reduced draft vocabulary. Not a parameter."""
+
+
+class DraftModel(nnx.Module):
+  """The part of the Drafter protocol that does not depend on how a block is made."""
+
+  every_position = False
+
+  def __init__(self, config):
+    self.config = config
+    self.draft_words = DraftWords(jnp.arange(config.words, dtype=jnp.int32)) if config.draft_vocab_size else None
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    return self.config.taps
+
+  @property
+  def block_size(self) -> int:
+    return self.config.block_size
+
+  @property
+  def words(self) -> Array | None:
+    """i32[W], or None when the draft vocabulary is the target's."""
+    return None if self.draft_words is None else self.draft_words[...]
+
+  def base_head(self, target: Target) -> Array:
+    """f[W,D]: the target's head at the draft words."""
+    return target.head if self.words is None else jnp.take(target.head, self.words, axis=0, mode="clip")
+
+  def gathered_head(self, target: Target) -> Array | None:
+    """The base head, gathered once for a whole generation; None over all words, where no copy is needed."""
+    return None if self.words is None else self.base_head(target)
+
+  def head(self, target: Target) -> DraftHead:
+    return DraftHead(self.base_head(target), None)
+
+  def logits(self, head: DraftHead, hidden: Array, latent: Array | None) -> Array:
+    """f32[...,W] from hidden f[...,D] and, with a sequential head, its latent f[...,R]."""
+    base = linear(head.base, hidden, jnp.float32)
+    return base if latent is None else base + linear(head.bias, latent, jnp.float32)

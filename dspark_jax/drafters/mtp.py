@@ -1,0 +1,33 @@
+"""MTP-1 for dense targets: one of the target's own layers, fed by [norm(token embedding) ; norm(target hidden)].
+
+The multi-token prediction module of DeepSeek-V3 (2.2) at depth 1, which drafts further tokens by reading its own output.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import RecurrentConfig
+from dspark_jax.drafters.recurrent import Recurrent
+from dspark_jax.nn.layers import Block, Linear, RMSNorm
+from dspark_jax.types import Array, TargetOutput
+
+
+class MTP(Recurrent):
+  """A drafter behind the Drafter protocol. It reads the target's last hidden states; taps may be empty."""
+
+  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    spec = config.spec
+    self.enorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+    self.hnorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+    self.eh_proj = Linear(2 * spec.hidden_size, spec.hidden_size, rngs=rngs)
+    self.layers = nnx.List([Block(spec, rngs=rngs)])
+
+  def first(self, encoded: TargetOutput) -> Array:
+    return encoded.hidden
+
+  def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
+    both = jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1)
+    return self.layers[0](self.eh_proj(both), rope, attend)
