@@ -13,8 +13,8 @@ from flax import nnx
 from scipy import stats
 
 from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
-from dspark_jax.drafters.backbone import init_from_target
 from dspark_jax.drafters.dspark import DSpark, init_from_bigrams
+from dspark_jax.drafters.model import init_from_target
 from dspark_jax.metrics import mean
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.training import step as subject

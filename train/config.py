@@ -14,8 +14,11 @@ from dspark_jax.training.step import OptimizerConfig
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
   taps: tuple[int, ...]
-  """target layers that feed the drafter; -1 is the embedding, the last layer is not allowed"""
-  mask_token_id: int
+  """target layers that feed the drafter; -1 is the embedding, the last layer is not allowed; MTP needs none"""
+  mask_token_id: int = 0
+  """what fills the block of a dspark drafter after the anchor"""
+  kind: str = "dspark"
+  """dspark (DFlash too), eagle3 or mtp; the last two have one layer, no sequential head and no confidence"""
   num_layers: int = 5
   block_size: int = 7
   markov_rank: int = 256

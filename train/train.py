@@ -1,6 +1,6 @@
 """Train a drafter on a frozen target, which runs inside the training step: no hidden-state files.
 
-When to use it: to make a DSpark or DFlash drafter for a target and data of your own. A run that is killed, or stopped
+When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and data of your own. A run that is killed, or stopped
 by SIGTERM, goes on exactly where it was when the same command is given again.
 
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
@@ -31,10 +31,10 @@ import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.checkpoints.hf import read_json
-from dspark_jax.config import DrafterConfig
 from dspark_jax.data import chat, pipeline
-from dspark_jax.drafters.backbone import init_from_target
+from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
+from dspark_jax.drafters.model import init_from_target
 from dspark_jax.loading import locate_target
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
@@ -90,11 +90,11 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
   words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
-  shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(s)
-           if f.name not in ("from_target", "from_bigrams", "draft_vocab_size")}
-  drafter = dspark_jax.new_drafter(DrafterConfig(spec=target.config.spec, vocab_size=target.config.vocab_size,
-                                                 num_target_layers=target.config.num_layers, **shape),
-                                   words=words, seed=config.seed)
+  kind = DRAFTERS[s.kind].Config
+  shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(kind) if hasattr(s, f.name)}
+  shape |= dict(spec=target.config.spec, vocab_size=target.config.vocab_size, num_target_layers=target.config.num_layers,
+                draft_vocab_size=0)
+  drafter = dspark_jax.new_drafter(kind(**shape), kind=s.kind, words=words, seed=config.seed)
   if s.from_target:
     drafter = init_from_target(drafter, target)
   if s.from_bigrams:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig
-from dspark_jax.drafters.model import DraftModel
+from dspark_jax.drafters.model import DraftModel, last_of
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, bidirectional, sequence
 from dspark_jax.nn.layers import Block, Linear, RMSNorm, rope_table
-from dspark_jax.types import Array, Batch, Blocks, Target
+from dspark_jax.types import Array, Batch, Blocks
 
 
 class Backbone(DraftModel):
@@ -79,26 +79,9 @@ class Backbone(DraftModel):
       x = block(x, rope, lambda q, k, v, context=context: attend(q, k, v, mask, context))
     return self.norm(x)
 
-
-def init_from_target(drafter: Backbone, target: Target) -> Backbone:
-  """The drafter with layers and norms started from the target's last layers; a start for training.
-
-  fc starts as the last tap alone (the residual stream that is nearest to what those layers read in the target), and
-  hidden_norm as the mean of the copied layers' input norms: `ctx` goes to k_proj and v_proj in the place of a normed
-  input.
-  """
-  config, taps = drafter.config, len(drafter.config.taps)
-  if config.spec != target.config.spec or config.num_layers > target.config.num_layers:
-    raise ValueError(f"{config.num_layers} draft layers {config.spec} cannot start from the target's "
-                     f"{target.config.num_layers} layers {target.config.spec}: use the target's own block")
-  dtype = drafter.fc.weight[...].dtype
-  last = range(target.config.num_layers - config.num_layers, target.config.num_layers)
-  stacked = isinstance(target.layers, Block)
-  layers = [jax.tree.map(lambda x: x[i], target.layers) if stacked else target.layers[i] for i in last]
-  new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
-  new.layers = nnx.List([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
-  new.norm.weight.set_value(target.norm.weight[...].astype(dtype))
-  new.hidden_norm.weight.set_value(sum(layer.input_layernorm.weight[...] for layer in new.layers) / len(last))
-  width = config.spec.hidden_size
-  new.fc.weight.set_value(jnp.eye(width, width * taps, k=width * (taps - 1), dtype=dtype))
-  return new
+  def start_from(self, layers: list[Block]) -> None:
+    """Takes the layers. fc starts as the last tap, hidden_norm as the mean of their input norms: `ctx` goes to k_proj and
+    v_proj in the place of a normed input."""
+    self.layers = nnx.List(layers)
+    self.hidden_norm.weight.set_value(sum(layer.input_layernorm.weight[...] for layer in layers) / len(layers))
+    self.fc.weight.set_value(last_of(self.fc.weight[...]))

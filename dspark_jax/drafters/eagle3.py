@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import BlockSpec, RecurrentConfig
+from dspark_jax.drafters.model import last_of
 from dspark_jax.drafters.recurrent import Recurrent
-from dspark_jax.nn.layers import MLP, Attention, Linear, RMSNorm
+from dspark_jax.nn.layers import MLP, Attention, Block, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
 
 
@@ -40,6 +41,19 @@ class Eagle3(Recurrent):
 
   def first(self, encoded: TargetOutput) -> Array:
     return self.fc(encoded.features)
+
+  def start_from(self, layers: list[Block]) -> None:
+    """Takes the layer for the half of the attention's input that is the hidden state; the token's half stays as it is."""
+    (theirs,), mine = layers, self.layers[0]
+    half = self.config.spec.hidden_size
+    for name in ("q_proj", "k_proj", "v_proj"):
+      weight = getattr(mine.self_attn, name).weight
+      weight.set_value(weight[...].at[:, half:].set(getattr(theirs.self_attn, name).weight[...]))
+    for name in ("o_proj", "q_norm", "k_norm"):
+      setattr(mine.self_attn, name, getattr(theirs.self_attn, name))
+    mine.hidden_norm, mine.mlp = theirs.input_layernorm, theirs.mlp
+    mine.post_attention_layernorm = theirs.post_attention_layernorm
+    self.fc.weight.set_value(last_of(self.fc.weight[...]))
 
   def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
     return self.layers[0](embedding, hidden, rope, attend)

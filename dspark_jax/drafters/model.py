@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.nn.layers import linear
+from dspark_jax.nn.layers import Block, linear
 from dspark_jax.types import Array, DraftHead, Target
 
 
@@ -50,3 +51,33 @@ class DraftModel(nnx.Module):
     """f32[...,W] from hidden f[...,D] and, with a sequential head, its latent f[...,R]."""
     base = linear(head.base, hidden, jnp.float32)
     return base if latent is None else base + linear(head.bias, latent, jnp.float32)
+
+  def start_from(self, layers: list[Block]) -> None:
+    """Sets the draft layers, and what feeds them, from as many layers of the target."""
+    raise NotImplementedError
+
+
+def init_from_target(drafter: DraftModel, target: Target) -> DraftModel:
+  """The drafter with layers and final norm started from the target's last layers; a start for training.
+
+  What projects the taps starts as the last tap alone: the residual stream that is nearest to what those layers read in
+  the target. ValueError when the drafter's block is not the target's.
+  """
+  config, count = drafter.config, len(drafter.layers)
+  if config.spec != target.config.spec or count > target.config.num_layers:
+    raise ValueError(f"{count} draft layers {config.spec} cannot start from the target's "
+                     f"{target.config.num_layers} layers {target.config.spec}: use the target's own block")
+  stacked = isinstance(target.layers, Block)
+  layers = [jax.tree.map(lambda x: x[i], target.layers) if stacked else target.layers[i]
+            for i in range(target.config.num_layers - count, target.config.num_layers)]
+  dtype = drafter.norm.weight[...].dtype
+  new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
+  new.start_from([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
+  new.norm.weight.set_value(target.norm.weight[...].astype(dtype))
+  return new
+
+
+def last_of(weight: Array) -> Array:
+  """A projection like f[D,n*D] that passes on the last of its n inputs."""
+  width, inputs = weight.shape
+  return jnp.eye(width, inputs, k=inputs - width, dtype=weight.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import RecurrentConfig
+from dspark_jax.drafters.model import last_of
 from dspark_jax.drafters.recurrent import Recurrent
 from dspark_jax.nn.layers import Block, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
@@ -27,6 +28,12 @@ class MTP(Recurrent):
 
   def first(self, encoded: TargetOutput) -> Array:
     return encoded.hidden
+
+  def start_from(self, layers: list[Block]) -> None:
+    """Takes the layer; of [token ; hidden] the hidden state passes as it is, the token through a random start."""
+    self.layers = nnx.List(layers)
+    weight, half = self.eh_proj.weight, self.config.spec.hidden_size
+    weight.set_value(last_of(weight[...]).at[:, :half].set(weight[:, :half]))
 
   def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
     both = jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1)
