@@ -75,7 +75,7 @@ def _visit(survival, sps, live):
   # Every live row yields one token whatever its drafts do.
   gains = jnp.concatenate([n_live.astype(survival.dtype)[None], jnp.sort(survival.ravel(), descending=True)])
   batch = n_live + jnp.arange(gains.size, dtype=jnp.int32)
-  throughput = jnp.cumsum(gains) * jnp.where(batch > 0, sps[batch], 0).astype(survival.dtype)
+  throughput = jnp.cumsum(gains) * jnp.where(batch > 0, jnp.asarray(sps)[batch], 0).astype(survival.dtype)
   return rank, jnp.where((gains > 0).at[0].set(True), throughput, -jnp.inf)
 
 
