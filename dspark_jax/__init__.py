@@ -1,7 +1,8 @@
 """DSpark speculative decoding in JAX: load a target and a drafter, generate the same text in fewer, larger steps."""
 
 from dspark_jax.decoding.generate import Generation, generate
-from dspark_jax.loading import export_drafter, import_drafter, load_drafter, load_target, new_drafter, save_drafter
+from dspark_jax.loading import (export_drafter, import_drafter, load_drafter, load_target, load_temperatures, new_drafter,
+                                save_drafter)
 
-__all__ = ["Generation", "export_drafter", "generate", "import_drafter", "load_drafter", "load_target", "new_drafter",
-           "save_drafter"]
+__all__ = ["Generation", "export_drafter", "generate", "import_drafter", "load_drafter", "load_target",
+           "load_temperatures", "new_drafter", "save_drafter"]

@@ -15,12 +15,13 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import DrafterConfig, from_json, to_json
+from dspark_jax.config import DrafterConfig, RecurrentConfig, from_json, to_json
 from dspark_jax.data.chat import smollm2_path
+from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, stack_layers
-from dspark_jax.types import Drafter, Target
+from dspark_jax.types import Array, Drafter, Target
 
 
 def locate_target(name: str | os.PathLike) -> Path:
@@ -78,11 +79,17 @@ def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") ->
   return _read_drafter(Path(path), target, jnp.dtype(dtype))[0]
 
 
-def _read_drafter(path: Path, target: Target, dtype=None):
-  """(drafter, the config.json and safetensors metadata that it was imported from or None); dtype: default as stored"""
+def drafter_folder(path: str | os.PathLike) -> Path:
+  """The folder with the drafter itself: `drafter` in a training run, else the one given."""
+  path = Path(path)
   atomic.put_back(path)
   atomic.put_back(path / "drafter")
-  path = path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
+  return path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
+
+
+def _read_drafter(path: Path, target: Target, dtype=None):
+  """(drafter, the config.json and safetensors metadata that it was imported from or None); dtype: default as stored"""
+  path = drafter_folder(path)
   read = _read_ours if (path / "drafter.json").exists() else _read_deepspec
   kind, config, tensors, apart, problems, imported = read(path, target)
   drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
@@ -98,7 +105,7 @@ def _read_ours(path, target):
   if kind not in list(DRAFTERS):  # a list: what a damaged file holds may not be hashable
     raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
                      f"load it with the version that wrote it")
-  config = from_json(DrafterConfig, sidecar["config"], f"{path / 'drafter.json'}, config")
+  config = from_json(DRAFTERS[kind].Config, sidecar["config"], f"{path / 'drafter.json'}, config")
   problems = _words_problems(config, tensors)
   if sidecar["target"] != target_id(target):
     problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target it "
@@ -111,16 +118,16 @@ def _read_deepspec(path, target):
     raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with drafter.json "
                      f"(ours) or config.json (DeepSpec, DFlash) in it")
   raw, tensors = hf.read_folder(path)
-  config, frozen = dialects.drafter_config(raw), set()
+  (kind, config), frozen = dialects.drafter_config(raw), set()
   problems = _fit(config, target)
-  if config.sample_from_anchor:
+  if dialects.stores_frozen(config):
     frozen = set(dialects.FROZEN)
     problems = problems or dialects.check_frozen(tensors, target)
   imported = {"config": (path / "config.json").read_bytes().decode(), "metadata": tensors.metadata}
-  return "dspark", config, tensors, frozen, problems, imported
+  return kind, config, tensors, frozen, problems, imported
 
 
-def _fit(config: DrafterConfig, target: Target) -> list[str]:
+def _fit(config: DrafterConfig | RecurrentConfig, target: Target) -> list[str]:
   pairs = [("width", config.spec.hidden_size, target.config.spec.hidden_size),
            ("vocabulary", config.vocab_size, target.config.vocab_size),
            ("target layers", config.num_target_layers, target.config.num_layers)]
@@ -140,36 +147,92 @@ def _words_problems(config, tensors):
   return []
 
 
-def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, kind: str = "dspark",
-                 imported: dict | None = None) -> None:
+def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, imported: dict | None = None,
+                 temperatures: Temperatures | None = None) -> None:
   """Writes our own drafter folder (Orbax and a JSON sidecar), whole or not at all."""
   weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
   if drafter.words is not None:
     weights["draft_words"] = drafter.words
-  state.save_drafter(Path(path), {"drafter": kind, "config": to_json(drafter.config), "target": target_id(target),
-                                  "imported": imported}, weights)
+  state.save_drafter(Path(path), {"drafter": kind_of(drafter), "config": to_json(drafter.config), "target": target_id(target),
+                                  "imported": imported, **_kept(temperatures)}, weights)
+
+
+def kind_of(drafter: Drafter) -> str:
+  """The drafter's name in DRAFTERS."""
+  return next(name for name, cls in DRAFTERS.items() if type(drafter) is cls)
+
+
+def load_temperatures(path: str | os.PathLike, drafter: Drafter, mode: str) -> Array | None:
+  """Fitted temperatures of a stored drafter's confidences, f32[G], for a mode of sampling (`calibration.mode_name`).
+
+  None where none are stored for any mode. ValueError for a damaged table, or when only other modes have some.
+  """
+  stored = stored_temperatures(path, drafter)
+  return stored.for_mode(mode) if stored else None
+
+
+def stored_temperatures(path: str | os.PathLike, drafter: Drafter) -> Temperatures | None:
+  """The temperatures of all modes, or None: DeepSpec folders, for one, have no place for them. ValueError: damaged."""
+  file = drafter_folder(path) / "drafter.json"
+  if not file.parent.exists():
+    raise ValueError(f"{path} does not exist: expected a drafter folder or a training run")
+  table = hf.read_json(file).get("temperatures", {}) if file.exists() else {}
+  if not isinstance(table, dict) or not all(isinstance(row, list) and all(type(x) in (int, float) for x in row)
+                                            for row in table.values()):
+    raise ValueError(f"{file} has temperatures {table!r}, expected a list of numbers for each mode of sampling: remove "
+                     f"the key, and fit them again with train.calibrate")
+  try:
+    return Temperatures(drafter.block_size, {mode: tuple(row) for mode, row in table.items()}) if table else None
+  except ValueError as error:
+    raise ValueError(f"{file}, {error}. Remove the key temperatures, and fit again with train.calibrate") from error
+
+
+def save_temperatures(path: str | os.PathLike, drafter: Drafter, table: dict[str, list[float]]) -> None:
+  """Stores temperatures by mode, G numbers each, with a drafter of ours; other modes keep theirs. All or nothing.
+
+  ValueError for numbers that do not fit the drafter, and for a folder that is not ours.
+  """
+  folder = drafter_folder(path).resolve()
+  if not (folder / "drafter.json").exists():
+    raise ValueError(f"{path} holds no drafter.json to store temperatures in: convert the drafter with infer.convert")
+  known = stored_temperatures(folder, drafter)
+  added = {mode: tuple(map(float, row)) for mode, row in table.items()}
+  merged = Temperatures(drafter.block_size, (known.by_mode if known else {}) | added)
+  sidecar = hf.read_json(folder / "drafter.json") | _kept(merged)
+  # Beside the folder: save_drafter would take what a kill leaves inside for somebody else's.
+  scratch = folder.with_name(f".{folder.name}.json.new")
+  try:
+    scratch.write_text(json.dumps(sidecar, indent=2) + "\n")
+    scratch.replace(folder / "drafter.json")
+  finally:
+    scratch.unlink(missing_ok=True)
+
+
+def _kept(temperatures):
+  return {"temperatures": temperatures.by_mode} if temperatures and temperatures.by_mode else {}
 
 
 def import_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
   """Converts a stored drafter to our own folder, in the dtype it is stored in."""
   drafter, imported = _read_drafter(Path(source), target)
-  save_drafter(destination, drafter, target, imported=imported)
+  save_drafter(destination, drafter, target, imported=imported, temperatures=stored_temperatures(source, drafter))
 
 
 def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
   """Converts a stored drafter to a DeepSpec folder; one that was imported comes out as the same bytes.
 
-  The frozen embedding and head, which DeepSpec stores, are the target's, in the drafter's dtype.
+  The frozen embedding and head, which DeepSpec stores, are the target's, in the drafter's dtype. ValueError where that
+  format has no word for the drafter.
   """
   drafter, imported = _read_drafter(Path(source), target)
-  imported = imported or {"config": dialects.deepspec_config(drafter.config), "metadata": {"format": "pt"}}
+  imported = imported or {"config": dialects.deepspec_config(kind_of(drafter), drafter.config), "metadata": {"format": "pt"}}
   weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
-  if drafter.config.sample_from_anchor:
-    weights |= dialects.frozen_copies(target, weights["fc.weight"].dtype)
+  if dialects.stores_frozen(drafter.config):
+    weights |= dialects.frozen_copies(target, weights["norm.weight"].dtype)
   hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])
 
 
-def new_drafter(config: DrafterConfig, *, kind: str = "dspark", words=None, seed: int = 0) -> Drafter:
+def new_drafter(config: DrafterConfig | RecurrentConfig, *, kind: str = "dspark", words=None, seed: int = 0) -> Drafter:
   """A freshly initialised drafter; words: ascending i32[W] when the draft vocabulary is reduced."""
   if words is not None:
     config = dataclasses.replace(config, draft_vocab_size=len(words))

@@ -21,8 +21,9 @@ import jax
 import dspark_jax
 from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat
+from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import collect, decode, prepare
-from dspark_jax.loading import locate_target
+from dspark_jax.loading import locate_target, stored_temperatures
 from infer import program
 
 
@@ -50,7 +51,11 @@ class Settings:
   stop_token_ids: tuple[int, ...] | None = None
   """default: the tokenizer's end of turn and of text; none with --prompt-tokens"""
   confidence_threshold: float = 0.0
-  """drafts from the first one less confident than this are not verified"""
+  """drafts from the first one less confident than this are not verified; 0 is off"""
+  survival_threshold: float = 0.0
+  """drafts from the first one less likely than this to be reached and kept are not verified; 0 is off"""
+  calibrated: bool = True
+  """use the temperatures that train.calibrate stored with the drafter for this kind of sampling, if any"""
   dtype: str = "float32"
   """float32 or bfloat16"""
 
@@ -60,6 +65,9 @@ def main(settings: Settings) -> dict:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
   if settings.dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  for name in ("confidence_threshold", "survival_threshold"):
+    if not 0 <= getattr(settings, name) <= 1:
+      raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")
   tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
   prompts = read_prompts(settings, tokenizer)
   stops = settings.stop_token_ids
@@ -72,7 +80,9 @@ def main(settings: Settings) -> dict:
   args, static = prepare(target, drafter, prompts, max_new_tokens=settings.max_new_tokens,
                          temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
                          seed=settings.seed, stop_token_ids=tuple(stops),
-                         confidence_threshold=settings.confidence_threshold)
+                         confidence_threshold=settings.confidence_threshold,
+                         survival_threshold=settings.survival_threshold,
+                         temperatures=temperatures(settings, drafter))
   with program.stderr.status("compiling"):
     began = time.perf_counter()
     compiled = decode.lower(*args, **static).compile()
@@ -85,6 +95,19 @@ def main(settings: Settings) -> dict:
   return dict(tokens=out.tokens, text=[tokenizer.decode(row, skip_special_tokens=True) for row in out.tokens]
               if tokenizer else None, n_accept=out.n_accept, accepted_length=out.accepted_length if out.rounds else None,
               rounds=out.rounds, tokens_per_second=sum(map(len, out.tokens)) / seconds, compile_seconds=compile_seconds)
+
+
+def temperatures(settings: Settings, drafter):
+  """f32[G] for the drafter's confidences, or None: those stored for this mode of sampling, if they are wanted."""
+  if drafter is None or not settings.calibrated:
+    return None
+  stored, mode = stored_temperatures(settings.drafter, drafter), mode_name(settings.temperature)
+  if stored and mode in stored.by_mode:
+    return stored.for_mode(mode)
+  if settings.survival_threshold:
+    program.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the survival threshold meets the drafter's "
+                f"raw confidences; train.calibrate fits some")
+  return None
 
 
 def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:

@@ -21,7 +21,8 @@ from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, 
                      target_of, words)
 
 DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "drafter_dspark_qwen3_vanilla",
-            "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn", "drafter_dflash_qwen3"]
+            "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn", "drafter_dflash_qwen3",
+            "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
 KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
          "dflash": {"markov_rank": 0, "confidence": "none"}}
 

@@ -43,6 +43,11 @@ class Temperatures:
     return jnp.asarray(self.by_mode[mode], jnp.float32)
 
 
+def mode_name(temperature: float) -> str:
+  """The mode that rounds sampled at `temperature` are of; top-k and top-p make no mode of their own."""
+  return "greedy" if temperature == 0 else f"T={temperature:g}"
+
+
 def calibrate(confidence: Array, temperatures: Array) -> Array:
   """sigmoid(logit(confidence) / temperature): f32[B,G] in 0..1, in the same order within a slot.
 

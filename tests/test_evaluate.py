@@ -1,0 +1,390 @@
+"""Evaluation: metrics that are the reference's, samples that do not know their batch, runs that go on after a kill."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dspark_jax
+from dspark_jax import loading
+from dspark_jax.data import chat
+from dspark_jax.data.benchmarks import Sample
+from dspark_jax.decoding import acceptance
+from dspark_jax.decoding.acceptance import Rounds
+from dspark_jax.decoding.calibration import calibrate
+from infer import evaluate, program
+from infer.evaluate import Case, Models, Settings
+from folders import DSPARK, GOLDEN, QWEN3, complains, with_tokenizer
+
+SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold", "samples",
+          "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached", "survival", "verified",
+          "verify_rate", "drafts_per_round", "accepted_tokens", "rejected_tokens", "tokens_per_second", "temperatures",
+          "reliability", "reliability_before"}
+SAMPLES = [["w116 w94 w16"], ["w25 w66 w108 w21 w53", "w84 w84"], ["w77"], ["w22 w83 w113 w94"], ["w9", "w10", "w11"]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """The same few programs run again and again: they are compiled once, and with one layer instead of six."""
+  cache = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+           "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+  before = {name: getattr(jax.config, name) for name in cache}
+  for name, value in cache.items():
+    jax.config.update(name, value)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dspark_jax, "load_target", functools.partial(dspark_jax.load_target, scanned=True))
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@functools.cache
+def target():
+  return loading.load_target(QWEN3, scanned=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A target with a tokenizer, and five samples for it."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  with_tokenizer(QWEN3, folder / "target")
+  (folder / "data.jsonl").write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in SAMPLES))
+  return folder
+
+
+def settings(folder, out, **changes) -> Settings:
+  return Settings(**{**dict(targets=(str(folder / "target"),), out=Path(out), drafters=(str(DSPARK),),
+                            datasets=(str(folder / "data.jsonl"),), temperatures=(0.0, 1.0), thresholds=(0.0, 0.5), batch=3,
+                            max_new_tokens=10), **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  """An evaluation from start to end."""
+  evaluate.main(settings(folder, folder / "whole"))
+  return folder / "whole"
+
+
+def read(path: Path):
+  return json.loads(path.read_text())
+
+
+def lines(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(result: dict) -> dict:
+  """What does not depend on the clock, of results.json or a record."""
+  if "results" in result:
+    return result | {"results": list(map(untimed, result["results"]))}
+  return {k: v for k, v in result.items() if k not in ("seconds", "tokens_per_second")}
+
+
+def assert_same_record(a, b):
+  """The same tokens and rounds; confidences up to the rounding of another batch size."""
+  assert {**untimed(a), "confidence": None} == {**untimed(b), "confidence": None}
+  np.testing.assert_allclose(np.ravel(a["confidence"]), np.ravel(b["confidence"]), atol=1e-4)
+
+
+def models(folder, **more) -> Models:
+  tokenizer = chat.load_tokenizer(folder / "target")
+  return Models(target(), dspark_jax.load_drafter(DSPARK, target()), tokenizer, chat.stop_ids(tokenizer), **more)
+
+
+# Metrics
+
+
+def golden_texts(run: str) -> tuple[list[Rounds], dict]:
+  golden = np.load(DSPARK / "outputs.npz")
+  rounds = [Rounds.of(*(golden[f"{run}/prompt{i}/{name}"] for name in (
+      "accepted_draft_lengths", "proposal_lengths", "acceptance_lengths"))) for i in range(4)]
+  return rounds, {name.rpartition("/")[2]: golden[name] for name in golden if name.startswith(f"{run}/metrics/")}
+
+
+@pytest.mark.parametrize("run", ["t0", "t1"])
+def test_metrics_are_the_reference_s(run):
+  """Kills: means of means over samples; a verify rate without the bonus slots; a stop token counted twice; acceptance by
+  position of drafts that were never verified."""
+  rounds, wanted = golden_texts(run)
+  got = acceptance.summary(rounds, 5)
+  assert got["accepted_length"] == pytest.approx(float(wanted["acceptance_length"]), rel=1e-6)
+  assert got["drafts_per_round"] == pytest.approx(float(wanted["draft_tokens_per_proposal"]), rel=1e-6)
+  assert got["verify_rate"] == pytest.approx(float(wanted["verify_rate"]), rel=1e-6)
+  # The reference's rates are of all verified drafts, whether or not those before were kept: survival, not acceptance.
+  assert got["survival"] == pytest.approx(wanted["accept_rates_by_position"].tolist(), rel=1e-6)
+  low, high = got["accepted_length_interval"]
+  assert low < got["accepted_length"] < high
+
+
+def test_metrics_by_hand():
+  """Kills: acceptance that is not conditional on the drafts before, or counts drafts past the threshold; survival taken
+  for it; a rejected token counted past the verified ones."""
+  text = Rounds.of([2, 0, 1, 3, 0], [3, 3, 1, 3, 0], [3, 1, 2, 3, 1])  # the fourth round ended at a stop token
+  got = acceptance.summary([text], 4)
+  assert got["reached"] == [4, 2, 2, 0] and got["acceptance"] == [3 / 4, 2 / 2, 1 / 2, None]
+  assert got["verified"] == [4, 3, 3, 0] and got["survival"] == [3 / 4, 2 / 3, 1 / 3, None]
+  assert got["rounds"] == 5 and got["accepted_length"] == 10 / 5 and got["verify_rate"] == 10 / 15
+  assert got["accepted_tokens"] == 6 and got["rejected_tokens"] == 4 and got["drafts_per_round"] == 2
+  assert got["accepted_length_interval"] == [2, 2]  # one text has no spread
+  nothing = acceptance.summary([Rounds.of([], [], [])], 2)
+  assert nothing["accepted_length"] is None and nothing["acceptance"] == [None, None] and nothing["rounds"] == 0
+  json.dumps(nothing, allow_nan=False)
+
+
+def test_interval():
+  """Kills: a bootstrap over rounds, which takes the rounds of one text for independent; another interval at each start."""
+  even = [Rounds.of([n] * 50, [4] * 50, [n + 1] * 50) for n in (0, 4)]
+  low, high = acceptance.interval(even)
+  assert (low, high) == (1, 5)  # one draw in four takes the same text twice
+  many = [Rounds.of([n], [4], [n + 1]) for n in [0, 4] * 200]
+  low, high = acceptance.interval(many)
+  assert 3 - 1.96 * 2 / 20 == pytest.approx(low, abs=0.05) and 3 + 1.96 * 2 / 20 == pytest.approx(high, abs=0.05)
+  assert acceptance.interval(many) == [low, high]
+
+
+def test_uncalibrate():
+  """Kills: dividing by the temperature twice; a confidence of exactly 0 or 1 that becomes NaN."""
+  raw, temperatures = np.array([[0.2, 0.9, 0.5], [0.0, 1.0, 0.999]]), np.array([2.0, 0.5, 1.3])
+  calibrated = calibrate(jnp.asarray(raw, jnp.float32), jnp.asarray(temperatures, jnp.float32))
+  np.testing.assert_allclose(acceptance.uncalibrate(np.asarray(calibrated, np.float64), temperatures), raw, atol=1e-5)
+
+
+def test_commits():
+  """Kills: the bonus token of a round that a stop token ended, counted although it was never said."""
+  assert acceptance.commits([1, 0, 4], 9) == [2, 1, 5]
+  assert acceptance.commits([1, 0, 4], 8) == [2, 1, 4]
+  assert acceptance.commits([], 1) == []
+
+
+def test_rounds_are_the_reference_s(folder):
+  """Kills: records with a round too many, drafts past a stop token, or without the stop token's own round."""
+  golden, wanted = np.load(DSPARK / "inputs.npz"), np.load(DSPARK / "outputs.npz")
+  m = models(folder)
+  m.stops = (119,)
+  case = Case("target", "drafter", "data", 0.0, 0.0)
+  prompts = [golden[f"prompt{i}/input_ids"][0].tolist() for i in (0, 1)]
+  rows = evaluate.decode_rows(settings(folder, folder), case, m, prompts, [0, 1])
+  for i, row in enumerate(rows):
+    lists = [wanted[f"t0/prompt{i}/{name}"].tolist() for name in (
+        "accepted_draft_lengths", "proposal_lengths", "acceptance_lengths")]
+    n = len(row["n_accept"])
+    assert [row["n_accept"], row["n_verify"], row["n_commit"]] == [x[:n] for x in lists]
+    assert n == len(lists[0]) if i else 1 + sum(lists[2][:n - 1]) < 10 <= 1 + sum(lists[2][:n])
+    assert row["text"] == wanted[f"prompt{i}/ar_output_ids"][0].tolist()[len(prompts[i]):][:10]
+
+
+# The program
+
+
+def called(capsys, *args, code: int = 0):
+  """(JSON of the last line of stdout or None, stderr) of the program called in this process."""
+  capsys.readouterr()
+  with pytest.raises(SystemExit) if code else pytest.MonkeyPatch.context() as exit_:
+    program.run(evaluate.main, Settings, args=[str(a) for a in args])
+  out, err = capsys.readouterr()
+  assert "Traceback" not in err and (not code or exit_.value.code == code), err
+  return (None if code else json.loads(out.splitlines()[-1])), err
+
+
+def test_results(folder, whole, capsys):
+  """Kills: a missing key; a threshold that saves no drafts; NaN in JSON; a table that lacks a row; a program that prints
+  something else than it wrote."""
+  results = read(whole / "results.json")
+  assert set(results) == {"settings", "versions", "results"} and results["settings"]["thresholds"] == [0, 0.5]
+  assert results["versions"]["jax"] == jax.__version__
+  rows = results["results"]
+  assert [(r["drafter"], r["mode"], r["threshold"]) for r in rows] == [
+      (DSPARK.name, mode, t) for mode in ("greedy", "T=1") for t in (0, 0.5)]
+  for row in rows:
+    assert set(row) == SCHEMA and row["samples"] == 5 and row["tokens_per_second"] > 0 and row["tokens"] > 0
+    assert (row["kind"], row["block_size"], row["num_layers"], row["markov_head"]) == ("dspark", 5, 2, "vanilla")
+    assert row["reliability"]["total_weight"] == row["verified"] and row["reliability_before"] is None
+    assert row["reliability"]["target_mean"] == pytest.approx(row["survival"])
+  assert rows[1]["drafts_per_round"] < rows[0]["drafts_per_round"]
+  table = (whole / "results.md").read_text().splitlines()
+  assert len(table) == 2 + len(rows) and table[2].startswith(f"| target | {DSPARK.name} | data | greedy | 0 | 5 |")
+  json_line, err = called(capsys, *arguments(folder, whole))
+  assert json_line["out"] == str(whole) and len(json_line["results"]) == len(rows)
+  assert json_line["results"][0]["reliability"] == rows[0]["reliability"]["summary"]
+
+
+def test_plain(folder, whole, tmp_path):
+  """Kills: greedy text that depends on the drafter or the threshold; accepted lengths of plain decoding; a plain row for
+  every threshold."""
+  evaluate.main(settings(folder, tmp_path, drafters=("none",), temperatures=(0.0,)))
+  row, = read(tmp_path / "results.json")["results"]
+  assert set(row) == SCHEMA and {k for k, v in row.items() if v is not None} == {
+      "target", "drafter", "dataset", "mode", "samples", "tokens", "tokens_per_second"}
+  assert "| none | data | greedy |  | 5 |  |" in (tmp_path / "results.md").read_text()
+  plain = lines(tmp_path / "samples" / "target--none--data--greedy.jsonl")
+  count = lambda records: {r["id"]: r["tokens"] for r in records}
+  assert set(count(plain)) == set("12345") and all("confidence" not in r for r in plain)
+  for threshold in ("0", "0.5"):
+    assert count(plain) == count(lines(whole / "samples" / f"target--{DSPARK.name}--data--greedy--threshold={threshold}.jsonl"))
+
+
+def arguments(folder, out, **changes) -> list:
+  """The command line of `settings`."""
+  args = {"--targets": folder / "target", "--out": out, "--drafters": DSPARK, "--datasets": folder / "data.jsonl",
+          "--temperatures": [0, 1], "--thresholds": [0, 0.5], "--batch": 3, "--max-new-tokens": 10}
+  args |= {"--" + name.replace("_", "-"): value for name, value in changes.items()}
+  return [x for name, value in args.items() for x in (name, *(value if isinstance(value, list) else [value]))]
+
+
+@pytest.mark.parametrize("temperature, threshold", [(0.0, 0.0), (1.0, 0.5)])
+def test_a_sample_does_not_know_its_batch(temperature, threshold, folder):
+  """Kills: a seed from the row; rounds of a filled-up row or of a slower neighbour in a record; turns mixed up between
+  rows that drop out."""
+  m, case = models(folder), Case("target", "drafter", "data", temperature, threshold)
+  samples = [Sample(str(i), tuple(turns)) for i, turns in enumerate(SAMPLES, 1)][:3]
+  of = lambda batch, *parts: {record["id"]: record for part in parts for record in evaluate.ask(
+      settings(folder, folder, batch=batch, turns="all"), case, m, list(part))}
+  together = of(3, samples)
+  alone = [of(1, *([s] for s in samples))] if temperature else []
+  for other in (of(3, samples[::-1]), of(3, samples[1:], samples[:1]), *alone):
+    for name, record in together.items():
+      assert_same_record(record, other[name])
+  assert [r["turns"] for r in together.values()] == [1, 2, 1]
+  if temperature:
+    seeds = [evaluate.ask(settings(folder, folder, seed=seed), case, m, samples) for seed in (0, 1)]
+    assert [r["n_accept"] for r in seeds[0]] != [r["n_accept"] for r in seeds[1]]
+
+
+def test_all_turns(folder):
+  """Kills: a second question without the first answer; an answer from the first turn's seed; rounds of one turn only; a
+  conversation that outgrows the target ending the whole run."""
+  m, case = models(folder), Case("target", "none", "data", 0.0, None)
+  m.drafter = None
+  turns = ("w116 w94", "w16", "w7")
+  record = evaluate.ask(settings(folder, folder, turns="all"), case, m, [Sample("x", turns)])[0]
+  messages, rounds, tokens = [], 0, 0
+  for turn in turns:
+    messages.append({"role": "user", "content": turn})
+    out = evaluate.decode_rows(settings(folder, folder), case, m, [chat.encode_prompt(m.tokenizer, messages)], [0])[0]
+    messages.append({"role": "assistant", "content": m.tokenizer.decode(out["text"], skip_special_tokens=True)})
+    rounds, tokens = rounds + len(out["n_accept"]), tokens + len(out["text"])
+  assert (record["turns"], record["tokens"], len(record["n_accept"])) == (3, tokens, rounds)
+  first = evaluate.ask(settings(folder, folder), case, m, [Sample("x", turns)])[0]
+  assert first["turns"] == 1 and first["tokens"] <= 10
+  long = ("w5", " ".join(["w6"] * 505), "w7")
+  assert evaluate.ask(settings(folder, folder, turns="all"), case, m, [Sample("x", long)])[0] | {"seconds": 0, "id": 0} == (
+      evaluate.ask(settings(folder, folder), case, m, [Sample("y", long[:1])])[0] | {"seconds": 0, "id": 0})
+
+
+def test_killed_and_gone_on(folder, whole, monkeypatch, tmp_path):
+  """Kills: decoding again what is there; a batch that is lost or counted twice; a line that the kill cut in the middle,
+  kept or fatal."""
+  real, left = evaluate.save, [3]
+  def save(path, records):
+    real(path, records)
+    left[0] -= 1
+    if not left[0]:
+      raise RuntimeError("killed")
+  monkeypatch.setattr(evaluate, "save", save)
+  with pytest.raises(RuntimeError, match="killed"):
+    evaluate.main(settings(folder, tmp_path))
+  monkeypatch.setattr(evaluate, "save", real)
+  assert not (tmp_path / "results.json").exists()
+  cut = tmp_path / "samples" / f"target--{DSPARK.name}--data--greedy--threshold=0.5.jsonl"
+  cut.write_bytes(cut.read_bytes()[:-20])  # in the middle of the third sample
+  asked, ask = [], evaluate.ask
+  def watched(settings, case, models, samples):
+    asked.extend((case.key, s.id) for s in samples)
+    return ask(settings, case, models, samples)
+  monkeypatch.setattr(evaluate, "ask", watched)
+  evaluate.main(settings(folder, tmp_path))
+  assert len(asked) == len(set(asked)) == 20 - 5 - 2
+  assert untimed(read(tmp_path / "results.json")) == untimed(read(whole / "results.json"))
+  for file in (whole / "samples").iterdir():
+    assert sorted(r["id"] for r in lines(tmp_path / "samples" / file.name)) == list("12345")
+  asked.clear()
+  evaluate.main(settings(folder, tmp_path))
+  assert asked == []
+  assert untimed(read(tmp_path / "results.json")) == untimed(read(whole / "results.json"))
+
+
+def test_calibrated_confidences(folder, tmp_path):
+  """Kills: temperatures of another mode; the raw confidences reported as the calibrated ones, or the other way round; a
+  sidecar that is not read; a drafter changed under a run that goes on."""
+  dspark_jax.import_drafter(DSPARK, tmp_path / "drafter", target())
+  drafter = dspark_jax.load_drafter(tmp_path / "drafter", target())
+  common = dict(drafters=(str(tmp_path / "drafter"),), thresholds=(0.0,))
+  evaluate.main(settings(folder, tmp_path / "raw", **common))
+  loading.save_temperatures(tmp_path / "drafter", drafter, {"greedy": [3.0, 2.0, 1.5, 0.7, 1.0]})
+  evaluate.main(settings(folder, tmp_path / "fitted", **common))
+  raw, fitted = (read(tmp_path / name / "results.json")["results"] for name in ("raw", "fitted"))
+  assert fitted[0]["temperatures"] == [3.0, 2.0, 1.5, 0.7, 1.0] and raw[0]["temperatures"] is None
+  for name in ("brier", "pred_mean", "target_mean"):
+    np.testing.assert_allclose(fitted[0]["reliability_before"][name], raw[0]["reliability"][name], atol=1e-4)
+  assert fitted[0]["reliability"]["pred_mean"] != pytest.approx(raw[0]["reliability"]["pred_mean"], abs=1e-2)
+  assert fitted[1]["reliability_before"] is fitted[1]["temperatures"] is None  # T=1 has none
+  with complains("holds an evaluation with other settings", "target--drafter has changed since"):
+    evaluate.main(settings(folder, tmp_path / "raw", **common))
+
+
+@pytest.mark.parametrize("change, part", [
+    (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(thresholds=(0.5,)), "thresholds was [0.0, 0.5], is [0.5]"),
+    (dict(seed=1), "seed was 0, is 1"), ("data", "the samples of data were others")])
+def test_other_settings_in_the_same_folder(change, part, folder, whole):
+  """Kills: results of half of one evaluation and half of another."""
+  before = (folder / "data.jsonl").read_text()
+  if change == "data":
+    (folder / "data.jsonl").write_text(before.replace("w77", "w78"))
+  with complains("holds an evaluation with other settings", part, "another --out"):
+    evaluate.main(settings(folder, whole, **({} if change == "data" else change)))
+  (folder / "data.jsonl").write_text(before)
+
+
+@pytest.mark.parametrize("spoil, part", [
+    (lambda r: "}{", "line 2 is damaged"), (lambda r: "[]", "line 2 is damaged"),
+    (lambda r: json.dumps(r | {"id": "99"}), "'99' is not among those asked"),
+    (lambda r: json.dumps({k: v for k, v in r.items() if k != "tokens"}), "KeyError"),
+    (lambda r: json.dumps(r | {"n_accept": [9] * len(r["n_accept"])}), "counts out of range"),
+    (lambda r: json.dumps(r | {"n_verify": [1]}), "lists of different lengths"),
+    (lambda r: json.dumps(r | {"confidence": [[0.5]]}), "other confidences than rounds"),
+    (lambda r: json.dumps(r | {"id": "1"}), "a sample twice")])
+def test_damaged_samples(spoil, part, folder, tmp_path):
+  """Kills: a traceback, or a quietly wrong mean, from a file that a full disk or an editor spoiled."""
+  record = dict(id="1", turns=1, tokens=4, seconds=0.1, n_accept=[1, 0], n_verify=[5, 5], n_commit=[2, 1],
+                confidence=[[0.5] * 5] * 2)
+  (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(record), spoil(record | {"id": "2"}), ""]))
+  samples = [Sample(str(i), tuple(turns)) for i, turns in enumerate(SAMPLES, 1)]
+  with complains("x.jsonl, line 2 is damaged", part, "delete the line"):
+    evaluate.read_records(tmp_path / "x.jsonl", samples, models(folder))
+
+
+def test_damaged_run(folder, tmp_path):
+  """Kills: a half-written or foreign run.json that is overwritten, or that ends in a traceback."""
+  (tmp_path / "run.json").write_text('{"settings": {')
+  with complains("run.json is not JSON"):
+    evaluate.main(settings(folder, tmp_path))
+  (tmp_path / "run.json").write_text('{"config": {}}')
+  with complains("run.json has no settings", "another --out"):
+    evaluate.main(settings(folder, tmp_path))
+
+
+MISTAKES = [
+    ("thresholds", "1.5", "threshold is 1.5, expected 0 (verify every draft) to 1"), ("thresholds", "nan", "threshold is nan"),
+    ("thresholds", [0.5, 0.5], "would be decoded 2 times"), ("temperatures", "-1", "temperature is -1"),
+    ("temperatures", "inf", "temperature is inf"), ("batch", "0", "batch is 0"), ("max_new_tokens", "0", "max_new_tokens is 0"),
+    ("turns", "two", "turns is 'two', expected first or all"), ("dtype", "float16", "expected float32 or bfloat16"),
+    ("datasets", "gsm9k", "dataset gsm9k is neither known nor a file"), ("datasets", "gsm8k", "where the benchmark gsm8k is"),
+    ("samples", "0", "the number of samples is 0"), ("targets", "/nowhere", "target /nowhere does not exist"),
+    ("targets", QWEN3, "has no tokenizer.json"), ("drafters", "/nowhere", "/nowhere does not exist: expected a folder"),
+    ("drafters", "/nowhere/none", "which means plain decoding"), ("drafters", [], "drafters is empty"),
+    ("drafters", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
+    ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"), ("speed", "11", "--speed")]
+
+
+@pytest.mark.parametrize("name, value, part", MISTAKES)
+def test_mistakes(name, value, part, folder, capsys, tmp_path):
+  """Kills: a traceback for a typo, exit code 0 or 1 for it, or a folder that then refuses the right command."""
+  _, err = called(capsys, *arguments(folder, tmp_path / "out", **{name: value}), code=2)
+  assert part in err
+  if name != "speed":  # tyro draws a box
+    assert err.strip().splitlines()[-1].startswith("error: ") and err.count("error: ") == 1
+    assert name == "max_new_tokens" or not (tmp_path / "out").exists()
