@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import TrainConfig, read_config
+from train.config import CompareConfig, TrainConfig, read_config
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "dspark_jax").rglob("*.py"))
@@ -127,11 +127,12 @@ def test_configs(path):
   lines = path.read_text().splitlines()
   assert len(lines) <= 20
   words = shlex.split(lines[0])
-  assert words[:4] == ["#", "python", "-m", "train.train"]
+  kind = {"train.train": TrainConfig, "train.compare": CompareConfig}[words[3]]
+  assert words[:3] == ["#", "python", "-m"]
   assert words[words.index("--config") + 1] == name_of(path) and "--data" in words
-  config = read_config(str(path))
-  assert isinstance(config, TrainConfig)
-  assert (config.steps is None) != (config.minutes is None)
+  config = read_config(str(path), kind)
+  base = config if kind is TrainConfig else config.base
+  assert (base.steps is None) != (base.minutes is None)
 
 
 def test_every_folder_is_packaged():

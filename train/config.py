@@ -74,11 +74,29 @@ class TrainConfig:
     raise_all("training config", problems)
 
 
-def read_config(path: str) -> TrainConfig:
-  """The `config` of an experiment file."""
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """Drafters to train on the same data, in the same order, for as many steps, and to evaluate alike."""
+  base: TrainConfig
+  """what all runs share"""
+  drafters: dict[str, tuple[DrafterSettings, LossConfig]]
+  """by name in the report: what is trained, and on which loss"""
+  temperatures: tuple[float, ...] = (0.0, 1.0)
+  datasets: tuple[str, ...] = ("stdlib",)
+  samples: int = 64
+  max_new_tokens: int = 96
+  eval_batch: int = 8
+
+  def __post_init__(self):
+    if not self.drafters:
+      raise ValueError("compare config: there are no drafters, expected at least one to train")
+
+
+def read_config(path: str, kind: type = TrainConfig):
+  """The `config` of an experiment file: a TrainConfig, or another `kind`."""
   if not Path(path).is_file():
     raise ValueError(f"config {path} does not exist: expected a Python file that defines `config`")
   found = runpy.run_path(path).get("config")
-  if not isinstance(found, TrainConfig):
-    raise ValueError(f"config {path} does not define `config` as a train.config.TrainConfig")
+  if not isinstance(found, kind):
+    raise ValueError(f"config {path} does not define `config` as a train.config.{kind.__name__}")
   return found

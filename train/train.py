@@ -68,6 +68,10 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   record = describe(config, packed)
   run = known_run(config.out, record) if saved.latest is not None else None
+  if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
+    saved.close()
+    program.say(f"all {run['total_steps']} steps are done")
+    return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
   with program.stderr.status("compiling the training step"):
     step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
     step = step.lower(state, target, batch_of(0)).compile()
