@@ -71,6 +71,15 @@ def target_id(target: Target) -> str:
   return hashlib.sha256(config + norm + rows).hexdigest()[:16]
 
 
+def drafter_id(drafter: Drafter) -> str:
+  """What tells one drafter from another, or from itself after more training: a hash of configuration and weights."""
+  digest = hashlib.sha256(json.dumps(to_json(drafter.config), sort_keys=True).encode())
+  for name, variable in hf.names(drafter).items():
+    digest.update(name.encode() + np.asarray(variable[...]).tobytes())
+  digest.update(b"" if drafter.words is None else np.asarray(drafter.words).tobytes())
+  return digest.hexdigest()[:16]
+
+
 def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") -> Drafter:
   """A drafter for `target` from our own folder, a training run, or a DeepSpec or DFlash folder, with weights in `dtype`.
 

@@ -32,8 +32,7 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import loading
-from dspark_jax.checkpoints.hf import names, read_json
-from dspark_jax.config import to_json
+from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import benchmarks, chat
 from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
@@ -136,10 +135,10 @@ def main(settings: Settings) -> dict:
         if case.target == _label(name):
           records = evaluate(settings, case, loaded[case.drafter], datasets[case.dataset], tell)
           results.append(result(case, loaded[case.drafter], records))
-  write(settings.out / "results.json", json.dumps(
+  program.write(settings.out / "results.json", json.dumps(
       {"settings": run["settings"], "versions": run["versions"], "results": results}, indent=1, allow_nan=False) + "\n")
   rows = [cells(row) for row in results]
-  write(settings.out / "results.md", markdown(rows))
+  program.write(settings.out / "results.md", markdown(rows))
   # A terminal is narrow: of the five columns that name a row, those that tell rows apart.
   shown = [i for i, name in enumerate(COLUMNS) if name in SHOWN or i < 5 and len({row[i] for row in rows}) > 1]
   table = Table(*(COLUMNS[i] for i in shown))
@@ -219,25 +218,18 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
 def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]) -> None:
   """Notes in run.json what the models are. ValueError when they were others: some of the samples are the old ones'."""
   new = {name: loading.target_id(next(iter(loaded.values())).target)}
-  new |= {f"{name}--{label}": [fingerprint(models.drafter), models.temperatures]
+  new |= {f"{name}--{label}": [loading.drafter_id(models.drafter), models.temperatures]
           for label, models in loaded.items() if models.drafter}
   _refuse(settings.out, [f"{k} has changed since" for k, v in new.items() if run["models"].get(k, v) != v])
   run["models"] |= new
   (settings.out / "samples").mkdir(parents=True, exist_ok=True)
-  write(settings.out / "run.json", json.dumps(run, indent=1) + "\n")
+  program.write(settings.out / "run.json", json.dumps(run, indent=1) + "\n")
 
 
 def _refuse(folder, differences):
   if differences:
     raise ValueError(f"{folder} holds an evaluation with other settings ({'; '.join(differences)}): give the same "
                      f"ones to go on with it, or another --out")
-
-
-def write(path: Path, text: str) -> None:
-  """A file that is there whole or not at all."""
-  scratch = path.with_name(path.name + ".new")
-  scratch.write_text(text, encoding="utf-8")
-  scratch.replace(path)
 
 
 def save(path: Path, records: list[dict]) -> None:
@@ -301,15 +293,6 @@ def load(settings: Settings, name: str, cases: list[Case]) -> dict[str, Models]:
       fitted = stored.by_mode if stored else {}
       models.temperatures |= {case.mode: list(fitted[case.mode]) for case in cases if case.mode in fitted}
   return loaded
-
-
-def fingerprint(drafter) -> str:
-  """What tells one training of a drafter from another: a hash of its configuration and of its vectors."""
-  digest = hashlib.sha256(json.dumps(to_json(drafter.config), sort_keys=True).encode())
-  for name, variable in names(drafter).items():
-    if len(variable.shape) == 1:  # norms and biases: a few kB
-      digest.update(name.encode() + np.asarray(variable[...]).astype(np.float32).tobytes())
-  return digest.hexdigest()[:16]
 
 
 def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sample], tell) -> list[dict]:

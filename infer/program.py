@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +35,13 @@ def run(main, settings: type, *, default=None, args=None) -> None:
 def say(text: Any) -> None:
   """A line for people, on stderr."""
   stderr.print(text, markup=False, highlight=False, soft_wrap=True) if isinstance(text, str) else stderr.print(text)
+
+
+def write(path: Path, text: str) -> None:
+  """Replaces a file, whole or not at all."""
+  scratch = path.with_name(path.name + ".new")
+  scratch.write_text(text, encoding="utf-8")
+  scratch.replace(path)
 
 
 def bar() -> Progress:

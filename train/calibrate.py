@@ -27,13 +27,12 @@ from rich import box
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax.checkpoints import hf
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
 from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
 from dspark_jax.decoding.scheduler import survival
-from dspark_jax.loading import drafter_folder, locate_target, save_temperatures, stored_temperatures, target_id
+from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
 from dspark_jax.sampling import Sampling
 from infer import program
 from train import answers, train
@@ -113,9 +112,9 @@ def main(settings: Settings) -> dict:
   open_run(out, settings, target, drafter, questions)
   records = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
   results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in records.items()}
-  write(out / "calibration.json", json.dumps(dict(target=settings.target, drafter=str(settings.drafter), modes={
+  program.write(out / "calibration.json", json.dumps(dict(target=settings.target, drafter=str(settings.drafter), modes={
       mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}),
-      indent=1, allow_nan=False).encode() + b"\n")
+      indent=1, allow_nan=False) + "\n")
   picture(out / "calibration.png", results)
   program.say(table(results))
   save_temperatures(settings.drafter, drafter, {mode: r["temperatures"] for mode, r in results.items()})
@@ -181,7 +180,7 @@ def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int
 def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
   """Makes the folder and records what its rounds depend on. ValueError if it holds rounds of something else."""
   config = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "seed", "dtype")}
-  record = {"config": config | {"target": target_id(target), "drafter": weights_id(drafter)},
+  record = {"config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
             "data": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]}
   out.mkdir(parents=True, exist_ok=True)
   if (out / "run.json").exists():
@@ -189,16 +188,7 @@ def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
   elif held := sorted(p.name for p in out.glob("rounds-*.jsonl")):
     raise ValueError(f"{out} holds {', '.join(held)} but no run.json that says where from: choose another --out")
   else:
-    write(out / "run.json", json.dumps(record, indent=2).encode() + b"\n")
-
-
-def weights_id(drafter) -> str:
-  """What tells one drafter from another, or from itself after more training: a hash of all its weights."""
-  digest = hashlib.sha256(repr(drafter.config).encode())
-  for name, variable in hf.names(drafter).items():
-    digest.update(name.encode() + np.asarray(variable[...]).tobytes())
-  digest.update(b"" if drafter.words is None else np.asarray(drafter.words).tobytes())
-  return digest.hexdigest()[:16]
+    program.write(out / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops, out: Path) -> dict[str, list]:
@@ -282,13 +272,6 @@ def fit(mode: str, rounds: Rounds) -> list[float]:
 def plain(values: np.ndarray) -> list[float | None]:
   """Without NaN, which JSON lacks."""
   return [None if np.isnan(x) else float(x) for x in values]
-
-
-def write(path: Path, content: bytes) -> None:
-  """Replaces a file, whole or not at all."""
-  scratch = path.with_name(path.name + ".new")
-  scratch.write_bytes(content)
-  scratch.replace(path)
 
 
 def table(results: dict[str, dict]) -> Table:

@@ -57,7 +57,7 @@ def main(settings: Settings) -> dict:
   drawn = plots.main(plots.Settings(results=(evaluation / "results.json",), out=settings.out / "figures"))
   gaps = differences(evaluation, found["results"])
   text = report(settings, config, runs, trained, found, gaps, drawn["figures"])
-  evaluate.write(settings.out / "report.md", text)
+  program.write(settings.out / "report.md", text)
   program.say(text)
   return {"report": str(settings.out / "report.md"), "results": str(evaluation / "results.json"), "differences": gaps}
 

@@ -128,9 +128,7 @@ def known_run(folder: Path, record: dict) -> dict:
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
   run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
-  scratch = config.out / "run.json.new"
-  scratch.write_text(json.dumps(run, indent=2) + "\n")
-  scratch.replace(config.out / "run.json")
+  program.write(config.out / "run.json", json.dumps(run, indent=2) + "\n")
   (config.out / "metrics.jsonl").unlink(missing_ok=True)
   return run
 

@@ -7,7 +7,6 @@ whole block. The layers are the target family's own blocks; only keys and values
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
