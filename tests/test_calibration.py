@@ -199,3 +199,9 @@ def test_wrong_arrays_are_refused():
   for grid in ([], [1.0, 0.0], [1.0, math.inf]):
     with complains("grid"):
       fit_temperatures(logits, accepted, grid)
+
+
+def test_nothing_observed():
+  """Kills: an error of NumPy's where no round was observed at all; every number is NaN then, and JSON has none."""
+  nothing = reliability(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros(2))
+  assert np.isnan(nothing.ece).all() and nothing.to_json()["summary"]["ece_mean"] is None

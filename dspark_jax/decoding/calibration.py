@@ -162,7 +162,7 @@ def _auc(positive, negative):
 
 
 def _ratio(a, b):
-  return np.divide(a, b, out=np.full_like(b, np.nan), where=b > 0)
+  return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b > 0)
 
 
 def _mean(values, weights):
