@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,15 @@ def say(text: Any) -> None:
   stderr.print(text, markup=False, highlight=False, soft_wrap=True) if isinstance(text, str) else stderr.print(text)
 
 
-def write(path: Path, text: str) -> None:
-  """Replaces a file, whole or not at all."""
-  scratch = path.with_name(path.name + ".new")
-  scratch.write_text(text, encoding="utf-8")
-  scratch.replace(path)
+def write(path: Path, content: str | bytes) -> None:
+  """Writes a file that appears whole or not at all; its folder is made."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
+  try:
+    scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
+    scratch.replace(path)
+  finally:
+    scratch.unlink(missing_ok=True)
 
 
 def bar() -> Progress:

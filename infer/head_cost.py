@@ -1,0 +1,263 @@
+"""What the sequential head costs, in percent of a round: the same drafter with a vanilla head and without (DFlash).
+
+When to use it: for the right half of the paper's figure 4 (infer.plots), on this machine and, with --compiler (extra
+`tpu-compiler`), at Qwen3-8B size: bytes that must be read, and what a TPU compiler counts; nothing of that size is run.
+
+    python -m infer.head_cost --target smollm2 --out runs/head_cost.json
+    python -m infer.head_cost --target smollm2 --blocks 4 8 12 16 --compiler v5e --out runs/head_cost.json
+
+Weights are random: what a round costs does not depend on what it brings. Neither drafter has a confidence head.
+
+At Qwen3-8B size `percent` is by the bytes that a round cannot but read (`must_read`), since decoding is bound by them.
+percent_bytes_reported and percent_flops are by the compiler's cost analysis. That counts the body of a loop once: so
+target layers are unrolled, the slots of a block are a Python loop (`Slots`), and the text of the program must hold no
+loop; 36 unrolled layers compile for minutes, so 6 and 7 are compiled, and their difference is added for each of the
+other 30. Its bytes count a weight that is copied ahead to on-chip memory several times (whole with each slice), a
+layer 2.1 times, so its share of the head is too small. Its optimal_seconds come out negative, and are not used.
+
+The last line of stdout is a JSON object, also written to --out: head_cost, a list with device, block_size and percent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the TPU compiler is loaded
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.table import Table
+
+import dspark_jax
+from dspark_jax import sampling as sp
+from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.decoding import generate as gen
+from dspark_jax.drafters import heads
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.nn.layers import linear
+from dspark_jax.targets.decoder import Decoder
+from infer import program
+
+SPEC = BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
+QWEN3_8B = TargetConfig("qwen3", SPEC, 36, 151_936, False, 40_960)
+FEW = 6  # layers that are compiled: the least with five different taps
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
+CONTEXT = 2048  # cache slots of the compiled round
+PROMPT = 48     # tokens before the measured rounds
+
+
+@dataclasses.dataclass
+class Settings:
+  target: str
+  """run on this machine"""
+  out: Path
+  """JSON file"""
+  blocks: tuple[int, ...] = (4, 8, 12, 16)
+  compiler: Literal["v5e", "v5p", "none"] = "none"
+  rows: int = 1
+  """requests of a round"""
+  layers: int = 5
+  """of the drafter"""
+  rank: int = 256
+  """of the head"""
+  repeats: int = 15
+  """medians are of so many, with and without the head in turn"""
+  rounds: int = 4
+  """timed as one program"""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def main(settings: Settings) -> dict:
+  small = [name for name in ("rows", "layers", "rank", "repeats", "rounds") if getattr(settings, name) < 1]
+  if small or not settings.blocks or min(settings.blocks) < 1:
+    raise ValueError(f"{', '.join(small) or 'blocks'}: expected at least 1")
+  blocks = sorted(set(settings.blocks))
+  place = None if settings.compiler == "none" else tpu(settings.compiler)
+  with program.stderr.status("loading"):
+    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+  rows = []
+  with program.bar() as bar:
+    task = bar.add_task("head cost", total=len(blocks) * (2 if place else 1), note="")
+    for measure, on in ((measured, target), (counted, place)):
+      for block in blocks if on is not None else ():
+        rows.append(measure(settings, on, block))
+        program.say(f"{rows[-1]['device']}, block {block}: {rows[-1]['percent']:.2f} %")
+        bar.update(task, advance=1)
+  result = {"head_cost": rows}
+  program.write(settings.out, json.dumps(result, indent=1) + "\n")
+  table = Table("device", "block", "percent of a round")
+  for row in rows:
+    table.add_row(row["device"], str(row["block_size"]), f"{row['percent']:.2f}")
+  program.say(table)
+  return result
+
+
+def drafter_config(target: TargetConfig, settings: Settings, block: int, rank: int) -> DrafterConfig:
+  """A drafter over the whole vocabulary, with five taps, whatever the depth of the target: some may be the same."""
+  last = target.num_layers - 2
+  taps = (1, 9, 17, 25, 33) if last == 34 else tuple(round(i * last / 4) for i in range(5))
+  return DrafterConfig(spec=target.spec, num_layers=settings.layers, vocab_size=target.vocab_size,
+                       num_target_layers=target.num_layers, taps=taps, mask_token_id=0, block_size=block,
+                       markov_rank=rank, confidence="none")
+
+
+def percent(with_head: float, without: float) -> float:
+  """The head's share of a round that has it, in percent."""
+  return 100 * (with_head - without) / with_head
+
+
+# On this machine
+
+def measured(settings: Settings, target, block: int) -> dict:
+  """Times of rounds with and without the head at one block size, and of the head's own part."""
+  prompts = np.random.default_rng(0).integers(0, target.config.vocab_size, (settings.rows, PROMPT)).tolist()
+  calls = {}
+  for rank in (settings.rank, 0):
+    drafter = dspark_jax.new_drafter(drafter_config(target.config, settings, block, rank))
+    drafter = jax.tree.map(lambda x: x.astype(settings.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, drafter)
+    (*_, requests), static = gen.prepare(target, drafter, prompts, max_new_tokens=(settings.rounds + 1) * (block + 1))
+    calls["round", rank] = rounds(settings, target, drafter, requests, static)
+    calls["slots", rank] = slots(settings, target, drafter, requests)
+  seconds = interleaved(calls, settings.repeats)
+  median = {key: statistics.median(values) / settings.rounds for key, values in seconds.items()}
+  pairs = [percent(a, b) for a, b in zip(seconds["round", settings.rank], seconds["round", 0])]
+  whole, without = median["round", settings.rank], median["round", 0]
+  alone = median["slots", settings.rank] - median["slots", 0]
+  return {"device": f"{Path(settings.target).name}, {settings.dtype}, this {jax.devices()[0].device_kind}",
+          "block_size": block, "percent": percent(whole, without),
+          "percent_quartiles": np.percentile(pairs, [25, 75]).tolist(), "round_seconds": whole,
+          "round_seconds_without": without, "head_seconds_alone": alone, "percent_alone": 100 * alone / whole}
+
+
+def rounds(settings: Settings, target, drafter, requests, static) -> Callable:
+  """A call that runs `rounds` whole rounds after the prompt, as one program."""
+  begin = jax.jit(gen.start, static_argnums=(3, 4))
+  begun = begin(target, drafter, requests, static["max_new_tokens"], static["capacity"])
+
+  def run(target, drafter, requests, state):
+    state = jax.lax.fori_loop(0, settings.rounds, lambda _, s: gen.one_round(target, drafter, requests, s), state)
+    return state.replace(cache=None, draft=None)
+
+  args = target, drafter, requests, begun
+  compiled = jax.jit(run).lower(*args).compile()
+  return lambda: compiled(*args)
+
+
+def slots(settings: Settings, target, drafter, requests) -> Callable:
+  """A call that draws `rounds` blocks from given hidden states and base logits, and does nothing else of a round."""
+  rows, block, config = settings.rows, drafter.block_size, target.config
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.normal(size=(rows, block, config.spec.hidden_size)), settings.dtype)
+  base = jnp.asarray(rng.normal(size=(rows, block, config.vocab_size)), jnp.float32)
+  keys = jax.vmap(jax.random.key)(requests.seeds)
+
+  def run(drafter, requests, hidden, base, keys):
+    def body(_, anchor):
+      # Moved by the anchor: without a head all blocks would be the same, and drawn only once.
+      moved = base + anchor[:, None, None].astype(jnp.float32)
+      proposal = heads.propose(drafter.markov_head, None, hidden, moved, anchor, None, keys, requests.sampling)
+      return proposal.tokens[:, -1]
+    return jax.lax.fori_loop(0, settings.rounds, body, jnp.zeros(rows, jnp.int32))
+
+  args = drafter, requests, hidden, base, keys
+  compiled = jax.jit(run).lower(*args).compile()
+  return lambda: compiled(*args)
+
+
+def interleaved(calls: dict, repeats: int) -> dict[tuple, list[float]]:
+  """Seconds of each call, after one to warm up: all in turn, so that what else the machine does hits all alike."""
+  seconds = {key: [] for key in calls}
+  for repeat in range(-1, repeats):
+    for key in list(calls)[::-1 if repeat % 2 else 1]:
+      began = time.perf_counter()
+      jax.block_until_ready(calls[key]())
+      if repeat >= 0:
+        seconds[key].append(time.perf_counter() - began)
+  return seconds
+
+
+# By the compiler of a TPU
+
+class Slots(DSpark):
+  """The same drafter with the slots of a block as a Python loop; for a vanilla head or none, which carry no state."""
+
+  def propose(self, target, state, anchor, keys, sampling):
+    tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
+    hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
+    base, parts = linear(target.head, hidden, jnp.float32), []
+    for k in range(self.block_size):
+      at = slice(k, k + 1)
+      parts.append(heads.propose(self.markov_head, None, hidden[:, at], base[:, at], anchor, None, keys, sampling))
+      anchor = parts[-1].tokens[:, 0]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
+
+
+def tpu(compiler: str) -> jax.sharding.Sharding:
+  """One device of a TPU that is not there."""
+  from jax.experimental import topologies
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[compiler])
+  except Exception as error:  # libtpu is missing, or cannot be loaded
+    raise ValueError(f"no TPU compiler for {compiler} ({error}): pip install -e '.[tpu-compiler]'") from error
+  return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_8B) -> dict:
+  """What a round must read, and what the compiler counts of it, at one block size with and without the head."""
+  few = dataclasses.replace(target, num_layers=FEW)
+  more = dataclasses.replace(target, num_layers=FEW + 1)
+  with_head, without = (round_cost(settings, few, block, rank, place) for rank in (settings.rank, 0))
+  layer = {name: value - without[name] for name, value in round_cost(settings, more, block, 0, place).items()}
+  whole = lambda cost: {name: value + (target.num_layers - FEW) * layer[name] for name, value in cost.items()}
+  with_head, without = whole(with_head), whole(without)
+  read, read_without = (must_read(settings, target, block, rank) for rank in (settings.rank, 0))
+  return {"device": "Qwen3-8B, bfloat16, bytes that must be read", "block_size": block,
+          "percent": percent(read, read_without), "round_bytes": read, "compiler": settings.compiler,
+          "percent_bytes_reported": percent(with_head["bytes"], without["bytes"]),
+          "percent_flops": percent(with_head["flops"], without["flops"]),
+          "round_bytes_reported": with_head["bytes"], "round_flops": with_head["flops"]}
+
+
+def must_read(settings: Settings, target: TargetConfig, block: int, rank: int) -> int:
+  """Bytes that a bfloat16 round cannot but read: each layer's weights and caches once, the target's head twice (drafts,
+  verification), and the projection of the sequential head once per slot. Of embeddings only rows are read.
+  """
+  drafter = jax.eval_shape(lambda: DSpark(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0)))
+  model = jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0)))
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  spec, once = target.spec, (model.layers, model.norm, drafter.layers, drafter.fc, drafter.hidden_norm, drafter.norm)
+  caches = 2 * (target.num_layers + settings.layers) * settings.rows * CONTEXT * spec.num_kv_heads * spec.head_dim
+  projection = count(drafter.markov_head.markov_w2) if rank else 0
+  return 2 * (count(once) + caches + 2 * count(model.lm_head or model.embed_tokens) + block * projection)
+
+
+def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, place) -> dict[str, float]:
+  """bytes and flops of one greedy bfloat16 round without a loop. place: None is this machine."""
+  on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+  half = lambda tree: on(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree))
+  drafter = half(jax.eval_shape(lambda: Slots(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0))))
+  target = half(jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0))))
+  rows = settings.rows
+  requests = on(jax.eval_shape(lambda: gen.Requests(
+      jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
+      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.Sampling.of(0.0))))
+  state = on(jax.eval_shape(lambda t, d, r: gen.start(t, d, r, 128, CONTEXT), target, drafter, requests))
+  compiled = jax.jit(gen.one_round, donate_argnums=3).lower(target, drafter, requests, state).compile()
+  loops, cost = len(re.findall(r" while\(", compiled.as_text())), compiled.cost_analysis()
+  assert place is None or not loops, f"{loops} loops in the compiled round, whose bodies are counted once"
+  return {"bytes": cost["bytes accessed"], "flops": cost["flops"]}
+
+
+if __name__ == "__main__":
+  program.run(main, Settings)

@@ -1,0 +1,435 @@
+"""Figures of the DSpark paper from what infer.evaluate and infer.head_cost wrote; no model is loaded.
+
+When to use it: after an evaluation, to see where drafts are accepted, what layers, longer blocks and the survival
+threshold bring, and whether the confidences can be trusted. A figure whose data is not there is left out, and said so.
+
+    python -m infer.plots --results runs/evaluation/results.json --out runs/figures
+    python -m infer.plots --results runs/a/results.json head_cost.json --out figures --formats png pdf
+
+The last line of stdout is a JSON object: figures (name: path, in the first format; the others lie beside it) and
+left_out (name: reason).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from dspark_jax.checkpoints.hf import read_json
+from infer import program
+
+# Okabe and Ito's palette, whose colours also the colour-blind tell apart; black is for what belongs to no drafter.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
+DASHES = ("-", "--", ":", "-.")
+STROKES = tuple(zip(DASHES * 7, "osD^vPX" * 4))  # of lines that belong to no drafter
+STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+         "legend.fontsize": 9, "svg.hashsalt": "dspark_jax", "figure.constrained_layout.use": True}
+UNDATED = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+Z = statistics.NormalDist().inv_cdf(0.975)
+
+
+class LeftOut(Exception):
+  """Why a figure is not drawn."""
+
+
+@dataclasses.dataclass
+class Settings:
+  results: tuple[Path, ...]
+  """results.json of infer.evaluate, and files of infer.head_cost; all are put together"""
+  out: Path
+  """folder for the figures"""
+  formats: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
+
+
+@dataclasses.dataclass
+class Line:
+  """Points of one line, ascending in x, each with an interval; names: the drafter of each point, if they differ."""
+  label: str
+  x: list[float]
+  y: list[float]
+  low: list[float]
+  high: list[float]
+  names: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Panel:
+  """What goes into one pair of axes; bars: lower and upper share of each x of a stacked bar."""
+  title: str
+  lines: list[Line]
+  bars: tuple[list[float], list[float]] | None = None
+
+
+def main(settings: Settings) -> dict:
+  if not settings.results or not settings.formats:
+    raise ValueError("there is nothing to draw: give --results at least one file and --formats at least one format")
+  results, costs = read(settings.results)
+  names = variants(results)
+  colours = looks(names.values())
+  figures, left_out, drawn = {}, {}, {}
+  with plt.rc_context(STYLE):
+    for name, (prepare, draw) in FIGURES.items():
+      try:
+        figure = draw(prepare(results, costs, names), colours)
+      except LeftOut as reason:
+        left_out[name] = str(reason)
+        program.say(f"{name} is left out: {reason}")
+        continue
+      for kind in settings.formats:
+        figure.savefig(buffer := io.BytesIO(), format=kind, dpi=120, metadata=UNDATED[kind])
+        drawn[settings.out / f"{name}.{kind}"] = buffer.getvalue()
+      plt.close(figure)
+      figures[name] = str(settings.out / f"{name}.{settings.formats[0]}")
+  for path, data in drawn.items():  # nothing is written before everything is drawn
+    program.write(path, data)
+  return {"figures": figures, "left_out": left_out}
+
+
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+  """(colour, dashes) of each name, the same in all figures; past the end of the palette in other dashes."""
+  return dict(zip(sorted(set(names)), itertools.cycle((c, dashes) for dashes in DASHES for c in PALETTE)))
+
+
+def _is_number(x, low=-math.inf, high=math.inf) -> bool:
+  return type(x) in (int, float) and math.isfinite(x) and low <= x <= high
+
+
+_is_text = lambda x: isinstance(x, str)
+_is_count = lambda x: type(x) is int and x >= 0
+_is_list = lambda x, check: isinstance(x, list) and all(map(check, x))
+_or_null = lambda check: lambda x: x is None or check(x)
+
+
+def _is_reliability(x) -> bool:
+  """Reliability.to_json() with at least what is drawn: lists over positions, and over positions and bins."""
+  if not isinstance(x, dict) or not _is_list(x.get("ece"), _or_null(_is_number)):
+    return False
+  tables = [x.get(name) for name in ("bin_count", "bin_pred_sum", "bin_target_sum")]
+  if not all(_is_list(t, lambda row: _is_list(row, lambda v: _is_number(v, 0))) for t in tables):
+    return False
+  return all([*map(len, t)] == [*map(len, tables[0])] and len(t) == len(x["ece"]) for t in tables)
+
+
+FIELDS = {
+  **{name: (_is_text, "text") for name in ("target", "drafter", "dataset", "mode")},
+  **{name: (_or_null(_is_text), "text or null") for name in ("kind", "markov_head")},
+  **{name: (_or_null(_is_count), "a count or null") for name in ("block_size", "num_layers")},
+  **{name: (_is_count, "a count") for name in ("rounds", "accepted_tokens", "rejected_tokens")},
+  **{name: (_or_null(_is_reliability), "a Reliability or null") for name in ("reliability", "reliability_before")},
+  "threshold": (lambda x: _is_number(x, 0, 1), "a number in 0..1"),
+  "accepted_length": (_or_null(lambda x: _is_number(x, 0)), "a number or null"),
+  "accepted_length_interval": (_or_null(lambda x: _is_list(x, _or_null(_is_number)) and len(x) == 2), "two or null"),
+  "acceptance": (_or_null(lambda x: _is_list(x, _or_null(lambda v: _is_number(v, 0, 1)))), "numbers in 0..1 or null"),
+  "reached": (_or_null(lambda x: _is_list(x, _is_count)), "a list of counts")}
+COST_FIELDS = {"device": (_is_text, "text"), "block_size": (_is_count, "a count"), "percent": (_is_number, "a number")}
+IDENTITY = ("target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold")
+
+
+def read(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
+  """(results, head costs) of all files. ValueError for a damaged file, and for the same measurement in two places."""
+  results, costs, seen = [], [], {}
+  for path in paths:
+    content = read_json(path)
+    if not isinstance(content, dict) or not ({"results", "head_cost"} & set(content)):
+      raise ValueError(f"{path} is no results file, expected an object with results or head_cost: give a file that "
+                       f"infer.evaluate or infer.head_cost wrote")
+    parts = [("results", FIELDS, IDENTITY, results), ("head_cost", COST_FIELDS, ("device", "block_size"), costs)]
+    for part, fields, identity, into in parts:
+      if problems := row_problems(part, rows := content.get(part, []), fields):
+        raise ValueError(f"{path} is damaged: {'; '.join(problems[:3])}: write it again")
+      rows = [row for row in rows if not is_plain(row)]
+      for row in rows:
+        key = (part, *(row[field] for field in identity))
+        if key in seen:
+          raise ValueError(f"{', '.join(str(k) for k in key if k is not None)} is in {seen[key]} and again in {path}: "
+                           f"give only one of them")
+        seen[key] = path
+      into += rows
+  return results, costs
+
+
+def row_problems(part: str, rows: Any, fields: dict) -> list[str]:
+  """What is wrong with the rows of one part of a file."""
+  if not isinstance(rows, list):
+    return [f"{part} is no list"]
+  problems = []
+  for number, row in enumerate(rows):
+    if not isinstance(row, dict):
+      problems.append(f"{part} {number} is no object")
+      continue
+    if is_plain(row):
+      continue
+    problems += [f"{part} {number} has {name} {repr(row[name])[:40]}, expected {words}" if name in row else
+                 f"{part} {number} has no {name}, expected {words}"
+                 for name, (check, words) in fields.items() if name not in row or not check(row[name])]
+    if len({len(row[n]) for n in ("acceptance", "reached") if isinstance(row.get(n), list)}) > 1:
+      problems.append(f"{part} {number} has acceptance and reached of different lengths, expected one per position")
+  return problems
+
+
+def is_plain(row: dict) -> bool:
+  """Plain decoding, for which infer.evaluate has a speed and nothing to draw."""
+  return row.get("kind", "") is None and row.get("threshold", 0) is None
+
+
+def variants(results: list[dict]) -> dict[tuple, str]:
+  """What each drafter is called: its name, and its shape too where one name stands for several."""
+  shapes = {}
+  for r in results:
+    shapes.setdefault(r["drafter"], set()).add(shape_of(r))
+  return {s: name if len(all_) == 1 else f"{name} ({family(s[1], s[4])}, block {s[2]}, layers {s[3]})"
+          for name, all_ in shapes.items() for s in all_}
+
+
+def shape_of(result: dict) -> tuple:
+  return tuple(result[n] for n in ("drafter", "kind", "block_size", "num_layers", "markov_head"))
+
+
+def family(kind: str | None, markov_head: str | None) -> str:
+  """DFlash is DSpark without a sequential head."""
+  if kind != "dspark":
+    return str(kind)
+  return "DFlash" if markov_head in (None, "none") else f"DSpark {markov_head}"
+
+
+def panels_of(results: list[dict]) -> dict[str, list[dict]]:
+  """Results by panel title, one per target x dataset x mode; the target is named when there are several."""
+  several, panels = len({r["target"] for r in results}) > 1, {}
+  for r in results:
+    title = f"{r['dataset']}, {r['mode']}" + (f", {r['target']}" if several else "")
+    panels.setdefault(title, []).append(r)
+  return panels
+
+
+# What goes into the axes: one function per figure
+
+def wilson(successes: float, trials: float) -> tuple[float, float]:
+  """95 % interval of a rate (Wilson's score interval, without continuity correction)."""
+  rate, shrink = successes / trials, 1 + Z ** 2 / trials
+  middle = (rate + Z ** 2 / (2 * trials)) / shrink
+  half = Z / shrink * math.sqrt(rate * (1 - rate) / trials + Z ** 2 / (4 * trials ** 2))
+  return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def acceptance_panels(results: list[dict], costs: list[dict], names: dict) -> list[Panel]:
+  """Acceptance by draft position, given all before, with every draft verified (threshold 0)."""
+  panels = []
+  for title, rows in panels_of([r for r in results if r["threshold"] == 0]).items():
+    lines = []
+    for r in rows:
+      pairs = enumerate(zip(r["acceptance"] or [], r["reached"] or []), 1)
+      points = [(k, a, *wilson(a * n, n)) for k, (a, n) in pairs if a is not None and n > 0]
+      if points:
+        lines.append(Line(names[shape_of(r)], *map(list, zip(*points))))
+    if lines:
+      panels.append(Panel(title, sorted(lines, key=lambda line: line.label)))
+  return _or_left_out(panels, "no result at threshold 0 has acceptance by position")
+
+
+def length_panels(results: list[dict], names: dict, along: str, fixed: str) -> list[Panel]:
+  """Accepted length along one field, in lines of one family and one value of the other field, at threshold 0."""
+  panels = []
+  for title, rows in panels_of([r for r in results if r["threshold"] == 0]).items():
+    groups = {}
+    for r in rows:
+      if None not in (r["accepted_length"], r[along], r[fixed]):
+        low, high = interval(r)
+        point = (r[along], r["accepted_length"], low, high, names[shape_of(r)])
+        groups.setdefault((family(r["kind"], r["markov_head"]), r[fixed]), []).append(point)
+    word = {"num_layers": "{} layers", "block_size": "block {}"}[fixed]
+    lines = [Line(f"{kind}, {word.format(value)}", *map(list, zip(*sorted(points))))
+             for (kind, value), points in sorted(groups.items()) if len({x for x, *_ in points}) > 1]
+    if lines:
+      panels.append(Panel(title, lines))
+  return panels
+
+
+def interval(result: dict) -> list[float]:
+  """The interval of the accepted length; the value itself where it is not known."""
+  both = result["accepted_length_interval"]
+  return [result["accepted_length"]] * 2 if both is None or None in both else both
+
+
+def layer_panels(results: list[dict], costs: list[dict], names: dict) -> tuple[list[Panel], list[Line]]:
+  """Accepted length against the number of draft layers; no costs."""
+  return _or_left_out(length_panels(results, names, "num_layers", "block_size"),
+                      "no two drafters of the same kind, head and block size differ in num_layers at threshold 0"), []
+
+
+def block_panels(results: list[dict], costs: list[dict], names: dict) -> tuple[list[Panel], list[Line]]:
+  """Accepted length against proposal length, and the sequential head's percent of a round, a line per device."""
+  panels, devices = length_panels(results, names, "block_size", "num_layers"), {}
+  for c in costs:
+    devices.setdefault(c["device"], []).append((c["block_size"], *[c["percent"]] * 3))
+  lines = [Line(device, *map(list, zip(*sorted(points)))) for device, points in sorted(devices.items())]
+  missing = [reason for there, reason in (
+      (panels, "no two drafters of the same kind, head and num_layers differ in block_size at threshold 0"),
+      (lines, "there is no head_cost: give a file of infer.head_cost")) if not there]
+  if len(missing) == 1:
+    program.say(f"figure4 shows only a part: {missing[0]}")
+  _or_left_out(panels + lines, "; ".join(missing))
+  return panels, lines
+
+
+def sweep_panels(results: list[dict], costs: list[dict], names: dict) -> list[Panel]:
+  """Tokens per round against the survival threshold: accepted and rejected drafts, and the accepted length."""
+  groups = {}
+  for title, rows in panels_of(results).items():
+    for r in rows:
+      if r["rounds"] and r["accepted_length"] is not None:
+        point = (r["threshold"], r["accepted_length"], *interval(r), r["accepted_tokens"] / r["rounds"],
+                 r["rejected_tokens"] / r["rounds"])
+        groups.setdefault((names[shape_of(r)], title), []).append(point)
+  panels = []
+  for (label, title), points in sorted(groups.items()):
+    if len(points) > 1:
+      *line, accepted, rejected = map(list, zip(*sorted(points)))
+      panels.append(Panel(f"{label}\n{title}", [Line(label, *line)], (accepted, rejected)))
+  return _or_left_out(panels, "no drafter was evaluated at two or more thresholds")
+
+
+def reliability_panels(results: list[dict], costs: list[dict], names: dict) -> dict[tuple[str, str], list[Panel]]:
+  """Observed against predicted survival, a row of panels (one per position) per result at threshold 0.
+
+  The intervals hold nothing but the value. Bins that no round fell into are no points.
+  """
+  rows = {}
+  for title, some in panels_of([r for r in results if r["threshold"] == 0 and r["reliability"]]).items():
+    for r in some:
+      before, after = r["reliability_before"], r["reliability"]
+      both = {"before calibration": before, "after calibration": after} if before else {"as decoded": after}
+      panels = []
+      for k in range(len(after["ece"])):
+        there = {label: x for label, x in both.items() if k < len(x["ece"])}
+        errors = ["-" if x["ece"][k] is None else f"{100 * x['ece'][k]:.1f} %" for x in there.values()]
+        panels.append(Panel(f"position {k + 1}\nECE {' to '.join(errors)}", [
+            diagram(label, x, k) for label, x in there.items()]))
+      if any(line.x for panel in panels for line in panel.lines):
+        rows[names[shape_of(r)], title] = panels
+  return _or_left_out(rows, "no result at threshold 0 has a reliability diagram (a drafter with a confidence head)")
+
+
+def diagram(label: str, reliability: dict, k: int) -> Line:
+  """Mean predicted and mean observed survival of the bins of position k that hold anything."""
+  bins = zip(*(reliability[name][k] for name in ("bin_count", "bin_pred_sum", "bin_target_sum")))
+  points = [(pred / count, target / count) for count, pred, target in bins if count > 0]
+  x, y = ([point[i] for point in points] for i in (0, 1))
+  return Line(label, x, y, y, y)
+
+
+def _or_left_out(there, reason: str):
+  if not there:
+    raise LeftOut(reason)
+  return there
+
+def grid(count: int, *, width: float = 4.6, height: float = 3.8, columns: int = 3):
+  """(figure, `count` axes) in rows of at most `columns`."""
+  columns = min(count, columns)
+  rows = -(-count // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+  for unused in axes.flat[count:]:
+    unused.remove()
+  return figure, list(axes.flat[:count])
+
+
+def errors(line: Line) -> np.ndarray:
+  """Lengths of the interval below and above each point: f[2,N]."""
+  return np.maximum([np.subtract(line.y, line.low), np.subtract(line.high, line.y)], 0)
+
+
+def draw_acceptance(panels: list[Panel], colours: dict):
+  """figure2"""
+  figure, axes = grid(len(panels))
+  for ax, panel in zip(axes, panels):
+    for line in panel.lines:
+      colour, dashes = colours[line.label]
+      ax.errorbar(line.x, line.y, errors(line), color=colour, linestyle=dashes, marker="o", markersize=4, capsize=2,
+                  label=line.label)
+    ax.set(title=panel.title, xlabel="draft position", ylabel="accepted, given all before (share)", ylim=(0, 1.02),
+           xticks=sorted({x for line in panel.lines for x in line.x}))
+    ax.legend()
+  return figure
+
+
+def draw_lengths(data: tuple[list[Panel], list[Line]], colours: dict, xlabel: str):
+  """figure3 and figure4: lines by family in grey, points in the colours of their drafters, and a panel of costs."""
+  panels, costs = data
+  figure, axes = grid(len(panels) + bool(costs))
+  for ax, panel in zip(axes, panels):
+    for line, (dashes, marker) in zip(panel.lines, itertools.cycle(STROKES)):
+      ax.errorbar(line.x, line.y, errors(line), color="0.45", linestyle=dashes, marker=marker, label=line.label)
+      for x, y, name in zip(line.x, line.y, line.names):
+        new = name not in ax.get_legend_handles_labels()[1]
+        ax.plot([x], [y], marker, color=colours[name][0], markersize=8, zorder=3, label=name if new else None)
+    ax.set(title=panel.title, ylabel="accepted length (tokens per round)")
+  if costs:
+    for line, (dashes, marker) in zip(costs, itertools.cycle(STROKES)):
+      axes[-1].plot(line.x, line.y, color="black", linestyle=dashes, marker=marker, label=line.label)
+    axes[-1].axhline(0, color="0.6", linewidth=0.8)
+    axes[-1].set(title="cost of the sequential head", ylabel="share of a round (%)")
+  for ax, lines in zip(axes, [*(panel.lines for panel in panels), costs]):
+    ax.set(xlabel=xlabel, xticks=sorted({x for line in lines for x in line.x}))
+    ax.legend()
+  return figure
+
+
+def draw_sweeps(panels: list[Panel], colours: dict):
+  """figure5"""
+  figure, axes = grid(len(panels))
+  for ax, panel in zip(axes, panels):
+    line, (accepted, rejected) = panel.lines[0], panel.bars
+    places = range(len(line.x))  # thresholds are settings, not a scale: some lie close together
+    ax.bar(places, accepted, color=colours[line.label][0], label="accepted drafts")
+    ax.bar(places, rejected, bottom=accepted, color="0.85", edgecolor="0.5", hatch="//", label="rejected drafts")
+    ax.errorbar(places, line.y, errors(line), color="black", marker="o", capsize=3, label="accepted length")
+    ax.set(title=panel.title, xlabel="survival threshold", ylabel="tokens per round", xticks=places)
+    ax.set_xticklabels([f"{x:g}" for x in line.x])
+    ax.legend()
+  return figure
+
+
+def draw_reliability(rows: dict[tuple[str, str], list[Panel]], colours: dict):
+  """figure6"""
+  columns = max(map(len, rows.values()))
+  figure = plt.figure(figsize=(max(2.7 * columns, 5), 3.5 * len(rows)))
+  for part, ((name, title), panels) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items()):
+    part.suptitle(f"{name}, {title}")
+    part.supxlabel("predicted survival (probability)")
+    part.supylabel("accepted (share)")
+    axes = part.subplots(1, columns, squeeze=False, sharey=True)[0]
+    for unused in axes[len(panels):]:
+      unused.remove()
+    for ax, panel in zip(axes, panels):
+      ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
+      for line in panel.lines:
+        early = line.label == "before calibration"
+        ax.plot(line.x, line.y, linestyle=":" if early else "-", marker="o", markersize=4, label=line.label,
+                color="0.45" if early else colours[name][0], markerfacecolor="white" if early else None)
+      ax.set(title=panel.title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes[0].legend(loc="upper left", fontsize=7)
+  return figure
+
+
+FIGURES = {
+  "figure2": (acceptance_panels, draw_acceptance),
+  "figure3": (layer_panels, functools.partial(draw_lengths, xlabel="draft layers")),
+  "figure4": (block_panels, functools.partial(draw_lengths, xlabel="proposal length (block size, tokens)")),
+  "figure5": (sweep_panels, draw_sweeps),
+  "figure6": (reliability_panels, draw_reliability)}
+
+
+if __name__ == "__main__":
+  program.run(main, Settings)
