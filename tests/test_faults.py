@@ -127,7 +127,7 @@ def test_other_families(tmp_path):
   """Kills: running Gemma weights through Llama's block because the names agree; a KeyError for a new family."""
   with complains("family 'gemma4_text'", "supported are llama, qwen3", error=NotImplementedError):
     dspark_jax.load_target(copied(LLAMA, tmp_path / "t", config=lambda c: c | {"model_type": "gemma4_text"}))
-  for name in ("Gemma4DSparkModel", "Qwen3Eagle3Model", None):
+  for name in ("Gemma4DSparkModel", "Gemma4Eagle3Model", None):
     folder = copied(DSPARK, tmp_path / f"d{name}", config=lambda c: c | {"architectures": [name] if name else None})
     with complains("is not supported", "Qwen3DSparkModel", error=NotImplementedError):
       dspark_jax.load_drafter(folder, qwen3())

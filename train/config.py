@@ -83,8 +83,8 @@ class CompareConfig:
   """by name in the report: what is trained, and on which loss"""
   temperatures: tuple[float, ...] = (0.0, 1.0)
   datasets: tuple[str, ...] = ("stdlib",)
-  samples: int = 64
-  max_new_tokens: int = 96
+  samples: int = 48
+  max_new_tokens: int = 80
   eval_batch: int = 8
 
   def __post_init__(self):
