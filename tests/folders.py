@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.config import TargetConfig
 from dspark_jax.data import chat
 from dspark_jax.targets.decoder import Decoder
+from infer import program
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
@@ -142,3 +144,30 @@ def spoiled(prefix: str):
     tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.gate_proj.weight"].astype(jnp.int8)
     return tensors | {"extra.weight": jnp.ones(3), layer + "self_attn.q_proj.bias": jnp.ones(3)}
   return spoil
+
+
+def called(capsys, main, settings, *args, code: int = 0):
+  """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
+  capsys.readouterr()
+  try:
+    program.run(main, settings, args=[str(a) for a in args])
+    got = 0
+  except SystemExit as exit_:
+    got = exit_.code
+  out, err = capsys.readouterr()
+  assert got == code, err
+  assert "Traceback" not in err
+  return json.loads(out.splitlines()[-1]) if got == 0 else None, err
+
+
+@contextlib.contextmanager
+def compilation_cache(folder: Path):
+  """Programs that run again in the block are compiled once; gives what makes other processes share the cache."""
+  cache = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
+           "jax_persistent_cache_min_entry_size_bytes": -1}
+  before = {name: getattr(jax.config, name) for name in cache}
+  for name, value in cache.items():
+    jax.config.update(name, value)
+  yield {name.upper(): str(value) for name, value in cache.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)

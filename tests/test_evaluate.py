@@ -18,7 +18,7 @@ from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
 from infer import evaluate, program
 from infer.evaluate import Case, Models, Settings
-from folders import DSPARK, GOLDEN, QWEN3, complains, with_tokenizer
+from folders import DSPARK, GOLDEN, QWEN3, compilation_cache, complains, with_tokenizer
 
 SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold", "samples",
           "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached", "survival", "verified",
@@ -30,16 +30,9 @@ SAMPLES = [["w116 w94 w16"], ["w25 w66 w108 w21 w53", "w84 w84"], ["w77"], ["w22
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
   """The same few programs run again and again: they are compiled once, and with one layer instead of six."""
-  cache = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-           "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-  before = {name: getattr(jax.config, name) for name in cache}
-  for name, value in cache.items():
-    jax.config.update(name, value)
-  with pytest.MonkeyPatch.context() as patch:
+  with compilation_cache(tmp_path_factory.mktemp("cache")), pytest.MonkeyPatch.context() as patch:
     patch.setattr(dspark_jax, "load_target", functools.partial(dspark_jax.load_target, scanned=True))
     yield
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 @functools.cache

@@ -12,23 +12,11 @@ from flax import nnx
 from dspark_jax import sampling as sp
 from dspark_jax.config import BlockSpec, TargetConfig
 from dspark_jax.drafters.dspark import DSpark
-from infer import head_cost, plots, program
-from folders import QWEN3, qwen3
+from infer import head_cost, plots
+from folders import QWEN3, called, qwen3
 
 TINY = TargetConfig("qwen3", BlockSpec(16, 32, 2, 1, 8, 1e-6, 1e4, qk_norm=True), 4, 200, False, 4096)
 SETTINGS = head_cost.Settings("tiny", None, layers=1, rank=4)
-
-
-def called(capsys, *args, code: int = 0):
-  """(JSON of the last line of stdout or None, stderr) of the program."""
-  got = 0
-  try:
-    program.run(head_cost.main, head_cost.Settings, args=[str(a) for a in args])
-  except SystemExit as exit_:
-    got = exit_.code
-  out, err = capsys.readouterr()
-  assert got == code, err
-  return json.loads(out.splitlines()[-1]) if not got else None, err
 
 
 def test_percent_is_of_the_round_that_has_the_head():
@@ -96,7 +84,7 @@ def test_bytes_that_must_be_read():
 def test_program(capsys, tmp_path):
   """Kills: a file that infer.plots cannot draw, a block measured twice, a percentage of something else than rounds."""
   out = tmp_path / "new" / "head_cost.json"
-  result, _ = called(capsys, "--target", QWEN3, "--out", out, "--blocks", 2, 2, "--layers", 1, "--rank", 4,
+  result, _ = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", out, "--blocks", 2, 2, "--layers", 1, "--rank", 4,
                      "--repeats", 2, "--rounds", 2)
   assert json.loads(out.read_text()) == result and [p.name for p in out.parent.iterdir()] == [out.name]
   rows = result["head_cost"]
@@ -113,12 +101,12 @@ def test_program(capsys, tmp_path):
 def test_mistakes(flag, value, part, capsys, tmp_path):
   """Kills: a traceback for a typo; a file left behind by a run that failed."""
   args = {"--target": QWEN3, "--out": tmp_path / "cost.json"} | {flag: value}
-  _, err = called(capsys, *sum(args.items(), ()), code=2)
+  _, err = called(capsys, head_cost.main, head_cost.Settings, *sum(args.items(), ()), code=2)
   assert part in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 def test_no_compiler(capsys, monkeypatch, tmp_path):
   """Kills: minutes of measuring before the missing compiler is found out; advice that does not name the extra."""
   monkeypatch.setitem(head_cost.TOPOLOGIES, "v5e", "no such topology")
-  _, err = called(capsys, "--target", QWEN3, "--out", tmp_path / "cost.json", "--compiler", "v5e", code=2)
+  _, err = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", tmp_path / "cost.json", "--compiler", "v5e", code=2)
   assert "no TPU compiler for v5e" in err and "tpu-compiler" in err

@@ -10,6 +10,7 @@ from scipy import stats
 
 from dspark_jax.decoding.calibration import reliability
 from infer import plots, program
+from folders import called
 
 FIGURES = ["figure2", "figure3", "figure4", "figure5", "figure6"]
 
@@ -41,19 +42,6 @@ PARTS = {  # the results that bring each figure, and no other but figure 2
   "figure6": {"results": [result(**calibrated())]}}
 
 
-def called(capsys, *args, code: int = 0):
-  """(JSON of the last line of stdout or None, stderr) of the program."""
-  capsys.readouterr()
-  got = 0
-  try:
-    program.run(plots.main, plots.Settings, args=[str(a) for a in args])
-  except SystemExit as exit_:
-    got = exit_.code
-  out, err = capsys.readouterr()
-  assert got == code and "Traceback" not in err, err
-  return json.loads(out.splitlines()[-1]) if not got else None, err
-
-
 def saved(path, content):
   path.write_text(json.dumps(content))
   return path
@@ -66,7 +54,7 @@ def saved(path, content):
 def test_each_figure_when_its_data_is_there(name, capsys, tmp_path):
   """Kills: a figure drawn of nothing, or left out with its data there; a reason that only one reader gets."""
   file = saved(tmp_path / "r.json", {"settings": {}, "versions": {}} | PARTS[name])
-  out, err = called(capsys, "--results", file, "--out", tmp_path / "figures")
+  out, err = called(capsys, plots.main, plots.Settings, "--results", file, "--out", tmp_path / "figures")
   assert set(out) == {"figures", "left_out"} and set(out["figures"]) == {"figure2", name}
   assert set(out["left_out"]) == set(FIGURES) - {"figure2", name}
   for missing, reason in out["left_out"].items():
@@ -83,7 +71,7 @@ def test_files_are_merged_and_drawn_the_same_twice(capsys, tmp_path):
   files = [saved(tmp_path / f"{i}.json", part) for i, part in enumerate(parts)]
   bytes_ = []
   for folder in ("one", "two"):
-    out, err = called(capsys, "--results", *files, "--out", tmp_path / folder, "--formats", "svg", "pdf")
+    out, err = called(capsys, plots.main, plots.Settings, "--results", *files, "--out", tmp_path / folder, "--formats", "svg", "pdf")
     assert set(out["left_out"]) == {"figure5", "figure6"} and "figure4 shows only a part" in err
     bytes_.append({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()})
   assert bytes_[0] == bytes_[1] and len(bytes_[0]) == 3 * 2
@@ -93,7 +81,7 @@ def test_nothing_to_draw(capsys, tmp_path):
   """Kills: a crash, or an empty picture, where nothing but plain decoding was measured, and that in both files."""
   plain = {name: None for name in result()} | dict(target="t", drafter="none", dataset="gsm8k", mode="greedy", samples=8)
   files = [saved(tmp_path / name, {"results": [plain]}) for name in ("a.json", "b.json")]
-  out, _ = called(capsys, "--results", *files, "--out", tmp_path / "figures")
+  out, _ = called(capsys, plots.main, plots.Settings, "--results", *files, "--out", tmp_path / "figures")
   assert out["figures"] == {} and set(out["left_out"]) == set(FIGURES) and not (tmp_path / "figures").exists()
 
 
@@ -118,7 +106,7 @@ DAMAGED = [
 def test_damaged_files(text, part, capsys, tmp_path):
   """Kills: a traceback, an error that names no file, half of the figures written, the old ones lost."""
   (tmp_path / "r.json").write_text(text)
-  _, err = called(capsys, "--results", tmp_path / "r.json", "--out", tmp_path / "figures", code=2)
+  _, err = called(capsys, plots.main, plots.Settings, "--results", tmp_path / "r.json", "--out", tmp_path / "figures", code=2)
   lines = [line for line in err.splitlines() if line]
   assert len(lines) == 1 and lines[0].startswith("error: ") and part in err and "r.json" in err
   assert not (tmp_path / "figures").exists()
@@ -129,7 +117,7 @@ def test_damaged_files(text, part, capsys, tmp_path):
 def test_mistakes(flag, value, part, capsys, tmp_path):
   """Kills: a traceback for a typo; exit code 0 or 1 for it."""
   args = {"--results": saved(tmp_path / "r.json", PARTS["figure2"]), "--out": tmp_path / "figures"} | {flag: value}
-  _, err = called(capsys, *sum(args.items(), ()), code=2)
+  _, err = called(capsys, plots.main, plots.Settings, *sum(args.items(), ()), code=2)
   assert part in err
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,8 @@ from dspark_jax.data import chat, pipeline
 from infer import convert, generate, program
 from train import answers, train
 from train.config import DrafterSettings, TrainConfig, read_config
-from folders import DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, files, llama, with_tokenizer
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, files, llama,
+                     with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
@@ -30,14 +30,8 @@ TRAINED = {"steps", "loss", "tau", "accept_rate", "tokens_per_second", "checkpoi
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
   """The same few programs run again and again, in this process and in others: they are compiled once."""
-  cache = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-           "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-  before = {name: getattr(jax.config, name) for name in cache}
-  for name, value in cache.items():
-    jax.config.update(name, value)
-  yield {name.upper(): str(value) for name, value in cache.items()} | {"JAX_NUM_CPU_DEVICES": "8"}
-  for name, value in before.items():
-    jax.config.update(name, value)
+  with compilation_cache(tmp_path_factory.mktemp("cache")) as environment:
+    yield environment | {"JAX_NUM_CPU_DEVICES": "8"}
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +53,6 @@ def folder(tmp_path_factory):
 
 def read(path: Path):
   return json.loads(path.read_text())
-
-
-def called(capsys, main, settings, *args, code: int = 0):
-  """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
-  capsys.readouterr()
-  try:
-    program.run(main, settings, args=[str(a) for a in args])
-    got = 0
-  except SystemExit as exit_:
-    got = exit_.code
-  out, err = capsys.readouterr()
-  assert got == code, err
-  assert "Traceback" not in err
-  return json.loads(out.splitlines()[-1]) if got == 0 else None, err
 
 
 def spawn(environment, *args):

@@ -89,6 +89,7 @@ class Recurrent(DraftModel):
       return *heads.choose(logits, keys, k, self.words, sampling), logits
 
     def step(carry, k):
+      """Slot k: (hidden state, own keys and values) -> the next carry and (token, probabilities, logits)."""
       hidden, own = carry
       token, probs, logits = drawn(hidden, k)
 
