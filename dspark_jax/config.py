@@ -45,6 +45,7 @@ class DrafterConfig:
   markov_head: str = "vanilla"  # vanilla | gated | rnn
   confidence: str = "markov"   # none | hidden | markov: what the confidence head reads besides nothing
   sample_from_anchor: bool = True  # False: the original DFlash, whose anchor slot predicts nothing
+  lens: bool = False           # slots start from drafters/lens.py instead of [anchor, mask, ...]; not in the paper
   draft_vocab_size: int = 0    # W; 0: the target's whole vocabulary
 
   def __post_init__(self):
@@ -57,6 +58,8 @@ class DrafterConfig:
       problems.append(f"confidence is {self.confidence!r}, expected none, hidden or markov")
     if self.confidence == "markov" and not self.markov_rank:
       problems.append("confidence 'markov' reads the sequential head's embedding, but markov_rank is 0: use 'hidden' or 'none'")
+    if self.lens and not self.sample_from_anchor:
+      problems.append("a lens predicts a draft in every slot: sample_from_anchor must be true")
     if not 0 <= self.mask_token_id < self.vocab_size:
       problems.append(f"mask_token_id is {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
     raise_all("drafter config", problems)

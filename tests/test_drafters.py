@@ -27,6 +27,7 @@ KINDS = {  # (name in DRAFTERS, what differs from a small default)
   "dflash": ("dspark", dict(markov_rank=0, confidence="none")),
   "original": ("dspark", dict(markov_rank=0, confidence="none", sample_from_anchor=False)),
   "words": ("dspark", dict(draft_vocab_size=len(WORDS))),
+  "lens": ("dspark", dict(lens=True)),
   "eagle3": ("eagle3", {}),
   "eagle3 words": ("eagle3", dict(draft_vocab_size=len(WORDS))),
   "mtp": ("mtp", {}),
@@ -98,7 +99,7 @@ def test_contract(family, kind):
   assert drafter.block_size == 3 and drafter.taps == (-1, 0)
 
 
-@pytest.mark.parametrize("kind", NAMED.values())
+@pytest.mark.parametrize("kind", [*NAMED.values(), "lens"])
 def test_rows_absorbed_at_once_or_one_by_one(kind, target):
   """Kills: only the anchor's row reaches the draft cache; context positions that do not follow the length."""
   drafter = small_drafter(target, kind)
@@ -116,7 +117,7 @@ def test_rows_absorbed_at_once_or_one_by_one(kind, target):
   assert np.abs(nothing.logits - first.logits).max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", NAMED.values())
+@pytest.mark.parametrize("kind", [*NAMED.values(), "lens"])
 def test_rejected_rows_are_overwritten_before_they_are_read(kind, target):
   """Kills: features of rejected drafts that stay in the context, by length or by a write further back."""
   drafter = small_drafter(target, kind)
@@ -205,7 +206,7 @@ def test_teacher_forced_equals_sampled(kind):
     close(jax.nn.sigmoid(confidence), proposal.confidence)
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "original", "eagle3", "mtp"])
+@pytest.mark.parametrize("kind", ["vanilla", "original", "lens", "eagle3", "mtp"])
 def test_context_ends_before_the_anchor(kind):
   """Kills: the anchor's own features in the context, which at decoding time do not exist yet."""
   _, (drafter, target, batch, encoded, anchors) = sampled_and_forced(kind)

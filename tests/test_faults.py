@@ -200,6 +200,10 @@ def test_training_settings_at_fault():
   with complains("batch is 0, expected at least 1", "minutes is -1, expected more than 0", "'float16', expected float32",
                  "expected draft_vocab_size 1..16384, got 0"):
     TrainConfig(target="t", out=Path("o"), drafter=drafter, batch=0, minutes=-1, compute_dtype="float16")
+  with complains("lens is for drafters of the kind dspark, not eagle3"):
+    TrainConfig(target="t", out=Path("o"), drafter=DrafterSettings(taps=(1,), kind="eagle3", lens=True))
+  with complains("a lens predicts a draft in every slot: sample_from_anchor must be true"):
+    fresh_drafter(lens=True, sample_from_anchor=False)
 
 
 @pytest.mark.parametrize("whose", ["target", "drafter"])

@@ -104,10 +104,11 @@ def test_trained_here_exports(kind, tmp_path):
   np.testing.assert_array_equal(stored["embed_tokens.weight"], qwen3().embed_tokens.weight[...])
 
 
-def test_reduced_vocabulary_has_no_deepspec_form(tmp_path):
-  """Kills: writing the W-row head as if W were the vocabulary, for another engine to misread."""
-  dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(words=words()), qwen3())
-  with pytest.raises(ValueError, match="reduced draft vocabulary cannot be stored"):
+@pytest.mark.parametrize("differs, complaint", [(dict(words=words()), "reduced draft vocabulary"), (dict(lens=True), "a lens")])
+def test_what_has_no_deepspec_form(tmp_path, differs, complaint):
+  """Kills: writing the W-row head as if W were the vocabulary, or no lens, for another engine to misread."""
+  dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(**differs), qwen3())
+  with pytest.raises(ValueError, match=f"{complaint} cannot be stored"):
     dspark_jax.export_drafter(tmp_path / "ours", tmp_path / "out", qwen3())
   assert not (tmp_path / "out").exists()
 

@@ -17,11 +17,12 @@ from dspark_jax.drafters.dspark import DSpark, init_from_bigrams
 from dspark_jax.drafters.model import init_from_target
 from dspark_jax.metrics import mean
 from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.training import lens
 from dspark_jax.training import step as subject
 from dspark_jax.training.anchors import blocks_at, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss
 from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state, parameters, schedule, span
-from dspark_jax.types import Batch
+from dspark_jax.types import Batch, Committed, TargetOutput
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 SPEC = BlockSpec(hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1, head_dim=8, rms_norm_eps=1e-6,
@@ -382,3 +383,42 @@ def test_a_drafter_started_from_bigrams():
   gated = DSpark(dataclasses.replace(drafter.config, markov_head="gated"), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="only a vanilla sequential head"):
     init_from_bigrams(gated, w1, w2)
+
+
+def test_a_lens_fitted_in_closed_form():
+  """Against ridge regression written as a loop. Kills a slot off by one, a document that reads its neighbour, padding that
+  counts, sums that forget a batch, and layers that speak before they have learnt."""
+  target = models()[0]
+  drafter = DSpark(dataclasses.replace(drafter_of().config, lens=True), rngs=nnx.Rngs(1))
+  batches = [batch_of(seed, lengths) for seed, lengths in ((0, (7, 7)), (1, (9, 4)))]
+  moments = lens.empty(drafter)
+  for batch in batches:
+    moments = jax.jit(lens.observe)(moments, drafter, target, batch)
+  fitted = jax.jit(lens.init_from_moments)(drafter, target, moments)
+
+  unit = lambda x: x / np.sqrt((x * x).mean())
+  inputs, hidden, sizes = [], [], []
+  encode = jax.jit(Decoder.encode, static_argnums=2)
+  table, norm = np.asarray(target.embed_tokens.weight[...]), np.asarray(target.norm.weight[...])
+  for batch in batches:
+    encoded = jax.tree.map(np.asarray, encode(target, batch, drafter.taps))
+    for row, t in np.ndindex(ROWS, LENGTH - 1):
+      taps = encoded.features[row, t].reshape(2, 16)
+      own = batch.segments[row, t]
+      if own and (batch.segments[row, t:t + BLOCK + 1] == own).sum() == BLOCK + 1:
+        inputs.append(np.concatenate([unit(table[batch.tokens[row, t + 1]]), unit(taps[0]), unit(taps[1]), [1]]))
+        hidden.append(np.concatenate([encoded.hidden[row, t + 1 + k] / norm for k in range(BLOCK)]))
+        sizes.append(np.sqrt((taps[1] ** 2).mean()))
+  x, y = np.stack(inputs), np.stack(hidden)
+  assert len(x) == moments.count == 8 * (4 + 4 + 6 + 1)
+  best = np.linalg.solve(x.T @ x + lens.RIDGE * np.eye(x.shape[1]), x.T @ y) * np.mean(sizes)
+  np.testing.assert_allclose(fitted.lens.proj.weight[...].T, best[:-1], rtol=1e-3, atol=1e-4 * np.abs(best).max())
+  np.testing.assert_allclose(fitted.lens.proj.bias[...], best[-1], rtol=1e-3, atol=1e-4 * np.abs(best).max())
+
+  features = encoded.features[:1, 2]
+  state = fitted.init_state(target, 1, 16)
+  newest = TargetOutput(encoded.hidden[:1, :3], encoded.features[:1, :3])
+  state = fitted.absorb(target, state, Committed(newest, None, jnp.full(1, 3)))
+  np.testing.assert_array_equal(state.features, features)
+  slots = fitted.slots(target, jnp.array([5]), features)
+  np.testing.assert_array_equal(fitted.draft(slots, state.cache), fitted.norm(slots))

@@ -26,6 +26,8 @@ class DrafterSettings:
   markov_head: str = "vanilla"
   confidence: str = "markov"
   sample_from_anchor: bool = True
+  lens: bool = False
+  """slots start from a linear prediction of their hidden states, fitted in closed form before training (dspark kinds)"""
   draft_vocab_size: int = 0
   """draft over so many most frequent tokens of the data; 0: the whole vocabulary"""
   from_target: bool = False
@@ -50,6 +52,8 @@ class TrainConfig:
   """tokens per row; several documents share one"""
   anchors: int = 512
   """blocks per row"""
+  lens_rows: int = 512
+  """rows that a lens is fitted to, in at most a quarter of `minutes`"""
   microbatches: int = 1
   seed: int = 0
   compute_dtype: str = "float32"
@@ -60,7 +64,7 @@ class TrainConfig:
   loss: LossConfig = LossConfig()
 
   def __post_init__(self):
-    counts = ("batch", "row_length", "anchors", "microbatches", "save_every", "log_every")
+    counts = ("batch", "row_length", "anchors", "microbatches", "save_every", "log_every", "lens_rows")
     problems = [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
     for name in ("steps", "minutes"):
       value = getattr(self, name)
@@ -71,6 +75,8 @@ class TrainConfig:
     if self.drafter.from_bigrams and not 0 < self.drafter.draft_vocab_size <= 16384:
       problems.append(f"from_bigrams factors a matrix of words x words: expected draft_vocab_size 1..16384, got "
                       f"{self.drafter.draft_vocab_size}")
+    if self.drafter.lens and self.drafter.kind != "dspark":
+      problems.append(f"lens is for drafters of the kind dspark, not {self.drafter.kind}")
     raise_all("training config", problems)
 
 

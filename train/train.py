@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
 from dspark_jax.drafters.model import init_from_target
 from dspark_jax.loading import locate_target
+from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
 from train.config import TrainConfig, read_config
@@ -77,7 +79,11 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     step = step.lower(state, target, batch_of(0)).compile()
   program.say(f"step: {program.memory_report(step)}")
   if run is None:
-    run = new_run(config, record, config.steps or steps_in(config.minutes, state, step, target, batch_of))
+    began = time.monotonic()
+    if config.drafter.lens:
+      state = state.replace(drafter=fit_lens(config, state.drafter, target, packed))
+    left = (config.minutes or 0) * 60 - (time.monotonic() - began)
+    run = new_run(config, record, config.steps or steps_in(left, state, step, target, batch_of))
   state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
   if restored is not None:
@@ -102,7 +108,8 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   if s.from_target:
     drafter = init_from_target(drafter, target)
   if s.from_bigrams:
-    drafter = init_from_bigrams(drafter, *pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank))
+    factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
+    drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)  # a lens knows the bigrams' first draft too
   return drafter
 
 
@@ -140,14 +147,31 @@ def forget_after(log: Path, step: int) -> None:
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def steps_in(minutes: float, state, step, target, batch_of) -> int:
-  """How many steps fit, from timing a few on a copy of the state."""
+def fit_lens(config: TrainConfig, drafter, target, packed):
+  """The drafter with its lens fitted to the first rows of the data, in at most a quarter of the minutes of training."""
+  batch_of = lambda index: jax.device_put(pipeline.batch_at(packed, index, config.batch, seed=config.seed))
+  total = math.ceil(min(config.lens_rows, len(packed.rows.tokens)) / config.batch)
+  observe, moments = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter)
+  began = time.monotonic()
+  with program.bar() as bar:
+    task = bar.add_task("fitting the lens", total=total, note="")
+    for index in range(total):
+      moments = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
+      bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
+      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 4:
+        break
+  program.say(f"lens: fitted to {int(moments.count)} positions")
+  return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments))
+
+
+def steps_in(left: float, state, step, target, batch_of) -> int:
+  """How many steps fit into the seconds that are left, from timing a few on a copy of the state."""
   state, seconds = jax.tree.map(jnp.copy, state), []
   for index in range(4):
     began = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, target, batch_of(index)))
     seconds.append(time.perf_counter() - began)
-  return max(int(minutes * 60 / np.median(seconds)), 8)
+  return max(int(left / np.median(seconds)), 8)
 
 
 def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps: int):

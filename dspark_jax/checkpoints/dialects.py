@@ -88,6 +88,7 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
 def deepspec_config(kind: str, config: DrafterConfig | RecurrentConfig) -> str:
   """The text of a DeepSpec config.json for a drafter trained here; ValueError where that format has no word for it."""
   raise_all("export to DeepSpec", (["a reduced draft vocabulary cannot be stored"] if config.draft_vocab_size else [])
+            + (["a lens cannot be stored"] if getattr(config, "lens", False) else [])
             + ([] if stores_frozen(config) else ["the original DFlash's slots cannot be stored"])
             + ([] if kind in ("dspark", "eagle3") else [f"a drafter of the kind {kind} cannot be stored"]))
   spec, family = config.spec, "Qwen3" if config.spec.qk_norm else "Llama"

@@ -10,6 +10,8 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.backbone import Backbone
+from dspark_jax.drafters.lens import Lens
+from dspark_jax.drafters.model import newest
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.layers import Linear, linear
 from dspark_jax.sampling import Sampling
@@ -18,8 +20,9 @@ from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOu
 
 @flax.struct.dataclass
 class DSparkState:
-  cache: kv.Cache      # of the context, per draft layer
-  head: Array | None   # f[W,D]  as `DraftModel.gathered_head` gives it
+  cache: kv.Cache         # of the context, per draft layer
+  head: Array | None      # f[W,D]  as `DraftModel.gathered_head` gives it
+  features: Array | None  # f[B,F]  of the newest column, which a lens reads
 
 
 class ConfidenceHead(nnx.Module):
@@ -45,29 +48,38 @@ class DSpark(Backbone):
                                         rngs=rngs) if rank else None
     self.confidence_head = None if config.confidence == "none" else ConfidenceHead(
         width + (rank if config.confidence == "markov" else 0), rngs=rngs)
+    self.lens = Lens(width, len(config.taps), config.slots, rngs=rngs) if config.lens else None
 
   def head(self, target: Target) -> DraftHead:
     return DraftHead(self.base_head(target),
                      None if self.markov_head is None else self.markov_head.markov_w2.weight[...])
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
-    return DSparkState(self.empty_context(batch, max_len), self.gathered_head(target))
+    features = None if self.lens is None else jnp.zeros((batch, self.fc.weight.shape[1]), self.fc.weight.dtype)
+    return DSparkState(self.empty_context(batch, max_len), self.gathered_head(target), features)
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
-    return state.replace(cache=self.absorb_context(state.cache, committed.encoded.features, committed.n))
+    features, n = committed.encoded.features, committed.n
+    return state.replace(cache=self.absorb_context(state.cache, features, n),
+                         features=None if self.lens is None else newest(features, n, state.features))
+
+  def slots(self, target: Target, anchor: Array, features: Array | None) -> Array:
+    """f[...,T,D]: what the layers start from; anchor: i32[...], features: f[...,F] of the column before it (for a lens)."""
+    if self.lens is not None:
+      return self.lens(target.embed(anchor), features)
+    tokens = jnp.full((*anchor.shape, self.config.slots), self.config.mask_token_id, jnp.int32)
+    return target.embed(tokens.at[..., 0].set(anchor))
 
   def propose(self, target: Target, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
-    tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
-    hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
+    hidden = self.draft(self.slots(target, anchor, state.features), state.cache)[:, -self.block_size:]
     base = linear(target.head if state.head is None else state.head, hidden, jnp.float32)
     return heads.propose(self.markov_head, self._confidence, hidden, base, anchor, self.words, keys, sampling)
 
   def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs:
-    rows, anchors, slots = *blocks.anchors.shape, self.config.slots
-    tokens = jnp.full((rows, anchors, slots), self.config.mask_token_id, jnp.int32)
+    features = encoded.features
     first = jnp.where(blocks.keep, blocks.previous[:, :, 0], self.config.mask_token_id)
-    embeddings = target.embed(tokens.at[:, :, 0].set(first))
-    hidden = self.draft_all(embeddings.astype(encoded.features.dtype), batch, encoded.features, blocks)[:, :, -self.block_size:]
+    slots = self.slots(target, first, None if self.lens is None else before(batch, features, blocks.anchors))
+    hidden = self.draft_all(slots.astype(features.dtype), batch, features, blocks)[:, :, -self.block_size:]
     latent = embedding = None
     if self.markov_head is not None:
       flat = hidden.reshape(-1, *hidden.shape[2:])
@@ -83,9 +95,16 @@ class DSpark(Backbone):
         hidden, embedding if self.config.confidence == "markov" else None)
 
 
-def init_from_bigrams(drafter: DSpark, w1: Array, w2: Array) -> DSpark:
+def before(batch: Batch, features: Array, anchors: Array) -> Array:
+  """f[B,A,F]: features f[B,T,F] of the position before each anchor; zeros where a document begins."""
+  start = jnp.take_along_axis(batch.positions, anchors, axis=1)[..., None]
+  return jnp.where(start > 0, jnp.take_along_axis(features, jnp.maximum(anchors - 1, 0)[..., None], axis=1), 0)
+
+
+def init_from_bigrams(drafter: DSpark, w1: Array, w2: Array, *, strength: float = 1.0) -> DSpark:
   """The drafter with its vanilla sequential head started from factors W1 f[V,R], W2 f[W,R] (`pipeline.bigram_factors`).
 
+  strength: what the bigrams' logits are multiplied with, where something else predicts too.
   The final norm is scaled to 0.3, so that what an untrained backbone says does not drown the bigrams. A start for
   training that the paper does not have: on 19,000 tokens it brought tau from 1.26 to 1.42.
   """
@@ -93,6 +112,6 @@ def init_from_bigrams(drafter: DSpark, w1: Array, w2: Array) -> DSpark:
   if getattr(getattr(new, "markov_head", None), "kind", None) != "vanilla":
     raise ValueError("only a vanilla sequential head can start from bigrams: set markov_head to vanilla and its rank")
   new.markov_head.markov_w1.weight.set_value(jnp.asarray(w1, new.norm.weight[...].dtype))
-  new.markov_head.markov_w2.weight.set_value(jnp.asarray(w2, new.norm.weight[...].dtype))
+  new.markov_head.markov_w2.weight.set_value(strength * jnp.asarray(w2, new.norm.weight[...].dtype))
   new.norm.weight.set_value(0.3 * new.norm.weight[...])
   return new

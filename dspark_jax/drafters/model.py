@@ -77,6 +77,12 @@ def init_from_target(drafter: DraftModel, target: Target) -> DraftModel:
   return new
 
 
+def newest(rows: Array, n: Array, before: Array) -> Array:
+  """f[B,D]: row n - 1 of rows f[B,T,D], n: i32[B]; `before` f[B,D] where n is 0."""
+  last = jnp.take_along_axis(rows, jnp.maximum(n - 1, 0)[:, None, None], axis=1)[:, 0]
+  return jnp.where((n > 0)[:, None], last, before)
+
+
 def last_of(weight: Array) -> Array:
   """A projection like f[D,n*D] that passes on the last of its n inputs."""
   width, inputs = weight.shape

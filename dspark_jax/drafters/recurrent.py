@@ -15,7 +15,7 @@ from flax import nnx
 
 from dspark_jax.config import RecurrentConfig
 from dspark_jax.drafters import heads
-from dspark_jax.drafters.model import DraftModel
+from dspark_jax.drafters.model import DraftModel, newest
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, attend_causally, causal, sequence
 from dspark_jax.nn.layers import RMSNorm, linear, rope_table
@@ -73,8 +73,7 @@ class Recurrent(DraftModel):
     hidden = self.first(committed.encoded)
     embeddings = target.embed(committed.next_tokens).astype(hidden.dtype)
     hidden = self.cell(embeddings, hidden, self._rope(cache.length[:, None] + steps), attention)
-    last = jnp.take_along_axis(hidden, jnp.maximum(n - 1, 0)[:, None, None], axis=1)[:, 0]
-    return state.replace(cache=kv.commit(cache, n), hidden=jnp.where((n > 0)[:, None], last, state.hidden))
+    return state.replace(cache=kv.commit(cache, n), hidden=newest(hidden, n, state.hidden))
 
   def propose(self, target: Target, state: RecurrentState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
     """Draws a block by recurrence. The anchor itself was absorbed with the newest column."""
