@@ -1,5 +1,5 @@
 # python -m train.compare --config configs/compare.py --data runs/demo/answers.jsonl
-"""Seven drafters for SmolLM2-135M, trained alike: the paper's Table 1 in miniature, in an hour or two of two CPU cores."""
+"""Eight drafters for SmolLM2-135M, trained alike: the paper's Table 1 in miniature, in an hour or two of two CPU cores."""
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,4 +17,4 @@ config = CompareConfig(base, {
   "dspark-vanilla": (dspark, ours), "dspark-gated": (replace(dspark, markov_head="gated"), ours),
   "dspark-rnn": (replace(dspark, markov_head="rnn"), ours), "dflash": (plain, ce),
   "dflash-5-layers": (replace(plain, num_layers=5), ce), "eagle3": (replace(recurrent, kind="eagle3"), soft),
-  "mtp": (replace(recurrent, kind="mtp"), soft)})
+  "mtp": (replace(recurrent, kind="mtp"), soft), "dspark-lens": (replace(dspark, lens=True), ours)})

@@ -148,7 +148,7 @@ def forget_after(log: Path, step: int) -> None:
 
 
 def fit_lens(config: TrainConfig, drafter, target, packed):
-  """The drafter with its lens fitted to the first rows of the data, in at most a quarter of the minutes of training."""
+  """The drafter with its lens fitted to the first rows of the data, in at most an eighth of the minutes of training."""
   batch_of = lambda index: jax.device_put(pipeline.batch_at(packed, index, config.batch, seed=config.seed))
   total = math.ceil(min(config.lens_rows, len(packed.rows.tokens)) / config.batch)
   observe, moments = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter)
@@ -158,7 +158,7 @@ def fit_lens(config: TrainConfig, drafter, target, packed):
     for index in range(total):
       moments = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
-      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 4:
+      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 8:
         break
   program.say(f"lens: fitted to {int(moments.count)} positions")
   return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments))
