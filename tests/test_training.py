@@ -393,7 +393,7 @@ def test_a_lens_fitted_in_closed_form():
   batches = [batch_of(seed, lengths) for seed, lengths in ((0, (7, 7)), (1, (9, 4)))]
   moments = lens.empty(drafter)
   for batch in batches:
-    moments = jax.jit(lens.observe)(moments, drafter, target, batch)
+    moments, _ = jax.jit(lens.observe)(moments, drafter, target, batch)
   fitted = jax.jit(lens.init_from_moments)(drafter, target, moments)
 
   unit = lambda x: x / np.sqrt((x * x).mean())

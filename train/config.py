@@ -53,7 +53,7 @@ class TrainConfig:
   anchors: int = 512
   """blocks per row"""
   lens_rows: int = 512
-  """rows that a lens is fitted to, in at most an eighth of `minutes`"""
+  """rows that a lens is fitted to, in at most half of `minutes`"""
   microbatches: int = 1
   seed: int = 0
   compute_dtype: str = "float32"

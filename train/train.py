@@ -42,6 +42,8 @@ from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
 from train.config import TrainConfig, read_config
 
+SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
+
 
 def main(config: TrainConfig) -> dict:
   if config.steps is None and config.minutes is None:
@@ -74,23 +76,30 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     saved.close()
     program.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
+  step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
   with program.stderr.status("compiling the training step"):
-    step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
-    step = step.lower(state, target, batch_of(0)).compile()
-  program.say(f"step: {program.memory_report(step)}")
+    compiled = step.lower(state, target, batch_of(0)).compile()
+  program.say(f"step: {program.memory_report(compiled)}")
+  said, began = {}, time.monotonic()
+  if run is None and config.drafter.lens:
+    drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
+    state = state.replace(drafter=drafter)
+
+  def advance(state, index):
+    if index in said:  # the target has run on this batch, for the lens
+      return step(state, target, batch_of(index), encoded=said[index])
+    return compiled(state, target, batch_of(index))
+
   if run is None:
-    began = time.monotonic()
-    if config.drafter.lens:
-      state = state.replace(drafter=fit_lens(config, state.drafter, target, packed))
     left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-    run = new_run(config, record, config.steps or steps_in(left, state, step, target, batch_of))
+    run = new_run(config, record, config.steps or steps_in(left, state, advance, len(said)))
   state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
   if restored is not None:
     state = restored
     forget_after(config.out / "metrics.jsonl", int(state.step))
     program.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
-  state, last = loop(config, step, state, target, batch_of, saved, run["total_steps"])
+  state, last = loop(config, advance, state, saved, run["total_steps"])
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
@@ -147,34 +156,45 @@ def forget_after(log: Path, step: int) -> None:
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def fit_lens(config: TrainConfig, drafter, target, packed):
-  """The drafter with its lens fitted to the first rows of the data, in at most an eighth of the minutes of training."""
-  batch_of = lambda index: jax.device_put(pipeline.batch_at(packed, index, config.batch, seed=config.seed))
-  total = math.ceil(min(config.lens_rows, len(packed.rows.tokens)) / config.batch)
-  observe, moments = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter)
+def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
+  """(the drafter with its lens fitted to the first batches, in at most half of the minutes; what the target said of
+  them by index of the batch, up to SAID_BYTES: the first steps of training need not ask it again)."""
+  total = math.ceil(min(config.lens_rows, rows) / config.batch)
+  observe, moments, said = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter), {}
   began = time.monotonic()
   with program.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
-      moments = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
+      moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
+      if (len(said) + 1) * sum(x.nbytes for x in jax.tree.leaves(encoded)) <= SAID_BYTES:
+        said[index] = encoded
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
-      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 8:
+      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
   program.say(f"lens: fitted to {int(moments.count)} positions")
-  return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments))
+  return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments)), said
 
 
-def steps_in(left: float, state, step, target, batch_of) -> int:
-  """How many steps fit into the seconds that are left, from timing a few on a copy of the state."""
-  state, seconds = jax.tree.map(jnp.copy, state), []
-  for index in range(4):
-    began = time.perf_counter()
-    state, _ = jax.block_until_ready(step(state, target, batch_of(index)))
-    seconds.append(time.perf_counter() - began)
-  return max(int(left / np.median(seconds)), 8)
+def steps_in(left: float, state, advance, known: int) -> int:
+  """How many steps fit into the seconds that are left, from timing a few on a copy of the state. The first `known` are
+  quicker than those that follow: the target has already run."""
+  state = jax.tree.map(jnp.copy, state)
+
+  def seconds(first):
+    nonlocal state
+    times = []
+    for index in range(first, first + 4):
+      began = time.perf_counter()
+      state, _ = jax.block_until_ready(advance(state, index))
+      times.append(time.perf_counter() - began)
+    return np.median(times)
+
+  slow = seconds(known)
+  quick = seconds(0) if known else slow
+  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), 8)
 
 
-def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps: int):
+def loop(config: TrainConfig, advance, state, saved, total_steps: int):
   """Runs the remaining steps; SIGTERM ends them early, after a save."""
   stop = []
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
@@ -183,7 +203,7 @@ def loop(config: TrainConfig, step, state, target, batch_of, saved, total_steps:
     with program.bar() as bar, (config.out / "metrics.jsonl").open("a") as log:
       task = bar.add_task("training", total=total_steps, completed=first, note="")
       for index in range(first, total_steps):
-        state, metrics = step(state, target, batch_of(index))
+        state, metrics = advance(state, index)
         window.append(metrics)
         finished = bool(stop) or index + 1 == total_steps
         if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
