@@ -348,6 +348,20 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
   assert losses(out) == before
 
 
+def test_a_lens_is_fitted_once(folder, monkeypatch, tmp_path):
+  """Kills: outputs of the target that are kept for another batch; a resumed run that fits its lens again, or not at all."""
+  drafter = dataclasses.replace(experiment(folder, tmp_path).drafter, lens=True)
+  run = lambda name: train.main(experiment(folder, tmp_path / name, drafter=drafter, lens_rows=4))
+  run("kept")
+  monkeypatch.setattr(train, "SAID_BYTES", 0)
+  run("asked")
+  for kept, asked in zip(log_of(tmp_path / "kept"), log_of(tmp_path / "asked"), strict=True):
+    np.testing.assert_allclose([kept["loss"], kept["grad_norm"]], [asked["loss"], asked["grad_norm"]], rtol=1e-4)
+  at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+  assert run("stopped")["steps"] == 5 and run("stopped")["steps"] == STEPS
+  assert losses(tmp_path / "stopped") == losses(tmp_path / "asked")
+
+
 def test_train_by_the_clock(folder, tmp_path):
   """Kills: --minutes that never fixes the number of steps, or times them on the state that is trained."""
   result = train.main(experiment(folder, tmp_path / "run", steps=None, minutes=1e-6))
@@ -360,7 +374,8 @@ def test_train_by_the_clock(folder, tmp_path):
   (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "/nowhere.csv"], "/nowhere.csv"),
   (["--target", "/nowhere"], "/nowhere does not exist"), (["--depth", "3"], "--depth"),
   (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "expected adamw or muon"),
-  (["--microbatches", "3"], "microbatches"), (["--row-length", "200"], "multiple"), (["--save-every", "0"], "save_every")])
+  (["--microbatches", "3"], "microbatches"), (["--row-length", "200"], "multiple"), (["--save-every", "0"], "save_every"),
+  (["--lens-rows", "0"], "lens_rows is 0")])
 def test_train_mistakes(args, part, folder, capsys, tmp_path):
   """Kills: an override that is ignored, or that fails in the middle of a run with a traceback."""
   capsys.readouterr()
