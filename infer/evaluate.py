@@ -1,7 +1,8 @@
 """Evaluate drafters on benchmark prompts: accepted length, acceptance by position, calibration, tokens per second.
 
 When to use it: to compare drafters, or confidence thresholds, on the same samples. Every target x drafter x dataset x
-temperature x threshold is decoded; a run that is killed goes on where it stopped when the same command is given again.
+temperature x threshold is decoded; a run that is killed goes on where it stopped when the same command is given again,
+and may be given more drafters, datasets, temperatures and so on.
 
     python -m infer.evaluate --targets smollm2 --drafters none runs/demo --out runs/evaluation
     python -m infer.evaluate --targets Qwen/Qwen3-4B --drafters dspark dflash --datasets gsm8k mt-bench --folder prompts \
@@ -42,6 +43,7 @@ from dspark_jax.decoding.generate import CACHE_BUCKET, collect, decode, prepare
 from infer import program
 
 PLAIN = "none"
+CASES = ("targets", "drafters", "datasets", "temperatures", "thresholds")  # settings that may change: a file for each
 COUNTERS = ("n_accept", "n_verify", "n_commit")  # of a record: one number per round
 COLUMNS = ("target", "drafter", "dataset", "mode", "threshold", "samples", "accepted length", "95 %",
            "% by position", "verify rate", "drafts/round", "tokens/s", "ECE", "AUROC", "Brier", "ECE raw")
@@ -106,7 +108,7 @@ class Models:
   tokenizer: object
   stops: tuple[int, ...]
   temperatures: dict = dataclasses.field(default_factory=dict)  # of the confidences: f[G] by mode, where fitted
-  compiled: dict = dataclasses.field(default_factory=dict)
+  compiled: dict = dataclasses.field(default_factory=dict)  # programs by shape, shared by drafters of one shape
 
   @property
   def block_size(self) -> int:
@@ -127,9 +129,9 @@ def main(settings: Settings) -> dict:
     task = bar.add_task("samples", total=sum(len(datasets[case.dataset]) for case in cases), note="loading")
     tell = lambda done, note: bar.update(task, advance=done, note=note)
     for name in settings.targets[1:]:
-      load(settings, name, cases)  # a mistake is seen now, not after hours with the first target
+      load(settings, name)  # a mistake is seen now, not after hours with the first target
     for name in settings.targets:
-      loaded = load(settings, name, cases)
+      loaded = load(settings, name)
       remember(settings, run, _label(name), loaded)
       for case in cases:
         if case.target == _label(name):
@@ -151,7 +153,7 @@ def main(settings: Settings) -> dict:
 
 def check(settings: Settings) -> None:
   """ValueError for what can be seen to be wrong before anything is read."""
-  for name in ("targets", "drafters", "datasets", "temperatures", "thresholds"):
+  for name in CASES:
     if not getattr(settings, name):
       raise ValueError(f"{name} is empty: give at least one")
   for name in ("batch", "max_new_tokens"):
@@ -206,10 +208,10 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
     for part in ("settings", "samples", "models", "versions"):
       if not isinstance(known.get(part), dict):
         raise ValueError(f"{path} has no {part}, so it is damaged or no evaluation's: choose another --out")
-    differ = lambda part: [(k, known[part].get(k), v) for k, v in run[part].items() if known[part].get(k) != v]
-    _refuse(settings.out, [f"{k} was {old}, is {new}" for k, old, new in differ("settings")]
-            or [f"the samples of {k} were others" for k, _, _ in differ("samples")])
-    return known
+    was = known["settings"]
+    _refuse(settings.out, [f"{k} was {was.get(k)}, is {v}" for k, v in plain.items() if k not in CASES and was.get(k) != v]
+            or [f"the samples of {k} were others" for k, v in run["samples"].items() if known["samples"].get(k, v) != v])
+    return known | {"settings": plain, "samples": known["samples"] | run["samples"]}
   versions = {"python": sys.version.split()[0], "jax": jax.__version__, "numpy": np.__version__,
               "device": jax.devices()[0].device_kind}
   return {**run, "models": {}, "versions": versions}
@@ -280,18 +282,18 @@ def _problem(record, models):
 # Decoding
 
 
-def load(settings: Settings, name: str, cases: list[Case]) -> dict[str, Models]:
+def load(settings: Settings, name: str) -> dict[str, Models]:
   """By drafter label, the target with each drafter: all at once, so that a mistake is seen before hours of decoding."""
   tokenizer = chat.load_tokenizer(loading.locate_target(name))
   target = dspark_jax.load_target(name, dtype=settings.dtype)
-  loaded = {}
+  loaded, compiled = {}, {}
   for path in settings.drafters:
     drafter = None if path == PLAIN else dspark_jax.load_drafter(path, target, dtype=settings.dtype)
-    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer))
+    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer),
+                                           compiled=compiled)
     if models.has_confidence:
       stored = loading.stored_temperatures(path, drafter)  # not for_mode: what is not calibrated can be evaluated, too
-      fitted = stored.by_mode if stored else {}
-      models.temperatures |= {case.mode: list(fitted[case.mode]) for case in cases if case.mode in fitted}
+      models.temperatures |= {mode: list(fitted) for mode, fitted in stored.by_mode.items()} if stored else {}
   return loaded
 
 
@@ -367,7 +369,7 @@ def decode_rows(settings: Settings, case: Case, models: Models, prompts: list[li
   # prepare's own capacity follows the longest prompt of the batch: two per bucket.
   slots = args[2].prompts.shape[1] + settings.max_new_tokens + 2 * (models.block_size + 1)
   static["capacity"] = -(-slots // CACHE_BUCKET) * CACHE_BUCKET
-  shape = (args[2].prompts.shape, jax.tree.structure(args[2]), *static.values())
+  shape = (*((x.shape, x.dtype) for x in jax.tree.leaves(args)), jax.tree.structure(args), *static.values())
   if shape not in models.compiled:
     models.compiled[shape] = decode.lower(*args, **static).compile()
   began = time.perf_counter()

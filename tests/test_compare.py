@@ -1,11 +1,12 @@
 """train.compare end to end on tiny models: one report for several drafters, trained alike and evaluated alike."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.acceptance import Rounds, difference
+from dspark_jax.decoding.acceptance import Rounds, difference, interval
 from infer import program
 from train import compare, train
 from folders import LLAMA, complains, with_tokenizer
@@ -35,25 +36,59 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_a_report_of_two_drafters(folder, monkeypatch, capsys):
-  """Kills: drafters that see other data or samples, a report without its numbers, a finished run trained again."""
+@pytest.fixture(scope="module")
+def one_seed(folder):
+  """(settings of a comparison of one seed, its result)"""
   settings = compare.Settings(str(folder / "config.py"), (folder / "data.jsonl",), folder / "out")
-  result = compare.main(settings)
+  return settings, compare.main(settings)
+
+
+def test_a_report_of_two_drafters(folder, one_seed, monkeypatch):
+  """Kills: drafters that see other data or samples, a report without its numbers, a finished run trained again."""
+  settings, result = one_seed
   text = (folder / "out" / "report.md").read_text()
-  found = json.loads((folder / "out" / "evaluation" / "results.json").read_text())["results"]
+  found = json.loads((folder / "out" / "results.json").read_text())["results"]
   assert [row["drafter"] for row in found] == ["dspark", "eagle3"] and {row["samples"] for row in found} == {3}
   for row in found:
     assert f"{row['accepted_length']:.2f}" in text and f"`{row['drafter']}`" in text
-  runs = {name: json.loads((folder / "out" / name / "run.json").read_text()) for name in ("dspark", "eagle3")}
+  runs = {name: json.loads((folder / "out" / f"{name}-seed0" / "run.json").read_text()) for name in ("dspark", "eagle3")}
   assert runs["dspark"]["data"] == runs["eagle3"]["data"]
   assert [gap["drafter"] for gap in result["differences"]] == ["eagle3"]
   gap = result["differences"][0]
   assert gap["difference"] == pytest.approx(found[1]["accepted_length"] - found[0]["accepted_length"])
+  assert gap["by_run"] == [pytest.approx(gap["difference"])]
+  each = json.loads((folder / "out" / "evaluation" / "results.json").read_text())["results"]
+  for row, pooled in zip(each, found):
+    assert pooled["by_seed"] == [row["accepted_length"]] and pooled["tokens_per_second"] == pytest.approx(row["tokens_per_second"])
+    differ = {k for k in row if row[k] != pooled[k]} - {"drafter", "tokens_per_second"}
+    assert differ <= {"accepted_length_interval", "reliability"}  # samples in another order
+    assert not row["reliability"] or pooled["reliability"]["ece"] == pytest.approx(row["reliability"]["ece"])
   for line in text.splitlines():
     if line.startswith("!["):
       assert (folder / "out" / line.split("(")[1].rstrip(")")).exists()
   monkeypatch.setattr(train, "loop", lambda *_: pytest.fail("a finished run was trained again"))
   assert compare.main(settings)["differences"] == result["differences"]
+
+
+def test_seeds_are_taken_together(folder, one_seed, monkeypatch):
+  """Kills: a second seed that trains the first again or repeats it, a row per seed in the figures, means of means, and a
+  drafter compared with the first drafter of another seed."""
+  loop, trained = train.loop, []
+  monkeypatch.setattr(train, "loop", lambda config, *rest: trained.append(config.out.name) or loop(config, *rest))
+  result = compare.main(dataclasses.replace(one_seed[0], seeds=(0, 1)))
+  assert trained == ["dspark-seed1", "eagle3-seed1"]
+  rows = json.loads((folder / "out" / "results.json").read_text())["results"]
+  each = json.loads((folder / "out" / "evaluation" / "results.json").read_text())["results"]
+  assert [r["drafter"] for r in each] == ["dspark-seed0", "dspark-seed1", "eagle3-seed0", "eagle3-seed1"]
+  for row, (a, b) in zip(rows, (each[:2], each[2:])):
+    assert row["rounds"] == a["rounds"] + b["rounds"] and row["by_seed"] == [a["accepted_length"], b["accepted_length"]]
+    assert row["reached"] == [x + y for x, y in zip(a["reached"], b["reached"])]
+    assert row["accepted_length"] == pytest.approx(np.average(row["by_seed"], weights=[a["rounds"], b["rounds"]]))
+    assert row["tokens_per_second"] == pytest.approx((a["tokens"] + b["tokens"]) / (
+        a["tokens"] / a["tokens_per_second"] + b["tokens"] / b["tokens_per_second"]))
+  gap, = result["differences"]
+  assert gap["by_run"] == pytest.approx([rows[1]["by_seed"][i] - rows[0]["by_seed"][i] for i in (0, 1)])
+  assert "seed 1" in (folder / "out" / "report.md").read_text()
 
 
 def test_differences_are_paired():
@@ -62,11 +97,30 @@ def test_differences_are_paired():
   base = {str(i): rng.integers(0, 2, 50) + rng.integers(0, 4) for i in range(40)}
   rounds = lambda counts: {k: Rounds(n, np.full(50, 8), n + 1, None) for k, n in counts.items()}
   more = {k: n + (rng.random(50) < 0.2) for k, n in base.items()}
-  gap = difference(rounds(more), rounds(base))
+  gap = difference([rounds(more)], [rounds(base)])
   assert gap["difference"] == pytest.approx(0.2, abs=0.03)
   assert gap["interval"][0] < gap["difference"] < gap["interval"][1] and np.diff(gap["interval"]) < 0.1
   with complains("other samples"):
-    difference(rounds(more), rounds({"0": base["0"]}))
+    difference([rounds(more)], [rounds({"0": base["0"]})])
+  with complains("2 and 1 runs"):
+    difference([rounds(more)] * 2, [rounds(base)])
+
+
+def test_differences_between_seeds_count():
+  """Kills: intervals over samples alone, which take a lucky training for a better drafter; seeds resampled unpaired, where
+  both drafters have the seed's luck in common."""
+  rng = np.random.default_rng(0)
+  rounds = lambda chance: {str(i): Rounds(n := (rng.random(400) < chance) + 0, np.full(400, 4), n + 1, None)
+                           for i in range(20)}
+  lucky = [rounds(0.5 + luck) for luck in (-0.1, 0, 0.1)]
+  base = [rounds(0.4)] * 3
+  shared = [rounds(0.4 + luck) for luck in (-0.1, 0, 0.1)]
+  width = lambda gap: gap["interval"][1] - gap["interval"][0]
+  apart, alike = difference(lucky, base), difference(lucky, shared)
+  assert apart["by_run"] == pytest.approx([0, 0.1, 0.2], abs=0.02) and alike["by_run"] == pytest.approx([0.1] * 3, abs=0.02)
+  assert width(apart) > 0.15 > 0.05 > width(alike)
+  wide, = np.diff(interval([list(run.values()) for run in lucky]))
+  assert wide > 0.15 > 0.05 > np.diff(interval([[text for run in lucky for text in run.values()]]))
 
 
 def test_mistakes(folder, capsys):

@@ -131,12 +131,12 @@ def test_metrics_by_hand():
 def test_interval():
   """Kills: a bootstrap over rounds, which takes the rounds of one text for independent; another interval at each start."""
   even = [Rounds.of([n] * 50, [4] * 50, [n + 1] * 50) for n in (0, 4)]
-  low, high = acceptance.interval(even)
+  low, high = acceptance.interval([even])
   assert (low, high) == (1, 5)  # one draw in four takes the same text twice
   many = [Rounds.of([n], [4], [n + 1]) for n in [0, 4] * 200]
-  low, high = acceptance.interval(many)
+  low, high = acceptance.interval([many])
   assert 3 - 1.96 * 2 / 20 == pytest.approx(low, abs=0.05) and 3 + 1.96 * 2 / 20 == pytest.approx(high, abs=0.05)
-  assert acceptance.interval(many) == [low, high]
+  assert acceptance.interval([many]) == [low, high]
 
 
 def test_uncalibrate():
@@ -300,6 +300,23 @@ def test_killed_and_gone_on(folder, whole, monkeypatch, tmp_path):
   assert untimed(read(tmp_path / "results.json")) == untimed(read(whole / "results.json"))
 
 
+def test_more_cases_in_the_same_folder(folder, whole, tmp_path, monkeypatch):
+  """Kills: an evaluation that decodes again what is there when it is given one more threshold, or that refuses it; results
+  that list the first call's cases."""
+  evaluate.main(settings(folder, tmp_path, thresholds=(0.5,), temperatures=(0.0,)))
+  asked, ask = [], evaluate.ask
+  def watched(settings, case, models, samples):
+    asked.append(case.key)
+    return ask(settings, case, models, samples)
+  monkeypatch.setattr(evaluate, "ask", watched)
+  evaluate.main(settings(folder, tmp_path))
+  assert set(asked) == {f"target--{DSPARK.name}--data--{case}" for case in ("greedy--threshold=0", "T=1--threshold=0",
+                                                                            "T=1--threshold=0.5")}
+  assert untimed(read(tmp_path / "results.json")) == untimed(read(whole / "results.json"))
+  evaluate.main(settings(folder, tmp_path, temperatures=(1.0,)))
+  assert [r["mode"] for r in read(tmp_path / "results.json")["results"]] == ["T=1", "T=1"]
+
+
 def test_calibrated_confidences(folder, tmp_path):
   """Kills: temperatures of another mode; the raw confidences reported as the calibrated ones, or the other way round; a
   sidecar that is not read; a drafter changed under a run that goes on."""
@@ -320,8 +337,7 @@ def test_calibrated_confidences(folder, tmp_path):
 
 
 @pytest.mark.parametrize("change, part", [
-    (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(thresholds=(0.5,)), "thresholds was [0.0, 0.5], is [0.5]"),
-    (dict(seed=1), "seed was 0, is 1"), ("data", "the samples of data were others")])
+    (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(seed=1), "seed was 0, is 1"), ("data", "the samples of data were others")])
 def test_other_settings_in_the_same_folder(change, part, folder, whole):
   """Kills: results of half of one evaluation and half of another."""
   before = (folder / "data.jsonl").read_text()

@@ -7,8 +7,9 @@ same command is given again.
     python -m train.compare --config configs/compare.py --data runs/demo/answers.jsonl
     python -m train.compare --config configs/compare.py --data answers.jsonl --seeds 0 1 2 --out runs/compare3
 
-The output folder holds one training run per drafter (and seed), evaluation/ (infer.evaluate), figures/ (infer.plots) and
-report.md. The last line of stdout is a JSON object with the keys report, results and differences.
+The output folder holds a training run per drafter and seed (NAME-seedN), evaluation/ (infer.evaluate, of each of them),
+results.json (the same, with the seeds of a drafter taken together), figures/ (infer.plots) and report.md. More seeds may be
+given later. The last line of stdout is a JSON object with the keys report, results and differences.
 """
 
 from __future__ import annotations
@@ -46,55 +47,78 @@ def main(settings: Settings) -> dict:
   config = read_config(settings.config, CompareConfig)
   if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
     raise ValueError(f"seeds are {settings.seeds}, expected at least one, each once")
-  runs = {label: run for seed in settings.seeds for label, run in planned(settings, config, seed).items()}
-  trained = {label: train_one(label, run) for label, run in runs.items()}
+  runs = {name: planned(settings, config, name) for name in config.drafters}
+  trained = {run.out.name: train_one(run) for runs_of_seed in zip(*runs.values()) for run in runs_of_seed}
   evaluation = settings.out / "evaluation"
   evaluate.main(evaluate.Settings(
-      targets=(config.base.target,), drafters=tuple(str(run.out) for run in runs.values()), datasets=config.datasets,
-      temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
+      targets=(config.base.target,), drafters=tuple(str(run.out) for seeds in runs.values() for run in seeds),
+      datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
       max_new_tokens=config.max_new_tokens, out=evaluation))
   found = read_json(evaluation / "results.json")
-  drawn = plots.main(plots.Settings(results=(evaluation / "results.json",), out=settings.out / "figures"))
-  gaps = differences(evaluation, found["results"])
-  text = report(settings, config, runs, trained, found, gaps, drawn["figures"])
+  rows, gaps = pool(evaluation, found["results"], {run.out.name: name for name, seeds in runs.items() for run in seeds})
+  results = settings.out / "results.json"
+  program.write(results, json.dumps(found | {"results": rows}, indent=1, allow_nan=False) + "\n")
+  drawn = plots.main(plots.Settings(results=(results,), out=settings.out / "figures"))
+  text = report(settings, config, runs, trained, found["versions"], rows, gaps, drawn["figures"])
   program.write(settings.out / "report.md", text)
   program.say(text)
-  return {"report": str(settings.out / "report.md"), "results": str(evaluation / "results.json"), "differences": gaps}
+  return {"report": str(settings.out / "report.md"), "results": str(results), "differences": gaps}
 
 
-def planned(settings: Settings, config: CompareConfig, seed: int) -> dict:
-  """The training runs of one seed, by label."""
-  label = lambda name: name if len(settings.seeds) == 1 else f"{name}-seed{seed}"
-  return {label(name): dataclasses.replace(config.base, drafter=drafter, loss=loss, data=settings.data, seed=seed,
-                                           out=settings.out / label(name), steps=settings.steps or config.base.steps)
-          for name, (drafter, loss) in config.drafters.items()}
+def planned(settings: Settings, config: CompareConfig, name: str) -> list:
+  """The training runs of one drafter, one per seed."""
+  drafter, loss = config.drafters[name]
+  return [dataclasses.replace(config.base, drafter=drafter, loss=loss, data=settings.data, seed=seed,
+                              out=settings.out / f"{name}-seed{seed}", steps=settings.steps or config.base.steps)
+          for seed in settings.seeds]
 
 
-def train_one(label: str, run) -> dict:
+def train_one(run) -> dict:
   """Trains one drafter, or finds it trained: the last numbers of its training, and its size."""
-  program.say(f"[{label}]")
+  program.say(f"[{run.out.name}]")
   with program.stderr.status("loading"):
     target = dspark_jax.load_target(run.target, dtype=run.target_dtype)
     tokenizer = chat.load_tokenizer(locate_target(run.target))
   result = train.train(run, target, tokenizer)
   if result["steps"] < read_json(run.out / "run.json")["total_steps"]:
-    raise ValueError(f"the training of {label} was stopped after step {result['steps']}: give the same command to go on")
+    raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same command to go on")
   weights = names(load_drafter(run.out, target))
   return {**result, "parameters": sum(int(np.prod(v.shape)) for v in weights.values())}
 
 
-def differences(evaluation: Path, results: list[dict]) -> list[dict]:
-  """Accepted length of every drafter less that of the first one, on the same samples, with 95 % intervals."""
-  texts = {}
+def pool(evaluation: Path, results: list[dict], names: dict[str, str]) -> tuple[list[dict], list[dict]]:
+  """The results with the seeds of each drafter taken together, `by_seed` with the accepted length of each, and how much the
+  accepted lengths differ from those of the first drafter on the same samples. names: the drafter of each run."""
+  rows, runs = {}, {}  # by drafter, dataset and mode: an entry per seed
   for row in results:
-    key = evaluate.Case(*(row[k] for k in ("target", "drafter", "dataset")), temperature_of(row["mode"]), row["threshold"]).key
-    lines = [json.loads(line) for line in (evaluation / "samples" / f"{key}.jsonl").read_text().splitlines()]
-    texts[row["dataset"], row["mode"], row["drafter"]] = {
-        x["id"]: acceptance.Rounds.of(x["n_accept"], x["n_verify"], x["n_commit"]) for x in lines}
-  base = results[0]["drafter"]
-  return [dict(dataset=dataset, mode=mode, drafter=drafter, less=base,
-               **acceptance.difference(mine, texts[dataset, mode, base]))
-          for (dataset, mode, drafter), mine in texts.items() if drafter != base]
+    key = names[row["drafter"]], row["dataset"], row["mode"]
+    rows.setdefault(key, []).append(row)
+    runs.setdefault(key, []).append(texts(evaluation, row))
+  first = next(iter(names.values()))
+  gaps = [dict(dataset=dataset, mode=mode, drafter=name, less=first,
+               **acceptance.difference(mine, runs[first, dataset, mode]))
+          for (name, dataset, mode), mine in runs.items() if name != first]
+  return [together(name, rows[name, *rest], runs[name, *rest]) for name, *rest in rows], gaps
+
+
+def texts(evaluation: Path, row: dict) -> dict[str, acceptance.Rounds]:
+  """The rounds of every sample of an entry of the results, by id."""
+  case = evaluate.Case(*(row[k] for k in ("target", "drafter", "dataset")), temperature_of(row["mode"]), row["threshold"])
+  lines = (evaluation / "samples" / f"{case.key}.jsonl").read_text().splitlines()
+  records = {record["id"]: record for record in map(json.loads, lines)}
+  return {name: acceptance.Rounds.of(*(record[k] for k in evaluate.COUNTERS), record.get("confidence"))
+          for name, record in sorted(records.items())}
+
+
+def together(name: str, rows: list[dict], runs: list[dict[str, acceptance.Rounds]]) -> dict:
+  """One entry for several seeds: all their rounds, with the interval over samples and seeds."""
+  block, tokens = rows[0]["block_size"], sum(row["tokens"] for row in rows)
+  rounds = [text for run in runs for text in run.values()]
+  curve = acceptance.reliability_of(rounds, block)
+  return rows[0] | acceptance.summary(rounds, block) | dict(
+      drafter=name, tokens=tokens, tokens_per_second=tokens / sum(row["tokens"] / row["tokens_per_second"] for row in rows),
+      accepted_length_interval=acceptance.interval([list(run.values()) for run in runs]),
+      by_seed=[row["accepted_length"] for row in rows], reliability=curve and curve.to_json())
 
 
 def temperature_of(mode: str) -> float:
@@ -102,33 +126,35 @@ def temperature_of(mode: str) -> float:
   return 0.0 if mode == "greedy" else float(mode.removeprefix("T="))
 
 
-def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict, found: dict, gaps: list[dict],
-           figures: dict[str, str]) -> str:
+def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict, versions: dict, rows: list[dict],
+           gaps: list[dict], figures: dict[str, str]) -> str:
   """The report as Markdown."""
-  base, versions = config.base, found["versions"]
+  base = config.base
   parts = [f"# Drafters for {base.target}, trained alike", "",
            f"{len(runs)} drafters, each trained for {settings.steps or base.steps} steps of {base.batch} x "
-           f"{base.row_length} tokens on the "
-           f"same data in the same order (seeds {', '.join(map(str, settings.seeds))}), then evaluated on "
-           f"{config.samples} held-out samples of {', '.join(config.datasets)}, {config.max_new_tokens} new tokens each. "
-           f"Intervals: 95 %, bootstrapped over samples. Versions: "
+           f"{base.row_length} tokens on the same data in the same order (seeds {', '.join(map(str, settings.seeds))}), then "
+           f"evaluated on {config.samples} held-out samples of {', '.join(config.datasets)}, {config.max_new_tokens} new "
+           f"tokens each. Intervals: 95 %, bootstrapped over samples, and over seeds where there are several. Versions: "
            + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", "",
            "## Training", ""]
-  parts += table(["drafter", "parameters", "loss", "tau (training)", "tokens/s"],
+  parts += table(["run", "parameters", "loss", "tau (training)", "tokens/s"],
                  [[label, f"{t['parameters'] / 1e6:.1f} M", f"{t['loss']:.3f}", f"{t['tau']:.2f}",
                    f"{t['tokens_per_second']:.0f}"] for label, t in trained.items()])
-  parts += ["", "## Evaluation", ""] + (settings.out / "evaluation" / "results.md").read_text().splitlines()
-  parts += ["", f"## Accepted length less that of {found['results'][0]['drafter']}, on the same samples", ""]
-  parts += table(["drafter", "dataset", "mode", "difference", "95 % interval"],
+  parts += ["", "## Evaluation", ""] + evaluate.markdown([evaluate.cells(row) for row in rows]).splitlines()
+  parts += ["", "## Accepted length by seed", ""]
+  parts += table(["drafter", "dataset", "mode", *(f"seed {seed}" for seed in settings.seeds)],
+                 [[row["drafter"], row["dataset"], row["mode"], *(f"{x:.3f}" for x in row["by_seed"])] for row in rows])
+  parts += ["", f"## Accepted length less that of {rows[0]['drafter']}, on the same samples", ""]
+  parts += table(["drafter", "dataset", "mode", "difference", "95 % interval", *(f"seed {seed}" for seed in settings.seeds)],
                  [[g["drafter"], g["dataset"], g["mode"], f"{g['difference']:+.3f}",
-                   "{:+.3f} to {:+.3f}".format(*g["interval"])] for g in gaps])
+                   "{:+.3f} to {:+.3f}".format(*g["interval"]), *(f"{x:+.3f}" for x in g["by_run"])] for g in gaps])
   if figures:
     parts += ["", "## Figures", ""]
     parts += [f"![{name}]({Path(path).relative_to(settings.out)})" for name, path in figures.items()]
   parts += ["", "## Settings", ""]
-  for label, run in runs.items():
-    plain = {k: v for k, v in dataclasses.asdict(run).items() if k in ("drafter", "loss", "optimizer", "anchors", "seed")}
-    parts.append(f"- `{label}`: `{json.dumps(plain, default=str)}`")
+  for name, seeds in runs.items():
+    plain = {k: v for k, v in dataclasses.asdict(seeds[0]).items() if k in ("drafter", "loss", "optimizer", "anchors")}
+    parts.append(f"- `{name}`: `{json.dumps(plain, default=str)}`")
   return "\n".join(parts) + "\n"
 
 

@@ -53,7 +53,7 @@ def summary(texts: list[Rounds], block_size: int) -> dict[str, Any]:
   kept, reached, verified = positions(n_accept, n_verify, block_size)
   rounds, drafts = len(n_accept), int(n_verify.sum())
   return dict(
-      rounds=rounds, accepted_length=_ratio(n_commit.sum(), rounds), accepted_length_interval=interval(texts),
+      rounds=rounds, accepted_length=_ratio(n_commit.sum(), rounds), accepted_length_interval=interval([texts]),
       acceptance=[_ratio(a, b) for a, b in zip(kept, reached)], reached=reached.tolist(),
       survival=[_ratio(a, b) for a, b in zip(kept, verified)], verified=verified.tolist(),
       verify_rate=_ratio(n_commit.sum(), drafts + rounds), drafts_per_round=_ratio(drafts, rounds),
@@ -67,36 +67,55 @@ def positions(n_accept: np.ndarray, n_verify: np.ndarray, block_size: int) -> tu
   return kept.sum(0), ((place <= n_accept[:, None]) & there).sum(0), there.sum(0)
 
 
-def interval(texts: list[Rounds]) -> list[float] | None:
-  """[low, high] of the accepted length, bootstrapped over texts: the rounds of one text are not independent."""
-  tokens = np.array([text.n_commit.sum() for text in texts if len(text.n_commit)])
-  rounds = np.array([len(text.n_commit) for text in texts if len(text.n_commit)])
-  if not len(rounds):
-    return None
-  drawn = np.random.default_rng(0).integers(0, len(rounds), (RESAMPLES, len(rounds)))
-  lengths = tokens[drawn].sum(1) / rounds[drawn].sum(1)
-  return np.quantile(lengths, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]).tolist()
+def interval(runs: list[list[Rounds]]) -> list[float] | None:
+  """[low, high] of the accepted length, bootstrapped over texts: the rounds of one text are not independent.
 
-
-def difference(mine: dict[str, Rounds], base: dict[str, Rounds]) -> dict[str, Any]:
-  """Accepted length of `mine` less that of `base`, on the same texts by id: {"difference", "interval" of 95 %}.
-
-  Texts are resampled in pairs: some are easy for every drafter, which is no difference between them. ValueError for
-  other texts.
+  Several runs (drafters of the same kind trained with other seeds), which decoded the same texts in the same order, are
+  resampled, too.
   """
-  if set(mine) != set(base):
-    raise ValueError(f"drafters are compared on other samples: {len(set(mine) ^ set(base))} of {len(set(mine) | set(base))} "
-                     f"were decoded with one of them only; evaluate both again")
-  names = [name for name in mine if len(mine[name].n_commit) and len(base[name].n_commit)]
-  if not names:
-    return {"difference": None, "interval": None}
-  count = lambda texts, of: np.array([of(texts[name].n_commit) for name in names], np.float64)
-  drawn = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
-  length = lambda texts, rows: count(texts, np.sum)[rows].sum(-1) / count(texts, len)[rows].sum(-1)
-  gap = length(mine, drawn) - length(base, drawn)
-  whole = np.arange(len(names))
-  return {"difference": float(length(mine, whole) - length(base, whole)),
-          "interval": np.quantile(gap, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]).tolist()}
+  counts = _counts(runs)
+  return _spread(_resampled(counts)) if counts.size else None
+
+
+def difference(mine: list[dict[str, Rounds]], base: list[dict[str, Rounds]]) -> dict[str, Any]:
+  """Accepted length of `mine` less that of `base`, on the same texts by id, a dictionary per run (see `interval`):
+  {"difference", "interval" of 95 %, "by_run"}.
+
+  Texts are resampled in pairs: some are easy for every drafter, which is no difference between them. So are runs, as
+  those of one seed share the order of the data. ValueError for other texts, or another number of runs.
+  """
+  ids, all_ids = (join(*map(set, mine + base)) for join in (set.intersection, set.union))
+  if ids != all_ids or len(mine) != len(base):
+    raise ValueError(f"drafters are compared on other samples: {len(all_ids - ids)} of {len(all_ids)} were decoded with "
+                     f"some of them only, in {len(mine)} and {len(base)} runs; evaluate them again")
+  counts = _counts([[run[name] for name in mine[0]] for run in mine + base])
+  if not counts.size:
+    return {"difference": None, "interval": None, "by_run": [None] * len(mine)}
+  length = lambda counts: counts[..., 0] / counts[..., 1]
+  mine, base = np.split(counts, 2)
+  return {"difference": float(length(mine.sum((0, 1))) - length(base.sum((0, 1)))),
+          "interval": _spread(_resampled(mine) - _resampled(base)),
+          "by_run": (length(mine.sum(1)) - length(base.sum(1))).tolist()}
+
+
+def _counts(runs: list[list[Rounds]]) -> np.ndarray:
+  """Tokens and rounds, i[runs,texts,2], of those texts that have rounds in every run."""
+  counts = [[(text.n_commit.sum(), len(text.n_commit)) for text in run] for run in runs]
+  counts = np.array(counts, np.int64).reshape(len(runs), -1, 2)
+  return counts[:, (counts[..., 1] > 0).all(0)]
+
+
+def _resampled(counts: np.ndarray) -> np.ndarray:
+  """Accepted lengths of RESAMPLES draws of texts and runs, the same for every call with as many: f[RESAMPLES]."""
+  rng = np.random.default_rng(0)
+  runs, texts, _ = counts.shape
+  drawn = rng.integers(0, texts, (RESAMPLES, 1, texts))
+  tokens, rounds = counts[rng.integers(0, runs, (RESAMPLES, runs, 1)), drawn].sum((1, 2)).T
+  return tokens / rounds
+
+
+def _spread(values: np.ndarray) -> list[float]:
+  return np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]).tolist()
 
 
 def reliability_of(texts: list[Rounds], block_size: int, temperatures=None) -> Reliability | None:
