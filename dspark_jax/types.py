@@ -100,6 +100,7 @@ class Drafter(Protocol):
   block_size: int
   words: Array | None   # i32[W], the reduced draft vocabulary
   every_position: bool  # trained at all positions of a row (recurrent drafters), not at sampled anchors
+  has_confidence: bool  # whether proposals say how likely their tokens are to survive
 
   def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...
   def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...

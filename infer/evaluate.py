@@ -116,7 +116,7 @@ class Models:
 
   @property
   def has_confidence(self) -> bool:
-    return getattr(getattr(self.drafter, "config", None), "confidence", "none") != "none"
+    return self.drafter is not None and self.drafter.has_confidence
 
 
 def main(settings: Settings) -> dict:
@@ -291,6 +291,9 @@ def load(settings: Settings, name: str) -> dict[str, Models]:
     drafter = None if path == PLAIN else dspark_jax.load_drafter(path, target, dtype=settings.dtype)
     models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer),
                                            compiled=compiled)
+    if drafter and not drafter.has_confidence and any(settings.thresholds):
+      raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: evaluate it apart, with "
+                       f"--thresholds 0")
     if models.has_confidence:
       stored = loading.stored_temperatures(path, drafter)  # not for_mode: what is not calibrated can be evaluated, too
       models.temperatures |= {mode: list(fitted) for mode, fitted in stored.by_mode.items()} if stored else {}

@@ -385,6 +385,7 @@ MISTAKES = [
     ("samples", "0", "the number of samples is 0"), ("targets", "/nowhere", "target /nowhere does not exist"),
     ("targets", QWEN3, "has no tokenizer.json"), ("drafters", "/nowhere", "/nowhere does not exist: expected a folder"),
     ("drafters", "/nowhere/none", "which means plain decoding"), ("drafters", [], "drafters is empty"),
+    ("drafters", DSPARK.with_name("generate_dflash_qwen3"), "has no confidence head, so no threshold but 0"),
     ("drafters", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
     ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"), ("speed", "11", "--speed")]
 

@@ -118,7 +118,7 @@ class Script:
   text: jax.Array   # i32[B,N]
   wrong: jax.Array  # bool[B,N]
   sure: jax.Array   # bool[B,N]
-  taps, block_size, words = (), 4, None
+  taps, block_size, words, has_confidence = (), 4, None, True
 
   def init_state(self, target, batch, max_len):
     return jnp.zeros(batch, jnp.int32)
@@ -201,6 +201,15 @@ def test_one_compilation():
   call(PROMPTS[2], temperature=1.3, top_p=0.5, seed=9, stop_token_ids=(1, 2, 3), confidence_threshold=0.4)
   call(PROMPTS[2], temperature=0.1, top_k=3, top_p=0.9)
   assert decode._cache_size() == before
+
+
+@pytest.mark.parametrize("kind, part", [("dflash", "no confidence head in the drafter"), ("mtp", "no confidence head"),
+                                        (None, "no drafter")])
+def test_a_threshold_for_nothing(kind, part):
+  """Kills: a threshold that is obeyed by nobody, and a user who believes that it made no difference."""
+  for name in ("confidence_threshold", "survival_threshold"):
+    with pytest.raises(ValueError, match=f"{name} is 0.5, but there is {part}"):
+      prepare(target(), kind and drafter(kind), PROMPTS, max_new_tokens=NEW, **{name: 0.5})
 
 
 def test_no_host_in_the_loop():

@@ -102,8 +102,7 @@ def main(settings: Settings) -> dict:
     tokenizer = chat.load_tokenizer(locate_target(settings.target))
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
-  # Recurrent drafters have no such head, and no such setting.
-  if getattr(drafter.config, "confidence", "none") == "none":
+  if not drafter.has_confidence:
     raise ValueError(f"{settings.drafter} has no confidence head, so there is nothing to calibrate: train a DSpark "
                      f"drafter with confidence 'markov' or 'hidden'")
   stored_temperatures(settings.drafter, drafter)  # what is damaged should not come out after an hour

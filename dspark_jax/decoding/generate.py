@@ -183,6 +183,9 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
   for name, value in (("confidence_threshold", confidence_threshold), ("survival_threshold", survival_threshold)):
     if not 0 <= value <= 1:
       raise ValueError(f"{name} is {value}, expected 0 (verify every draft) to 1")
+    if value and not (drafter and drafter.has_confidence):
+      raise ValueError(f"{name} is {value}, but there is no {'confidence head in the drafter' if drafter else 'drafter'}: "
+                       f"leave it at 0")
   seeds = [seed + row for row in range(len(prompts))] if seeds is None else seeds
   if len(seeds) != len(prompts):
     raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts: give one for each")
@@ -225,9 +228,9 @@ def generate(target: Target, drafter: Drafter | None, prompts: list[list[int]], 
 
   Keyword settings: temperature (0 = greedy), top_k (0 = off), top_p (1 = off), seed (row r uses seed + r) or seeds (one
   per row), stop_token_ids; temperatures (f[G], of the drafter's confidences), confidence_threshold and
-  survival_threshold: drafts from the first one below are not verified (0 = verify every draft). The text follows the target's own distribution in all
-  cases; at temperature 0 it is the target's own text. Compiles once per batch size, prompt bucket, max_new_tokens and
-  kind of sampling.
+  survival_threshold: drafts from the first one below are not verified (0 = verify every draft; others need a drafter with
+  a confidence head). The text follows the target's own distribution in all cases; at temperature 0 it is the target's own
+  text. Compiles once per batch size, prompt bucket, max_new_tokens and kind of sampling.
   """
   args, static = prepare(target, drafter, prompts, max_new_tokens=max_new_tokens, **settings)
   return collect(decode(*args, **static), max_new_tokens)

@@ -50,6 +50,10 @@ class DSpark(Backbone):
         width + (rank if config.confidence == "markov" else 0), rngs=rngs)
     self.lens = Lens(width, len(config.taps), config.slots, rngs=rngs) if config.lens else None
 
+  @property
+  def has_confidence(self) -> bool:
+    return self.confidence_head is not None
+
   def head(self, target: Target) -> DraftHead:
     return DraftHead(self.base_head(target),
                      None if self.markov_head is None else self.markov_head.markov_w2.weight[...])

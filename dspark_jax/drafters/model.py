@@ -18,6 +18,7 @@ class DraftModel(nnx.Module):
   """The part of the Drafter protocol that does not depend on how a block is made."""
 
   every_position = False
+  has_confidence = False
 
   def __init__(self, config):
     self.config = config
