@@ -88,6 +88,15 @@ def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") ->
   return _read_drafter(Path(path), target, jnp.dtype(dtype))[0]
 
 
+def made_for(path: str | os.PathLike, target: Target) -> bool:
+  """Whether the drafter of `path` is for this target, as far as its configuration tells. ValueError: no drafter there."""
+  path = drafter_folder(path)
+  if (path / "drafter.json").exists():
+    return hf.read_json(path / "drafter.json").get("target") == target_id(target)
+  _config_there(path)
+  return not _fit(dialects.drafter_config(hf.read_json(path / "config.json"))[1], target)
+
+
 def drafter_folder(path: str | os.PathLike) -> Path:
   """The folder with the drafter itself: `drafter` in a training run, else the one given."""
   path = Path(path)
@@ -122,10 +131,14 @@ def _read_ours(path, target):
   return kind, config, tensors, {"draft_words"} if config.draft_vocab_size else set(), problems, sidecar["imported"]
 
 
-def _read_deepspec(path, target):
+def _config_there(path):
   if not (path / "config.json").exists():
     raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with drafter.json "
                      f"(ours) or config.json (DeepSpec, DFlash) in it")
+
+
+def _read_deepspec(path, target):
+  _config_there(path)
   raw, tensors = hf.read_folder(path)
   (kind, config), frozen = dialects.drafter_config(raw), set()
   problems = _fit(config, target)

@@ -1,8 +1,9 @@
 """Evaluate drafters on benchmark prompts: accepted length, acceptance by position, calibration, tokens per second.
 
 When to use it: to compare drafters, or confidence thresholds, on the same samples. Every target x drafter x dataset x
-temperature x threshold is decoded; a run that is killed goes on where it stopped when the same command is given again,
-and may be given more drafters, datasets, temperatures and so on.
+temperature x threshold is decoded (a drafter without a confidence head at threshold 0 alone, and with the target that it
+was made for); a run that is killed goes on where it stopped when the same command is given again, and may be given more
+drafters, datasets, temperatures and so on.
 
     python -m infer.evaluate --targets smollm2 --drafters none runs/demo --out runs/evaluation
     python -m infer.evaluate --targets Qwen/Qwen3-4B --drafters dspark dflash --datasets gsm8k mt-bench --folder prompts \
@@ -120,27 +121,28 @@ class Models:
 
 
 def main(settings: Settings) -> dict:
-  check(settings)
-  cases = list_cases(settings)
-  where = dict(folder=settings.folder, hub=settings.hub, count=settings.samples)
-  datasets = {_label(name): benchmarks.load_samples(name, **where) for name in settings.datasets}
+  cases, datasets = check(settings), read_samples(settings)
   run, results = open_run(settings, datasets), []
   with program.bar() as bar:
     task = bar.add_task("samples", total=sum(len(datasets[case.dataset]) for case in cases), note="loading")
     tell = lambda done, note: bar.update(task, advance=done, note=note)
-    for name in settings.targets[1:]:
-      load(settings, name)  # a mistake is seen now, not after hours with the first target
+    others = [set(load(settings, name)) for name in settings.targets[1:]]  # a mistake is seen now, not after hours
     for name in settings.targets:
       loaded = load(settings, name)
+      orphans = {_label(path) for path in settings.drafters}.difference(loaded, *others)
+      if orphans and name == settings.targets[0]:
+        raise ValueError(f"{', '.join(sorted(orphans))} was made for none of the targets {', '.join(settings.targets)}")
       remember(settings, run, _label(name), loaded)
       for case in cases:
-        if case.target == _label(name):
-          records = evaluate(settings, case, loaded[case.drafter], datasets[case.dataset], tell)
-          results.append(result(case, loaded[case.drafter], records))
+        models, samples = loaded.get(case.drafter), datasets[case.dataset]
+        if case.target == _label(name) and models and (models.has_confidence or not case.threshold):
+          results.append(result(case, models, evaluate(settings, case, models, samples, tell)))
+        elif case.target == _label(name):
+          tell(len(samples), f"{case.key} does not exist")
   program.write(settings.out / "results.json", json.dumps(
       {"settings": run["settings"], "versions": run["versions"], "results": results}, indent=1, allow_nan=False) + "\n")
   rows = [cells(row) for row in results]
-  program.write(settings.out / "results.md", markdown(rows))
+  program.write(settings.out / "results.md", markdown(COLUMNS, rows))
   # A terminal is narrow: of the five columns that name a row, those that tell rows apart.
   shown = [i for i, name in enumerate(COLUMNS) if name in SHOWN or i < 5 and len({row[i] for row in rows}) > 1]
   table = Table(*(COLUMNS[i] for i in shown))
@@ -151,8 +153,8 @@ def main(settings: Settings) -> dict:
   return {"out": str(settings.out), "results": list(map(short, results))}
 
 
-def check(settings: Settings) -> None:
-  """ValueError for what can be seen to be wrong before anything is read."""
+def check(settings: Settings) -> list[Case]:
+  """The cases. ValueError for what can be seen to be wrong before anything is read."""
   for name in CASES:
     if not getattr(settings, name):
       raise ValueError(f"{name} is empty: give at least one")
@@ -172,6 +174,13 @@ def check(settings: Settings) -> None:
     raise ValueError(f"turns is {settings.turns!r}, expected first or all")
   if settings.dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  return list_cases(settings)
+
+
+def read_samples(settings: Settings) -> dict[str, list[Sample]]:
+  """The samples by the name of their dataset."""
+  where = dict(folder=settings.folder, hub=settings.hub, count=settings.samples)
+  return {_label(name): benchmarks.load_samples(name, **where) for name in settings.datasets}
 
 
 def list_cases(settings: Settings) -> list[Case]:
@@ -283,17 +292,19 @@ def _problem(record, models):
 
 
 def load(settings: Settings, name: str) -> dict[str, Models]:
-  """By drafter label, the target with each drafter: all at once, so that a mistake is seen before hours of decoding."""
+  """By drafter label, the target with each drafter: all at once, so that a mistake is seen before hours of decoding.
+  With several targets, a drafter goes with the one that it was made for."""
   tokenizer = chat.load_tokenizer(loading.locate_target(name))
   target = dspark_jax.load_target(name, dtype=settings.dtype)
   loaded, compiled = {}, {}
   for path in settings.drafters:
+    if len(settings.targets) > 1 and path != PLAIN and not loading.made_for(path, target):
+      continue
     drafter = None if path == PLAIN else dspark_jax.load_drafter(path, target, dtype=settings.dtype)
     models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer),
                                            compiled=compiled)
-    if drafter and not drafter.has_confidence and any(settings.thresholds):
-      raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: evaluate it apart, with "
-                       f"--thresholds 0")
+    if drafter and not drafter.has_confidence and 0 not in settings.thresholds:
+      raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: add 0 to --thresholds")
     if models.has_confidence:
       stored = loading.stored_temperatures(path, drafter)  # not for_mode: what is not calibrated can be evaluated, too
       models.temperatures |= {mode: list(fitted) for mode, fitted in stored.by_mode.items()} if stored else {}
@@ -308,6 +319,9 @@ def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sampl
   path = settings.out / "samples" / f"{case.key}.jsonl"
   known = read_records(path, samples, models)
   tell(len(known), case.key)
+  if case.threshold and case.mode not in models.temperatures:
+    program.say(f"{case.key}: no temperatures are stored for {case.mode}, the threshold meets the drafter's raw confidences; "
+                f"train.calibrate fits some")
   lengths = {s.id: len(encode(models, [s.turns[0]], [])) for s in samples if s.id not in known}
   limit = models.target.config.max_positions - settings.max_new_tokens
   long = [name for name in lengths if lengths[name] > limit]
@@ -335,7 +349,7 @@ def encode(models: Models, questions: list[str], answers: list[str]) -> list[int
   """Tokens of a conversation up to where the next answer begins, in non-thinking mode where the template has one."""
   messages = [{"role": role, "content": text} for pair in itertools.zip_longest(questions, answers)
               for role, text in zip(("user", "assistant"), pair) if text is not None]
-  return chat.encode_prompt(models.tokenizer, messages, enable_thinking=False)
+  return chat.encode_prompt(models.tokenizer, messages)
 
 
 def ask(settings: Settings, case: Case, models: Models, samples: list[Sample]) -> list[dict]:
@@ -421,10 +435,10 @@ def cells(row: dict) -> list[str]:
           *(number(after.get(f"{key}_mean"), 3) for key in ("ece", "auc", "brier")), number(before.get("ece_mean"), 3)]
 
 
-def markdown(rows: list[list[str]]) -> str:
-  """The results as a Markdown table."""
+def markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
+  """A Markdown table."""
   line = lambda row: "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n"
-  return line(COLUMNS) + line(["---"] * len(COLUMNS)) + "".join(map(line, rows))
+  return line(head) + line(["---"] * len(head)) + "".join(map(line, rows))
 
 
 if __name__ == "__main__":

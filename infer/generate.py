@@ -39,6 +39,8 @@ class Settings:
   """JSONL: {"prompt": TEXT} or {"messages": [...]} per line"""
   prompt_tokens: Path | None = None
   """JSON: [[ids...], ...]; needs no tokenizer"""
+  thinking: bool = False
+  """let the target think before it answers, where its chat template can; drafters are trained on answers alone"""
   max_new_tokens: int = 128
   temperature: float = 0.0
   """0 is greedy"""
@@ -104,8 +106,8 @@ def temperatures(settings: Settings, drafter):
   stored, mode = stored_temperatures(settings.drafter, drafter), mode_name(settings.temperature)
   if stored and mode in stored.by_mode:
     return stored.for_mode(mode)
-  if settings.survival_threshold:
-    program.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the survival threshold meets the drafter's "
+  if settings.survival_threshold or settings.confidence_threshold:
+    program.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the threshold meets the drafter's "
                 f"raw confidences; train.calibrate fits some")
   return None
 
@@ -117,14 +119,15 @@ def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
     if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids):
       raise ValueError(f"{settings.prompt_tokens} is not a list of lists of token ids: expected [[1, 2, 3], ...]")
     return ids
+  how = dict(enable_thinking=settings.thinking)
   if settings.prompt is not None:
     if not settings.prompt.strip():
       raise ValueError("the prompt is empty: expected some text")
-    return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}])]
+    return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}], **how)]
   prompts = []
-  for number, line in enumerate(settings.prompts.read_text().splitlines(), 1):
+  for number, line in enumerate(settings.prompts.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
     if line.strip():
-      prompts.append(chat.encode_prompt(tokenizer, _messages(line, f"{settings.prompts}, line {number}")))
+      prompts.append(chat.encode_prompt(tokenizer, _messages(line, f"{settings.prompts}, line {number}"), **how))
   return prompts
 
 

@@ -279,7 +279,8 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
 @pytest.mark.parametrize("changes, parts", [
     ({"seed": 1}, ["holds a run with other settings (seed)", "another --out"]),
     ({"questions": "one.jsonl"}, ["0 of 1 different questions", "at least 2"]),
-    ({"questions": "other.jsonl"}, ["(data)"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
+    ({"questions": "other.jsonl"}, ["(data)"]), ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
+    ({"out": "strange"}, ["run.json is another program's, or damaged"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
     ({"drafter": "trained"}, ["(drafter)"]),
     ({"drafter": "dflash"}, ["has no confidence head", "'markov' or 'hidden'"]),
     ({"drafter": DSPARK}, ["has no drafter.json to store temperatures in", "infer.convert"]),
@@ -298,6 +299,7 @@ def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_p
   monkeypatch.chdir(tmp_path)
   (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": " ".join(["w5"] * 80)}) + "\n")
   (tmp_path / "other.jsonl").write_text('{"prompt": "w5"}\n{"prompt": "w6"}\n')
+  (tmp_path / "list.jsonl").write_text('{"prompt": "w5 \u2028 w6"}\n\n{"prompt": ["w6"]}\n')
   if changes.get("drafter") in ("trained", "damaged"):
     trained = dspark_jax.load_drafter(DSPARK, qwen3())
     trained.norm.weight.set_value(trained.norm.weight[...] * (2 if changes["drafter"] == "trained" else 1))
@@ -310,6 +312,8 @@ def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_p
   if "out" in changes:
     (tmp_path / changes["out"]).mkdir()
     (tmp_path / changes["out"] / "rounds-greedy.jsonl").write_text("[]\n")
+  if changes.get("out") == "strange":
+    (tmp_path / "strange" / "run.json").write_text('{"settings": {}}')
   if changes.get("out") == "hurt":
     (tmp_path / "hurt" / "run.json").write_bytes((calibrated[0] / "run.json").read_bytes())
   before = files(folder)

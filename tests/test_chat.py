@@ -110,6 +110,14 @@ def test_template_variables(tokenizer, monkeypatch):
   assert tokens[:len(prompt)] == prompt and mask[len(prompt)]
 
 
+def test_thinking_is_off_unless_asked_for(tokenizer, monkeypatch):
+  """Kills: drafters trained on a target that thinks and measured on one that does not (Qwen3 thinks by default)."""
+  monkeypatch.setattr(tokenizer, "chat_template", "{% if enable_thinking | default(true) %}thinks {% endif %}" + REWRITING)
+  for encoded in (chat.encode_prompt(tokenizer, CHAT[:1]), chat.encode_conversation(tokenizer, CHAT[:2])[0]):
+    assert tokenizer.decode(encoded).startswith("<|im_start|>user")
+  assert tokenizer.decode(chat.encode_prompt(tokenizer, CHAT[:1], enable_thinking=True)).startswith("thinks ")
+
+
 def test_conversation_starts_with_its_prompts(tokenizer):
   """Kills: training on other ids than decoding produces, e.g. newlines merged across the start of a reply."""
   tokens, mask = chat.encode_conversation(tokenizer, CHAT)

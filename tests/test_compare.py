@@ -123,6 +123,21 @@ def test_differences_between_seeds_count():
   assert wide > 0.15 > 0.05 > np.diff(interval([[text for run in lucky for text in run.values()]]))
 
 
+@pytest.mark.parametrize("old, new, part", [
+    ('datasets=(', 'datasets=("gsm8k",', "nothing says where the benchmark gsm8k is"),
+    ("temperatures=(0.0,)", "temperatures=(-1.0,)", "temperature is -1.0"), ("steps=2, ", "", "give --steps"),
+    ('kind="eagle3"', 'kind="eagle3", taps=(9,)', "taps [9] are out of range")])
+def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
+  """Kills: hours of training, then the sentence that says what was wrong from the start."""
+  text = (folder / "config.py").read_text()
+  (folder / "wrong.py").write_text(text.replace(old, new))
+  monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
+  assert text.count(old) == 1
+  with complains(part):
+    compare.main(compare.Settings(str(folder / "wrong.py"), (folder / "data.jsonl",), folder / "no"))
+  assert not (folder / "no").exists()
+
+
 def test_mistakes(folder, capsys):
   """Kills: a traceback for a train config given by mistake, or for a seed given twice."""
   for words, parts in ((("--config", "configs/demo.py"), ("CompareConfig",)),

@@ -32,6 +32,7 @@ KINDS = {  # (name in DRAFTERS, what differs from a small default)
   "eagle3 words": ("eagle3", dict(draft_vocab_size=len(WORDS))),
   "mtp": ("mtp", {}),
 }
+KINDS |= {name: (name, {}) for name in DRAFTERS if name not in (of for of, _ in KINDS.values())}  # a new one is tested, too
 NAMED = {name: next(kind for kind, (of, _) in KINDS.items() if of == name) for name in DRAFTERS}  # one kind of each
 GOLDENS = ("dspark_qwen3_vanilla", "dspark_qwen3_gated", "dspark_qwen3_rnn", "dflash_qwen3",
            "dflash_original")

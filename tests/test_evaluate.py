@@ -18,7 +18,7 @@ from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
 from infer import evaluate, program
 from infer.evaluate import Case, Models, Settings
-from folders import DSPARK, GOLDEN, QWEN3, compilation_cache, complains, with_tokenizer
+from folders import DSPARK, GOLDEN, LLAMA, QWEN3, compilation_cache, complains, with_tokenizer
 
 SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold", "samples",
           "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached", "survival", "verified",
@@ -123,9 +123,10 @@ def test_metrics_by_hand():
   assert got["rounds"] == 5 and got["accepted_length"] == 10 / 5 and got["verify_rate"] == 10 / 15
   assert got["accepted_tokens"] == 6 and got["rejected_tokens"] == 4 and got["drafts_per_round"] == 2
   assert got["accepted_length_interval"] == [2, 2]  # one text has no spread
-  nothing = acceptance.summary([Rounds.of([], [], [])], 2)
+  nothing = acceptance.summary([Rounds.of([], [], [], [])], 2)
   assert nothing["accepted_length"] is None and nothing["acceptance"] == [None, None] and nothing["rounds"] == 0
   json.dumps(nothing, allow_nan=False)
+  assert acceptance.reliability_of([Rounds.of([], [], [], []), Rounds.of([1], [2], [2], [[0.5, 0.5]])], 2).ece.shape == (2,)
 
 
 def test_interval():
@@ -226,6 +227,25 @@ def arguments(folder, out, **changes) -> list:
           "--temperatures": [0, 1], "--thresholds": [0, 0.5], "--batch": 3, "--max-new-tokens": 10}
   args |= {"--" + name.replace("_", "-"): value for name, value in changes.items()}
   return [x for name, value in args.items() for x in (name, *(value if isinstance(value, list) else [value]))]
+
+
+def test_every_target_has_its_own_drafters(folder, tmp_path, capsys):
+  """Kills: a drafter that is tried with another's target, which ends the whole run; a threshold that means nothing, as
+  there is no confidence, taken for another result."""
+  with_tokenizer(LLAMA, folder / "llama")
+  dflash = DSPARK.with_name("generate_dflash_qwen3")
+  both = dict(targets=(str(folder / "llama"), str(folder / "target")), temperatures=(0.0,), max_new_tokens=2)
+  evaluate.main(settings(folder, tmp_path / "out", drafters=("none", str(DSPARK), str(dflash)), **both))
+  assert "greedy--threshold=0.5: no temperatures are stored for greedy" in " ".join(capsys.readouterr().err.split())
+  found = [(r["target"], r["drafter"], r["threshold"]) for r in read(tmp_path / "out" / "results.json")["results"]]
+  assert found == [("llama", "none", None), ("target", "none", None), ("target", DSPARK.name, 0), ("target", DSPARK.name, 0.5),
+                   ("target", dflash.name, 0)]
+  other = GOLDEN / "drafter_dspark_qwen3_vanilla"
+  with complains(f"{other.name} was made for none of the targets"):
+    evaluate.main(settings(folder, tmp_path / "no", drafters=(str(other), str(DSPARK)), **both))
+  with complains("has no confidence head", "add 0 to --thresholds"):
+    evaluate.main(settings(folder, tmp_path / "no", drafters=(str(dflash),), thresholds=(0.5,)))
+  assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("temperature, threshold", [(0.0, 0.0), (1.0, 0.5)])
@@ -385,7 +405,6 @@ MISTAKES = [
     ("samples", "0", "the number of samples is 0"), ("targets", "/nowhere", "target /nowhere does not exist"),
     ("targets", QWEN3, "has no tokenizer.json"), ("drafters", "/nowhere", "/nowhere does not exist: expected a folder"),
     ("drafters", "/nowhere/none", "which means plain decoding"), ("drafters", [], "drafters is empty"),
-    ("drafters", DSPARK.with_name("generate_dflash_qwen3"), "has no confidence head, so no threshold but 0"),
     ("drafters", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
     ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"), ("speed", "11", "--speed")]
 

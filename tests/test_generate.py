@@ -212,6 +212,13 @@ def test_a_threshold_for_nothing(kind, part):
       prepare(target(), kind and drafter(kind), PROMPTS, max_new_tokens=NEW, **{name: 0.5})
 
 
+@pytest.mark.parametrize("wrong", [[1.0, 1.0], [1.0, 1.0, 0.0], [-1.0, 1.0, 1.0]])
+def test_temperatures_that_are_none(wrong):
+  """Kills: a table of another block size that is broadcast, and temperatures that turn confidences round."""
+  with pytest.raises(ValueError, match="expected 3 positive numbers"):
+    prepare(target(), drafter("rnn"), PROMPTS, max_new_tokens=NEW, temperatures=wrong)
+
+
 def test_no_host_in_the_loop():
   """Kills: a verification driven from the host (EAGLE-3 on TPU: 5-30 times slower than no speculation)."""
   args, static = prepare(target(), drafter("rnn"), PROMPTS[:1], max_new_tokens=NEW, temperature=0.8, top_k=8)
@@ -301,21 +308,24 @@ def joint_of_four(target, prompt, *settings):
   return joint.reshape([size] * 4)
 
 
-@pytest.mark.parametrize("top, words", [
-  pytest.param((0, 1.0), None, id="full"),
-  pytest.param((4, 0.8), (0, 1, 3, 4), id="truncated"),
+@pytest.mark.parametrize("kind, top, words", [
+  pytest.param("vanilla", (0, 1.0), None, id="full"),
+  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), id="truncated"),
+  pytest.param("eagle3", (0, 1.0), None, id="eagle3"),
+  pytest.param("mtp", (4, 0.8), (0, 1, 3, 4), id="mtp"),
 ])
-def test_text_follows_the_target(top, words, monkeypatch):
+def test_text_follows_the_target(kind, top, words, monkeypatch):
   """Kills: what is not lossless from end to end: drafts and q under different settings, residual at the wrong
   slot, a cut by the confidence of the drawn token itself, random numbers shared between draws."""
   for bucket in ("PROMPT_BUCKET", "CACHE_BUCKET"):
     monkeypatch.setattr(subject, bucket, 4)
   target, prompt = small_target("llama", seed=2, vocab_size=6), [3, 1, 4]
-  drafter = small_drafter(target, seed=6, words=words, num_layers=1, block_size=2,
+  drafter = small_drafter(target, kind, seed=6, words=words, num_layers=1, block_size=2,
                           draft_vocab_size=len(words or ()))
-  proj = drafter.confidence_head.proj.weight
-  proj.set_value(jnp.where(jnp.arange(20)[None] < 16, 0, 16 * proj[...]))  # the token alone decides the cut
-  for temperature, threshold in ((0.7, 0.0), (1.0, 0.5)):
+  if drafter.has_confidence:
+    proj = drafter.confidence_head.proj.weight
+    proj.set_value(jnp.where(jnp.arange(20)[None] < 16, 0, 16 * proj[...]))  # the token alone decides the cut
+  for temperature, threshold in ((0.7, 0.0), (1.0, 0.5 * drafter.has_confidence)):
     out = generate(target, drafter, [prompt] * ROWS, max_new_tokens=4, temperature=temperature, top_k=top[0],
                    top_p=top[1], seed=int(10 * temperature), confidence_threshold=threshold)
     expected = ROWS * joint_of_four(target, prompt, temperature, *top)

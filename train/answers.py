@@ -61,11 +61,16 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   if settings.questions is None:
     return [(q.id, q.question) for q in split(stdlib_questions())[0]]
   questions = []
-  for number, line in enumerate(settings.questions.read_text().splitlines(), 1):
+  for number, line in enumerate(settings.questions.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
+    if not line.strip():
+      continue
     try:
-      questions.append((str(number), json.loads(line)["prompt"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ValueError(f'{settings.questions}, line {number} is no question: expected {{"prompt": TEXT}}') from error
+      text = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+      text = None
+    if not isinstance(text, str) or not text.strip():
+      raise ValueError(f'{settings.questions}, line {number} is no question: expected {{"prompt": TEXT}}')
+    questions.append((str(number), text))
   return questions
 
 

@@ -2,7 +2,8 @@
 
 When to use it: once a drafter is trained, before a survival threshold or a scheduler relies on its confidences. Prompts
 that it was not trained on are decoded; half of them fit one temperature per position and mode of sampling (Sequential
-Temperature Scaling; DSpark, 3.2.1), the other half measures. A run that is killed goes on where it stopped.
+Temperature Scaling; DSpark, 3.2.1), the other half measures. A run that is killed goes on where it stopped. The default
+prompts are those of infer.evaluate's dataset stdlib: an ECE from there is in part of prompts that the fit has seen.
 
     python -m train.calibrate --target smollm2 --drafter runs/demo
     python -m train.calibrate --target smollm2 --drafter runs/demo --temperatures 0 0.7 --questions mine.jsonl

@@ -41,19 +41,27 @@ class Settings:
   """one training run per drafter and seed; a seed changes the start, the anchors and the order of the data"""
   steps: int | None = None
   """instead of the config's"""
+  folder: Path | None = None
+  """where NAME.jsonl of the config's benchmarks are"""
+  hub: str | None = None
+  """dataset on the hub (owner/name) with NAME.jsonl in it"""
 
 
 def main(settings: Settings) -> dict:
   config = read_config(settings.config, CompareConfig)
   if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
     raise ValueError(f"seeds are {settings.seeds}, expected at least one, each once")
+  if not (settings.steps or config.base.steps):
+    raise ValueError(f"{settings.config} sets no steps, and all drafters must have as many: give --steps")
   runs = {name: planned(settings, config, name) for name in config.drafters}
-  trained = {run.out.name: train_one(run) for runs_of_seed in zip(*runs.values()) for run in runs_of_seed}
   evaluation = settings.out / "evaluation"
-  evaluate.main(evaluate.Settings(
+  asked = evaluate.Settings(
       targets=(config.base.target,), drafters=tuple(str(run.out) for seeds in runs.values() for run in seeds),
       datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
-      max_new_tokens=config.max_new_tokens, out=evaluation))
+      max_new_tokens=config.max_new_tokens, folder=settings.folder, hub=settings.hub, out=evaluation)
+  evaluate.check(asked), evaluate.read_samples(asked)  # a mistake is seen now, not after hours of training
+  trained = train_all([run for runs_of_seed in zip(*runs.values()) for run in runs_of_seed])
+  evaluate.main(asked)
   found = read_json(evaluation / "results.json")
   rows, gaps = pool(evaluation, found["results"], {run.out.name: name for name, seeds in runs.items() for run in seeds})
   results = settings.out / "results.json"
@@ -73,17 +81,23 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
           for seed in settings.seeds]
 
 
-def train_one(run) -> dict:
-  """Trains one drafter, or finds it trained: the last numbers of its training, and its size."""
-  program.say(f"[{run.out.name}]")
+def train_all(runs: list) -> dict[str, dict]:
+  """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
   with program.stderr.status("loading"):
-    target = dspark_jax.load_target(run.target, dtype=run.target_dtype)
-    tokenizer = chat.load_tokenizer(locate_target(run.target))
-  result = train.train(run, target, tokenizer)
-  if result["steps"] < read_json(run.out / "run.json")["total_steps"]:
-    raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same command to go on")
-  weights = names(load_drafter(run.out, target))
-  return {**result, "parameters": sum(int(np.prod(v.shape)) for v in weights.values())}
+    target = dspark_jax.load_target(runs[0].target, dtype=runs[0].target_dtype)
+    tokenizer = chat.load_tokenizer(locate_target(runs[0].target))
+  for run in runs:
+    train.drafter_config(run.drafter, target)  # what does not fit the target is seen before anything is trained
+  trained = {}
+  for run in runs:
+    program.say(f"[{run.out.name}]")
+    result = train.train(run, target, tokenizer)
+    if result["steps"] < read_json(run.out / "run.json")["total_steps"]:
+      raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same command to "
+                       f"go on")
+    weights = names(load_drafter(run.out, target))
+    trained[run.out.name] = {**result, "parameters": sum(int(np.prod(v.shape)) for v in weights.values())}
+  return trained
 
 
 def pool(evaluation: Path, results: list[dict], names: dict[str, str]) -> tuple[list[dict], list[dict]]:
@@ -118,7 +132,8 @@ def together(name: str, rows: list[dict], runs: list[dict[str, acceptance.Rounds
   return rows[0] | acceptance.summary(rounds, block) | dict(
       drafter=name, tokens=tokens, tokens_per_second=tokens / sum(row["tokens"] / row["tokens_per_second"] for row in rows),
       accepted_length_interval=acceptance.interval([list(run.values()) for run in runs]),
-      by_seed=[row["accepted_length"] for row in rows], reliability=curve and curve.to_json())
+      by_seed=[row["accepted_length"] for row in rows], reliability=curve and curve.to_json(),
+      temperatures=None, reliability_before=None)  # each seed has its own, or none
 
 
 def temperature_of(mode: str) -> float:
@@ -129,7 +144,8 @@ def temperature_of(mode: str) -> float:
 def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict, versions: dict, rows: list[dict],
            gaps: list[dict], figures: dict[str, str]) -> str:
   """The report as Markdown."""
-  base = config.base
+  table = lambda head, rows: evaluate.markdown(head, rows).splitlines()
+  base, to = config.base, lambda x, spec: "" if x is None else format(x, spec)
   parts = [f"# Drafters for {base.target}, trained alike", "",
            f"{len(runs)} drafters, each trained for {settings.steps or base.steps} steps of {base.batch} x "
            f"{base.row_length} tokens on the same data in the same order (seeds {', '.join(map(str, settings.seeds))}), then "
@@ -138,16 +154,17 @@ def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict,
            + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", "",
            "## Training", ""]
   parts += table(["run", "parameters", "loss", "tau (training)", "tokens/s"],
-                 [[label, f"{t['parameters'] / 1e6:.1f} M", f"{t['loss']:.3f}", f"{t['tau']:.2f}",
+                 [[label, f"{t['parameters'] / 1e6:.1f} M", f"{t['loss']:.3f}", to(t["tau"], ".2f"),
                    f"{t['tokens_per_second']:.0f}"] for label, t in trained.items()])
-  parts += ["", "## Evaluation", ""] + evaluate.markdown([evaluate.cells(row) for row in rows]).splitlines()
+  parts += ["", "## Evaluation", ""] + table(evaluate.COLUMNS, [evaluate.cells(row) for row in rows])
   parts += ["", "## Accepted length by seed", ""]
   parts += table(["drafter", "dataset", "mode", *(f"seed {seed}" for seed in settings.seeds)],
-                 [[row["drafter"], row["dataset"], row["mode"], *(f"{x:.3f}" for x in row["by_seed"])] for row in rows])
+                 [[row["drafter"], row["dataset"], row["mode"], *(to(x, ".3f") for x in row["by_seed"])] for row in rows])
   parts += ["", f"## Accepted length less that of {rows[0]['drafter']}, on the same samples", ""]
   parts += table(["drafter", "dataset", "mode", "difference", "95 % interval", *(f"seed {seed}" for seed in settings.seeds)],
-                 [[g["drafter"], g["dataset"], g["mode"], f"{g['difference']:+.3f}",
-                   "{:+.3f} to {:+.3f}".format(*g["interval"]), *(f"{x:+.3f}" for x in g["by_run"])] for g in gaps])
+                 [[g["drafter"], g["dataset"], g["mode"], to(g["difference"], "+.3f"),
+                   "{:+.3f} to {:+.3f}".format(*g["interval"]) if g["interval"] else "",
+                   *(to(x, "+.3f") for x in g["by_run"])] for g in gaps])
   if figures:
     parts += ["", "## Figures", ""]
     parts += [f"![{name}]({Path(path).relative_to(settings.out)})" for name, path in figures.items()]
@@ -156,12 +173,6 @@ def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict,
     plain = {k: v for k, v in dataclasses.asdict(seeds[0]).items() if k in ("drafter", "loss", "optimizer", "anchors")}
     parts.append(f"- `{name}`: `{json.dumps(plain, default=str)}`")
   return "\n".join(parts) + "\n"
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-  """Lines of a Markdown table."""
-  line = lambda cells: "| " + " | ".join(cells) + " |"
-  return [line(head), line(["---"] * len(head)), *map(line, rows)]
 
 
 if __name__ == "__main__":

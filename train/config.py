@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 from dspark_jax.config import raise_all
+from dspark_jax.drafters import DRAFTERS
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig
 
@@ -75,6 +76,8 @@ class TrainConfig:
     if self.drafter.from_bigrams and not 0 < self.drafter.draft_vocab_size <= 16384:
       problems.append(f"from_bigrams factors a matrix of words x words: expected draft_vocab_size 1..16384, got "
                       f"{self.drafter.draft_vocab_size}")
+    if self.drafter.kind not in DRAFTERS:
+      problems.append(f"the drafter's kind is {self.drafter.kind!r}, expected one of {', '.join(sorted(DRAFTERS))}")
     if self.drafter.lens and self.drafter.kind != "dspark":
       problems.append(f"lens is for drafters of the kind dspark, not {self.drafter.kind}")
     raise_all("training config", problems)

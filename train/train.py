@@ -40,7 +40,7 @@ from dspark_jax.loading import locate_target
 from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
-from train.config import TrainConfig, read_config
+from train.config import DrafterSettings, TrainConfig, read_config
 
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 
@@ -109,17 +109,21 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
   words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
-  kind = DRAFTERS[s.kind].Config
-  shape = {f.name: getattr(s, f.name) for f in dataclasses.fields(kind) if hasattr(s, f.name)}
-  shape |= dict(spec=target.config.spec, vocab_size=target.config.vocab_size, num_target_layers=target.config.num_layers,
-                draft_vocab_size=0)
-  drafter = dspark_jax.new_drafter(kind(**shape), kind=s.kind, words=words, seed=config.seed)
+  drafter = dspark_jax.new_drafter(drafter_config(s, target), kind=s.kind, words=words, seed=config.seed)
   if s.from_target:
     drafter = init_from_target(drafter, target)
   if s.from_bigrams:
     factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
     drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)  # a lens knows the bigrams' first draft too
   return drafter
+
+
+def drafter_config(settings: DrafterSettings, target):
+  """The drafter's own configuration for this target, before its words are chosen. ValueError when they do not fit."""
+  kind = DRAFTERS[settings.kind].Config
+  shape = {f.name: getattr(settings, f.name) for f in dataclasses.fields(kind) if hasattr(settings, f.name)}
+  return kind(**shape | dict(spec=target.config.spec, vocab_size=target.config.vocab_size,
+                             num_target_layers=target.config.num_layers, draft_vocab_size=0))
 
 
 def describe(config: TrainConfig, packed) -> dict:
@@ -133,6 +137,8 @@ def describe(config: TrainConfig, packed) -> dict:
 def known_run(folder: Path, record: dict) -> dict:
   """The record of the run in `folder`; ValueError when it is not the one described by `record`."""
   run = read_json(folder / "run.json")
+  if not isinstance(run.get("config"), dict) or "data" not in run:
+    raise ValueError(f"{folder / 'run.json'} is another program's, or damaged: choose another --out")
   differ = [k for k, v in record["config"].items() if run["config"].get(k) != v]
   differ += ["data"] if run["data"] != record["data"] else []
   if differ:

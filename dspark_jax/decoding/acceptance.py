@@ -29,7 +29,8 @@ class Rounds:
   def of(cls, n_accept: list[int], n_verify: list[int], n_commit: list[int], confidence=None) -> Rounds:
     """From lists as JSON has them."""
     plain = [np.asarray(x, np.int64) for x in (n_accept, n_verify, n_commit)]
-    return cls(*plain, None if confidence is None else np.asarray(confidence, np.float64).reshape(len(n_accept), -1))
+    confidence = None if confidence is None else np.asarray(confidence, np.float64)
+    return cls(*plain, confidence if confidence is None or confidence.ndim == 2 else confidence.reshape(0, 0))
 
 
 def commits(n_accept: list[int], count: int) -> list[int]:

@@ -186,6 +186,9 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
     if value and not (drafter and drafter.has_confidence):
       raise ValueError(f"{name} is {value}, but there is no {'confidence head in the drafter' if drafter else 'drafter'}: "
                        f"leave it at 0")
+  if temperatures is not None and (np.shape(temperatures) != (block,) or not (np.asarray(temperatures) > 0).all()):
+    raise ValueError(f"temperatures are {np.asarray(temperatures).tolist()}, expected {block} positive numbers, one for each "
+                     f"draft")
   seeds = [seed + row for row in range(len(prompts))] if seeds is None else seeds
   if len(seeds) != len(prompts):
     raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts: give one for each")
