@@ -59,7 +59,8 @@ def test_a_report_of_two_drafters(folder, one_seed, monkeypatch):
   assert gap["by_run"] == [pytest.approx(gap["difference"])]
   each = json.loads((folder / "out" / "evaluation" / "results.json").read_text())["results"]
   for row, pooled in zip(each, found):
-    assert pooled["by_seed"] == [row["accepted_length"]] and pooled["tokens_per_second"] == pytest.approx(row["tokens_per_second"])
+    assert pooled["by_seed"] == [row["accepted_length"]]
+    assert pooled["tokens_per_second"] == pytest.approx(row["tokens_per_second"])
     differ = {k for k in row if row[k] != pooled[k]} - {"drafter", "tokens_per_second"}
     assert differ <= {"accepted_length_interval", "reliability"}  # samples in another order
     assert not row["reliability"] or pooled["reliability"]["ece"] == pytest.approx(row["reliability"]["ece"])

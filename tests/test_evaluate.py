@@ -357,7 +357,8 @@ def test_calibrated_confidences(folder, tmp_path):
 
 
 @pytest.mark.parametrize("change, part", [
-    (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(seed=1), "seed was 0, is 1"), ("data", "the samples of data were others")])
+    (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(seed=1), "seed was 0, is 1"),
+    ("data", "the samples of data were others")])
 def test_other_settings_in_the_same_folder(change, part, folder, whole):
   """Kills: results of half of one evaluation and half of another."""
   before = (folder / "data.jsonl").read_text()

@@ -197,7 +197,8 @@ def test_prompts_and_settings(prompts, settings, parts):
 def test_training_settings_at_fault():
   """Kills: settings that surface after the target was loaded, or in the middle of a run; one complaint at a time."""
   drafter = DrafterSettings(taps=(1,), mask_token_id=0, from_bigrams=True, kind="eagle")
-  with complains("kind is 'eagle', expected one of dspark, eagle3", "batch is 0, expected at least 1", "minutes is -1, expected more than 0", "'float16', expected float32",
+  with complains("kind is 'eagle', expected one of dspark, eagle3", "batch is 0, expected at least 1",
+                 "minutes is -1, expected more than 0", "'float16', expected float32",
                  "expected draft_vocab_size 1..16384, got 0"):
     TrainConfig(target="t", out=Path("o"), drafter=drafter, batch=0, minutes=-1, compute_dtype="float16")
   with complains("lens is for drafters of the kind dspark, not eagle3"):
