@@ -86,7 +86,8 @@ def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str
   prompts = prompts[:None if settings.count is None else max(settings.count - len(known), 0)]
   stops, began, tokens, done = chat.stop_ids(tokenizer), time.monotonic(), 0, 0
   with program.bar() as bar, settings.out.open("a") as out:
-    task = bar.add_task("answers", total=len(prompts), note="the first batch, with its compilation")
+    name = f"answers, for {settings.minutes:g} minutes" if settings.minutes else "answers"
+    task = bar.add_task(name, total=len(prompts), note="the first batch, with its compilation")
     while done < len(prompts) and not (done and settings.minutes and time.monotonic() - began > settings.minutes * 60):
       part = prompts[done:done + settings.batch]
       padded = part + part[-1:] * (settings.batch - len(part))  # one compilation: the last batch is filled up
