@@ -68,11 +68,25 @@ class Blocks:
   supervised: Array  # bool[B,A,G]   contiguous from the first slot (sampled anchors)
 
 
+class Head(Protocol):
+  """A projection to words, as a pytree: made once before a loop, so that what it gathers is gathered once."""
+
+  def __call__(self, hidden: Array) -> Array: ...  # f[...,D] -> f32[...,W]
+
+
 @flax.struct.dataclass
 class DraftHead:
   """What turns a drafter's hidden states and latents into logits over the draft words."""
-  base: Array         # f[W,D]  the target's head at the draft words; frozen
-  bias: Array | None  # f[W,R]  the sequential head's projection of its latent; trained
+  base: Head         # f[...,D] -> f32[...,W]  the target's head at the draft words; frozen
+  bias: Head | None  # f[...,R] -> f32[...,W]  the sequential head's projection of its latent; trained
+
+  def __call__(self, hidden: Array, latent: Array | None) -> Array:
+    """f32[...,W] from hidden f[...,D] and, with a sequential head, its latent f[...,R].
+
+    The bias is added to what `base` gives: after a soft-cap, which is the target's own.
+    """
+    base = self.base(hidden)
+    return base if latent is None else base + self.bias(latent)
 
 
 @flax.struct.dataclass
@@ -84,27 +98,32 @@ class DraftOutputs:
 
 
 class Target(Protocol):
-  """A frozen language model (an nnx.Module used as a pytree)."""
+  """A frozen language model (an nnx.Module used as a pytree). A cache is a pytree that only its target looks into."""
+  vocab_size: int     # V
+  max_positions: int  # tokens that a row may have
 
-  def init_cache(self, batch: int, max_len: int) -> Any: ...
-  def embed(self, tokens: Array) -> Array: ...
-  def __call__(self, tokens: Array, cache: Any, taps: tuple[int, ...]) -> tuple[TargetOutput, Any]: ...
-  def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput: ...
-  def logits(self, hidden: Array) -> Array: ...
-  def commit(self, cache: Any, n: Array) -> Any: ...
+  def feature_width(self, taps: tuple[int, ...]) -> int: ...  # F
+  def init_cache(self, batch: int, max_len: int) -> Any: ...  # of B rows without a token, with room for max_len
+  def embed(self, tokens: Array) -> Array: ...                # i32[...] -> f[...,D]
+  def __call__(self, tokens: Array, cache: Any, taps: tuple[int, ...]) -> tuple[TargetOutput, Any]: ...  # i32[B,T]
+  def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput: ...  # whole sequences, no cache
+  def head(self, words: Array | None = None) -> Head: ...     # over all V words, or over words i32[W]
+  def commit(self, cache: Any, n: Array) -> Any: ...          # the first n i32[B] of the rows just run are final
+  def insert(self, cache: Any, row: Array, one: Any) -> Any: ...  # row i32[] becomes that of `one`, a cache of one row
 
 
 class Drafter(Protocol):
   """Proposes blocks of tokens (an nnx.Module used as a pytree). Holds no copy of the target's embedding or head."""
-  taps: tuple[int, ...]
-  block_size: int
-  words: Array | None   # i32[W], the reduced draft vocabulary
+  taps: tuple[int, ...]  # of the target; their outputs are the features f[...,F]
+  block_size: int        # G
+  words: Array | None   # i32[W]  the reduced draft vocabulary, ascending; None: the target's
   every_position: bool  # trained at all positions of a row (recurrent drafters), not at sampled anchors
   has_confidence: bool  # whether proposals say how likely their tokens are to survive
 
-  def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...
-  def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...
-  def propose(self, target: Target, state: Any, anchor: Array, keys: Array, sampling: Any) -> Proposal: ...
+  def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...          # a pytree, every leaf per row
+  def insert(self, state: Any, row: Array, one: Any) -> Any: ...                      # row i32[] becomes that of `one`
+  def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...      # every verified row, prompts too
+  def propose(self, target: Target, head: DraftHead, state: Any, anchor: Array, keys: Array, sampling: Any
+              ) -> Proposal: ...                                                      # anchor i32[B], keys [B]
   def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs: ...
   def head(self, target: Target) -> DraftHead: ...
-  def logits(self, head: DraftHead, hidden: Array, latent: Array | None) -> Array: ...

@@ -106,15 +106,15 @@ def parts(settings: Settings, target, drafter, requests, state) -> dict:
 
   def draft(target, drafter, requests, state):
     def body(_, anchor):
-      return drafter.propose(target, state.draft, anchor, state.keys, requests.sampling).tokens[:, -1]
+      return drafter.propose(target, drafter.head(target), state.draft, anchor, state.keys, requests.sampling).tokens[:, -1]
     return jax.lax.fori_loop(0, times, body, state.anchor)
 
   def check(target, drafter, requests, state):
-    proposal = drafter.propose(target, state.draft, state.anchor, state.keys, requests.sampling)
+    proposal = drafter.propose(target, drafter.head(target), state.draft, state.anchor, state.keys, requests.sampling)
     def body(_, carry):
       anchor, cache = carry
       out, cache = target(jnp.concatenate([anchor[:, None], proposal.tokens], 1), cache, drafter.taps)
-      verdict = verify(target.logits(out.hidden), proposal, requests.sampling, accept_keys=state.keys,
+      verdict = verify(target.head()(out.hidden), proposal, requests.sampling, accept_keys=state.keys,
                        bonus_keys=sp.split_keys(state.keys, 1)[0])
       return verdict.next_token, cache
     return jax.lax.fori_loop(0, times, body, (state.anchor, state.cache))[0]

@@ -45,7 +45,6 @@ from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
 from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.nn.layers import linear
 from dspark_jax.targets.decoder import Decoder
 from infer import program
 
@@ -146,7 +145,8 @@ def rounds(settings: Settings, target, drafter, requests, static) -> Callable:
   begun = begin(target, drafter, requests, static["max_new_tokens"], static["capacity"])
 
   def run(target, drafter, requests, state):
-    state = jax.lax.fori_loop(0, settings.rounds, lambda _, s: gen.one_round(target, drafter, requests, s), state)
+    heads = gen.Heads.of(target, drafter)
+    state = jax.lax.fori_loop(0, settings.rounds, lambda _, s: gen.one_round(target, drafter, heads, requests, s), state)
     return state.replace(cache=None, draft=None)
 
   args = target, drafter, requests, begun
@@ -163,10 +163,11 @@ def slots(settings: Settings, target, drafter, requests) -> Callable:
   keys = jax.vmap(jax.random.key)(requests.seeds)
 
   def run(drafter, requests, hidden, base, keys):
+    bias = drafter.head(target).bias
     def body(_, anchor):
       # Moved by the anchor: without a head all blocks would be the same, and drawn only once.
       moved = base + anchor[:, None, None].astype(jnp.float32)
-      proposal = heads.propose(drafter.markov_head, None, hidden, moved, anchor, None, keys, requests.sampling)
+      proposal = heads.propose(drafter.markov_head, bias, None, hidden, moved, anchor, None, keys, requests.sampling)
       return proposal.tokens[:, -1]
     return jax.lax.fori_loop(0, settings.rounds, body, jnp.zeros(rows, jnp.int32))
 
@@ -192,13 +193,13 @@ def interleaved(calls: dict, repeats: int) -> dict[tuple, list[float]]:
 class Slots(DSpark):
   """The same drafter with the slots of a block as a Python loop; for a vanilla head or none, which carry no state."""
 
-  def propose(self, target, state, anchor, keys, sampling):
+  def propose(self, target, head, state, anchor, keys, sampling):
     tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
     hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
-    base, parts = linear(target.head, hidden, jnp.float32), []
+    base, parts = head.base(hidden), []
     for k in range(self.block_size):
       at = slice(k, k + 1)
-      parts.append(heads.propose(self.markov_head, None, hidden[:, at], base[:, at], anchor, None, keys, sampling))
+      parts.append(heads.propose(self.markov_head, head.bias, None, hidden[:, at], base[:, at], anchor, None, keys, sampling))
       anchor = parts[-1].tokens[:, 0]
     return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
 
@@ -253,7 +254,8 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
       jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
       jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.Sampling.of(0.0))))
   state = on(jax.eval_shape(lambda t, d, r: gen.start(t, d, r, 128, CONTEXT), target, drafter, requests))
-  compiled = jax.jit(gen.one_round, donate_argnums=3).lower(target, drafter, requests, state).compile()
+  heads = jax.eval_shape(gen.Heads.of, target, drafter)
+  compiled = jax.jit(gen.one_round, donate_argnums=4).lower(target, drafter, on(heads), requests, state).compile()
   loops, cost = len(re.findall(r" while\(", compiled.as_text())), compiled.cost_analysis()
   assert place is None or not loops, f"{loops} loops in the compiled round, whose bodies are counted once"
   return {"bytes": cost["bytes accessed"], "flops": cost["flops"]}

@@ -66,7 +66,7 @@ def absorb(drafter, target, state, features, n, next_tokens=None):
 
 @jax.jit
 def propose(drafter, target, state, anchor, keys, sampling):
-  return drafter.propose(target, state, anchor, keys, sampling)
+  return drafter.propose(target, drafter.head(target), state, anchor, keys, sampling)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def test_contract(family, kind):
   target, drafter = jax.tree.map(half, (target, drafter))  # where a stray float32 shows
 
   def round_of(drafter, target, state, features, sampling):
-    proposal = drafter.propose(target, state, jnp.zeros(2, jnp.int32), KEYS(2), sampling)
+    proposal = drafter.propose(target, drafter.head(target), state, jnp.zeros(2, jnp.int32), KEYS(2), sampling)
     n = jnp.ones(2, jnp.int32)
     return proposal, drafter.absorb(target, state, Committed(said(features), jnp.zeros((2, 4), jnp.int32), n))
 
   types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   for sampling in (Sampling.of(0.0), Sampling.of(0.7, 3)):
     state = jax.eval_shape(lambda: drafter.init_state(target, 2, 16))
-    features = jax.ShapeDtypeStruct((2, 4, 32), target.head.dtype)
+    features = jax.ShapeDtypeStruct((2, 4, 32), target.norm.weight.dtype)
     proposal, after = jax.eval_shape(round_of, drafter, target, state, features, sampling)
     assert jax.tree.structure(after) == jax.tree.structure(state) and types(after) == types(state)
     logits = ((2, 3, drafter.config.words), jnp.float32)
@@ -171,7 +171,7 @@ def forced(drafter, target, batch, encoded, anchors):
   else:
     blocks, at = blocks_at(batch, anchors[:, None], jnp.ones((2, 1), bool), drafter.block_size), jnp.zeros_like(anchors)
   out = drafter.train_outputs(target, batch, encoded, blocks)
-  logits = drafter.logits(drafter.head(target), out.hidden, out.latent)
+  logits = drafter.head(target)(out.hidden, out.latent)
   return jax.tree.map(lambda x: x[jnp.arange(2, dtype=jnp.int32), at], (logits, out.confidence))
 
 
@@ -273,7 +273,7 @@ def test_golden_rounds(case):
     state = absorb.__wrapped__(drafter, target, state, features, n)
     block = jnp.full((1, config.slots), config.mask_token_id, jnp.int32).at[:, 0].set(anchor)
     hidden = drafter.draft(target.embed(block), state.cache)
-    return state, hidden, drafter.propose(target, state, anchor, KEYS(1), Sampling.of(0.0))
+    return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), Sampling.of(0.0))
 
   state = drafter.init_state(target, 1, 64)
   for r in range(3):

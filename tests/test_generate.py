@@ -11,7 +11,7 @@ from scipy import stats
 
 from dspark_jax.checkpoints import hf
 from dspark_jax.decoding import generate as subject
-from dspark_jax.decoding.generate import collect, decode, generate, one_round, prepare, start
+from dspark_jax.decoding.generate import Heads, collect, decode, generate, one_round, prepare, start
 from dspark_jax.sampling import Sampling
 from dspark_jax.types import Proposal
 from test_drafters import KINDS, golden_drafter, small_drafter
@@ -123,10 +123,13 @@ class Script:
   def init_state(self, target, batch, max_len):
     return jnp.zeros(batch, jnp.int32)
 
+  def head(self, target):
+    return None
+
   def absorb(self, target, state, committed):
     return state + committed.n
 
-  def propose(self, target, state, anchor, keys, sampling):
+  def propose(self, target, head, state, anchor, keys, sampling):
     lengths = jnp.asarray([len(p) for p in PROMPTS], jnp.int32)
     at = (state - lengths + 1)[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
     text, wrong, sure = (jnp.take_along_axis(x, at, axis=1, mode="clip")
@@ -237,7 +240,7 @@ def test_a_round_keeps_the_type_of_the_state(kind, sampling):
   (*_, requests), _ = prepare(*models, PROMPTS, max_new_tokens=NEW)
   requests = requests.replace(sampling=Sampling.of(*sampling))
   state = jax.eval_shape(functools.partial(start, max_new_tokens=NEW, capacity=64), *models, requests)
-  after = jax.eval_shape(one_round, *models, requests, state)
+  after = jax.eval_shape(one_round, *models, jax.eval_shape(Heads.of, *models), requests, state)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   types = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
   assert types(after) == types(state)

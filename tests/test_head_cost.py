@@ -50,7 +50,7 @@ def test_slots_draw_the_same_blocks():
   drafter.markov_head.markov_w2.weight.set_value(500 * drafter.markov_head.markov_w2.weight[...])  # so that it decides
 
   def propose(drafter, anchor, keys, sampling, kind):
-    return kind.propose(drafter, target, drafter.init_state(target, 2, 64), anchor, keys, sampling)
+    return kind.propose(drafter, target, drafter.head(target), drafter.init_state(target, 2, 64), anchor, keys, sampling)
 
   args = jnp.asarray([3, 70], jnp.int32), jax.vmap(jax.random.key)(jnp.arange(2)), sp.Sampling.of(0.0)
   looped, unrolled = (jax.jit(propose, static_argnums=4)(drafter, *args, kind) for kind in (DSpark, head_cost.Slots))

@@ -18,7 +18,7 @@ from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.config import TargetConfig
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import add, mean
-from dspark_jax.nn.layers import linear
+from dspark_jax.nn.layers import WordHead
 from dspark_jax.targets.decoder import Decoder
 from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
@@ -59,7 +59,7 @@ def run(drafter, target, given, step):
   encoded = TargetOutput(given["target_last_hidden_states"], given["target_hidden_states"])
   outputs = drafter.train_outputs(target, batch, encoded, blocks)
   loss, metrics, grads = gradients(drafter, parameters(drafter), target, batch, encoded, blocks, step)
-  return dict(outputs=outputs, logits=drafter.logits(drafter.head(target), outputs.hidden, outputs.latent),
+  return dict(outputs=outputs, logits=drafter.head(target)(outputs.hidden, outputs.latent),
               blocks=blocks, candidates=candidates(batch), loss=loss, metrics=metrics, grads=grads)
 
 
@@ -131,20 +131,22 @@ WORDS = (1, 2, 4, 8, 9, 15, 16, 22)
 
 
 @flax.struct.dataclass
-class Head:
-  """As much of a drafter and of a target as the loss needs."""
+class Teacher:
+  """As much of a target as the loss needs."""
   weight: jax.Array
-  w2: jax.Array | None = None
-  words: jax.Array | None = None
+
+  def head(self, words=None):
+    return WordHead(self.weight).at(words)
+
+
+@flax.struct.dataclass
+class Student:
+  """As much of a drafter as the loss needs."""
+  w2: jax.Array
+  words: jax.Array | None
 
   def head(self, target):
-    return DraftHead(target.weight if self.words is None else target.weight[self.words], self.w2)
-
-  def logits(self, head, hidden=None, latent=None):
-    if hidden is None:  # the target's signature
-      return linear(self.weight, head, jnp.float32)
-    base = linear(head.base, hidden, jnp.float32)
-    return base if latent is None else base + linear(head.bias, latent, jnp.float32)
+    return DraftHead(target.head(self.words), WordHead(self.w2))
 
 
 def example(words=None, seed=0):
@@ -168,9 +170,9 @@ def example(words=None, seed=0):
 def loss_and_grad(arrays, blocks, config, words=None):
   """((loss, metrics), gradient with respect to every array of `example`)."""
   def loss(a):
-    drafter = Head(None, a["w2"], None if words is None else jnp.array(words, jnp.int32))
+    drafter = Student(a["w2"], None if words is None else jnp.array(words, jnp.int32))
     outputs = DraftOutputs(a["hidden"], a["latent"], a["confidence"])
-    return draft_loss(drafter, Head(a["head"]), outputs, blocks=blocks, target_hidden=a["target_hidden"],
+    return draft_loss(drafter, Teacher(a["head"]), outputs, blocks=blocks, target_hidden=a["target_hidden"],
                       config=config)
   return jax.value_and_grad(loss, has_aux=True)(arrays)
 
@@ -255,14 +257,14 @@ def test_only_the_drafter_learns():
 def test_parts_of_a_batch_add_up():
   """Kills a mean of microbatch means: the first row has fewer supervised slots than the second."""
   arrays, blocks = example(WORDS)
-  config, drafter = LossConfig(chunk=7), Head(None, arrays["w2"], jnp.array(WORDS, jnp.int32))
+  config, drafter = LossConfig(chunk=7), Student(arrays["w2"], jnp.array(WORDS, jnp.int32))
   weights = term_weights(drafter, blocks, config)
   (loss, metrics), _ = loss_and_grad(arrays, blocks, config, WORDS)
   assert_same(weights, {name: metrics[name].weight for name in weights})
 
   def part(row):
     outputs = DraftOutputs(*(arrays[name][row] for name in ("hidden", "latent", "confidence")))
-    return draft_loss(drafter, Head(arrays["head"]), outputs, blocks=jax.tree.map(lambda x: x[row], blocks),
+    return draft_loss(drafter, Teacher(arrays["head"]), outputs, blocks=jax.tree.map(lambda x: x[row], blocks),
                       target_hidden=arrays["target_hidden"][row], config=config, weights=weights)
 
   one, two = jax.jit(lambda: (part(slice(0, 1)), part(slice(1, 2))), compiler_options=QUICK)()

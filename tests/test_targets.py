@@ -70,13 +70,13 @@ def random_tokens(*shape, seed=0):
 def extend(target, tokens, cache, taps=TAPS):
   """(logits and features of tokens at the end of the cache, the cache with their rows not committed)"""
   out, cache = target(tokens, cache, taps)
-  return jnp.concatenate([target.logits(out.hidden), out.features], -1), cache
+  return jnp.concatenate([target.head()(out.hidden), out.features], -1), cache
 
 
 @jax.jit
 def encoded(target, batch):
   out = target.encode(batch, TAPS)
-  return jnp.concatenate([target.logits(out.hidden), out.features], -1)
+  return jnp.concatenate([target.head()(out.hidden), out.features], -1)
 
 
 def commit(target, cache, n):
@@ -104,7 +104,7 @@ def test_golden_target(case, layout):
   @jax.jit
   def both(target):
     outs = target(tokens, target.init_cache(2, 32), taps)[0], target.encode(batch_of(tokens, mask), taps)
-    return [(target.logits(out.hidden), out.hidden, out.features) for out in outs]
+    return [(target.head()(out.hidden), out.hidden, out.features) for out in outs]
 
   for logits, hidden, features in both(target):
     states = np.moveaxis(np.reshape(features, (*tokens.shape, len(taps), -1)), 2, 0)[::-1]

@@ -376,8 +376,8 @@ def test_a_drafter_started_from_bigrams():
   assert jax.tree.structure(started) == jax.tree.structure(drafter)
   hidden, previous = rng.normal(size=(3, 16)).astype(np.float32), jnp.array([5, 0, 39])
   state, latent = started.markov_head.step(None, started.markov_head.markov_w1(previous), hidden)
-  with_bias = started.logits(started.head(target), hidden, latent)
-  np.testing.assert_allclose(with_bias - started.logits(started.head(target), hidden, None), w1[previous] @ w2.T,
+  with_bias = started.head(target)(hidden, latent)
+  np.testing.assert_allclose(with_bias - started.head(target)(hidden, None), w1[previous] @ w2.T,
                              rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(started.norm(hidden), 0.3 * drafter.norm(hidden), rtol=1e-6)
   gated = DSpark(dataclasses.replace(drafter.config, markov_head="gated"), rngs=nnx.Rngs(0))

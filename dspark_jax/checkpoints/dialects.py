@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from dspark_jax.config import DrafterConfig, RecurrentConfig, hf_spec, raise_all
 from dspark_jax.types import Target
 
-FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...], "lm_head.weight": lambda target: target.head}
+FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...],
+          "lm_head.weight": lambda target: target.head().weight}
 
 
 ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel", "Qwen3Eagle3Model", "LlamaEagle3Model", "DFlashDraftModel")
@@ -114,7 +115,7 @@ def deepspec_config(kind: str, config: DrafterConfig | RecurrentConfig) -> str:
 
 def frozen_copies(target: Target, dtype) -> dict[str, jax.Array]:
   """The target's embedding and head under DeepSpec's names. ValueError when that would invent digits."""
-  if jnp.finfo(target.head.dtype).bits < jnp.finfo(dtype).bits:
-    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {target.head.dtype} embedding "
-                     f"and head would be rounded: load the target in {dtype}")
+  theirs = target.head().weight.dtype
+  if jnp.finfo(theirs).bits < jnp.finfo(dtype).bits:
+    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and head would be rounded: load the target in {dtype}")
   return {name: own(target).astype(dtype) for name, own in FROZEN.items()}

@@ -18,7 +18,7 @@ from dspark_jax import sampling as sp
 from dspark_jax.decoding.calibration import calibrate
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.decoding.verify import cut_at_stop, verify
-from dspark_jax.types import Array, Committed, Drafter, Proposal, Target
+from dspark_jax.types import Array, Committed, Drafter, DraftHead, Head, Proposal, Target
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, or of 128 above 128: one compilation per bucket
 CACHE_BUCKET = 64
@@ -53,6 +53,17 @@ class LoopState:
   rounds: Array    # i32[]
 
 
+@flax.struct.dataclass
+class Heads:
+  """What the loop multiplies with, made before it: what is gathered for a reduced vocabulary is gathered once."""
+  target: Head
+  draft: DraftHead | None
+
+  @classmethod
+  def of(cls, target: Target, drafter: Drafter | None) -> Heads:
+    return cls(target.head(), drafter.head(target) if drafter else None)
+
+
 def start(target: Target, drafter: Drafter | None, requests: Requests, max_new_tokens: int, capacity: int) -> LoopState:
   """The state after the prompt: caches filled, and the first new token, which is the first anchor, drawn."""
   batch, length = requests.prompts.shape
@@ -60,7 +71,7 @@ def start(target: Target, drafter: Drafter | None, requests: Requests, max_new_t
   out, cache = target(requests.prompts, target.init_cache(batch, capacity), taps)
   last = jnp.take_along_axis(out.hidden, (requests.prompt_lengths - 1)[:, None, None], axis=1)
   keys, first_keys = sp.split_keys(jax.vmap(jax.random.key)(requests.seeds), 2)
-  first = _choose(target.logits(last)[:, 0], requests.sampling, first_keys)
+  first = _choose(target.head()(last)[:, 0], requests.sampling, first_keys)
   state = None
   if drafter:
     following = jnp.concatenate([requests.prompts[:, 1:], first[:, None]], axis=1)
@@ -68,7 +79,7 @@ def start(target: Target, drafter: Drafter | None, requests: Requests, max_new_t
     state = drafter.absorb(target, drafter.init_state(target, batch, capacity),
                            Committed(out, following, requests.prompt_lengths))
   block = drafter.block_size if drafter else 0
-  failed = first >= target.config.vocab_size
+  failed = first >= target.vocab_size
   tokens = jnp.zeros((batch, max_new_tokens + 2 * block + 2), jnp.int32).at[:, 0].set(first)
   return LoopState(
       cache=target.commit(cache, requests.prompt_lengths), draft=state, anchor=first, keys=keys, tokens=tokens,
@@ -78,19 +89,19 @@ def start(target: Target, drafter: Drafter | None, requests: Requests, max_new_t
       rounds=jnp.int32(0))
 
 
-def one_round(target: Target, drafter: Drafter | None, requests: Requests, state: LoopState) -> LoopState:
+def one_round(target: Target, drafter: Drafter | None, heads: Heads, requests: Requests, state: LoopState) -> LoopState:
   """The state after one round of every row that is not done."""
   keys, draft_keys, accept_keys, bonus_keys = sp.split_keys(state.keys, 4)
   if drafter:
-    proposal = drafter.propose(target, state.draft, state.anchor, draft_keys, requests.sampling)
+    proposal = drafter.propose(target, heads.draft, state.draft, state.anchor, draft_keys, requests.sampling)
   else:
-    empty = jnp.zeros((*state.anchor.shape, 0, target.config.vocab_size))
+    empty = jnp.zeros((*state.anchor.shape, 0, target.vocab_size))
     proposal = Proposal(empty[..., 0].astype(jnp.int32), empty, empty, empty[..., 0], None)
   inputs = jnp.concatenate([state.anchor[:, None], proposal.tokens], axis=1)
   out, cache = target(inputs, state.cache, drafter.taps if drafter else ())
   confidence = calibrate(proposal.confidence, requests.temperatures)
   lengths = proposal_lengths(confidence, requests.threshold)
-  verdict = verify(target.logits(out.hidden), proposal, requests.sampling, accept_keys=accept_keys,
+  verdict = verify(heads.target(out.hidden), proposal, requests.sampling, accept_keys=accept_keys,
                    bonus_keys=bonus_keys, lengths=lengths)
   kept, stopped = cut_at_stop(proposal.tokens, verdict.n_accept, requests.stop_ids)
 
@@ -99,7 +110,7 @@ def one_round(target: Target, drafter: Drafter | None, requests: Requests, state
   emitted = jnp.concatenate([proposal.tokens, jnp.zeros_like(state.anchor)[:, None]], axis=1)
   emitted = jnp.where(place == kept[:, None], verdict.next_token[:, None], emitted)  # past a stop token: scratch
   n_new = jnp.where(live, kept + jnp.where(stopped, 0, 1), 0)
-  vocabulary = target.config.vocab_size
+  vocabulary = target.vocab_size
   failed = live & (jnp.any(proposal.tokens >= vocabulary, axis=1) | (verdict.next_token >= vocabulary)
                    | jnp.any(jnp.isnan(proposal.confidence), axis=1))
   record = lambda rows, new: jax.lax.dynamic_update_slice(
@@ -132,8 +143,8 @@ def decode(target: Target, drafter: Drafter | None, requests: Requests, *, max_n
 
   Returns the last state without its caches.
   """
-  state = start(target, drafter, requests, max_new_tokens, capacity)
-  state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), lambda s: one_round(target, drafter, requests, s), state)
+  state, heads = start(target, drafter, requests, max_new_tokens, capacity), Heads.of(target, drafter)
+  state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), lambda s: one_round(target, drafter, heads, requests, s), state)
   return state.replace(cache=None, draft=None)
 
 
@@ -169,7 +180,7 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
             stop_token_ids: tuple[int, ...] = (), confidence_threshold: float = 0.0, survival_threshold: float = 0.0,
             temperatures=None, seeds: list[int] | None = None) -> tuple[tuple, dict]:
   """(args, static kwargs) of `decode`. ValueError for an empty prompt, an id outside the vocabulary or too long a text."""
-  vocabulary, block = target.config.vocab_size, drafter.block_size if drafter else 0
+  vocabulary, block = target.vocab_size, drafter.block_size if drafter else 0
   if not prompts:
     raise ValueError("there are no prompts: expected at least one list of token ids")
   if max_new_tokens < 1:
@@ -193,9 +204,9 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
   if len(seeds) != len(prompts):
     raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts: give one for each")
   longest = max(map(len, prompts))
-  if longest + max_new_tokens > target.config.max_positions:
+  if longest + max_new_tokens > target.max_positions:
     raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the target's "
-                     f"{target.config.max_positions} positions: shorten the prompt or lower max_new_tokens")
+                     f"{target.max_positions} positions: shorten the prompt or lower max_new_tokens")
   bucket = PROMPT_BUCKET if longest <= 128 else 128
   padded = np.zeros((len(prompts), _round_up(longest, bucket)), np.int32)
   for row, prompt in enumerate(prompts):

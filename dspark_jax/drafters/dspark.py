@@ -13,7 +13,7 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.lens import Lens
 from dspark_jax.drafters.model import newest
 from dspark_jax.nn import cache as kv
-from dspark_jax.nn.layers import Linear, linear
+from dspark_jax.nn.layers import Linear, WordHead
 from dspark_jax.sampling import Sampling
 from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
 
@@ -21,7 +21,6 @@ from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOu
 @flax.struct.dataclass
 class DSparkState:
   cache: kv.Cache         # of the context, per draft layer
-  head: Array | None      # f[W,D]  as `DraftModel.gathered_head` gives it
   features: Array | None  # f[B,F]  of the newest column, which a lens reads
 
 
@@ -55,12 +54,12 @@ class DSpark(Backbone):
     return self.confidence_head is not None
 
   def head(self, target: Target) -> DraftHead:
-    return DraftHead(self.base_head(target),
-                     None if self.markov_head is None else self.markov_head.markov_w2.weight[...])
+    return DraftHead(target.head(self.words),
+                     None if self.markov_head is None else WordHead(self.markov_head.markov_w2.weight[...]))
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
     features = None if self.lens is None else jnp.zeros((batch, self.fc.weight.shape[1]), self.fc.weight.dtype)
-    return DSparkState(self.empty_context(batch, max_len), self.gathered_head(target), features)
+    return DSparkState(self.empty_context(batch, max_len), features)
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
     features, n = committed.encoded.features, committed.n
@@ -74,10 +73,11 @@ class DSpark(Backbone):
     tokens = jnp.full((*anchor.shape, self.config.slots), self.config.mask_token_id, jnp.int32)
     return target.embed(tokens.at[..., 0].set(anchor))
 
-  def propose(self, target: Target, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
+  def propose(self, target: Target, head: DraftHead, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling
+              ) -> Proposal:
     hidden = self.draft(self.slots(target, anchor, state.features), state.cache)[:, -self.block_size:]
-    base = linear(target.head if state.head is None else state.head, hidden, jnp.float32)
-    return heads.propose(self.markov_head, self._confidence, hidden, base, anchor, self.words, keys, sampling)
+    return heads.propose(self.markov_head, head.bias, self._confidence, hidden, head.base(hidden), anchor, self.words, keys,
+                         sampling)
 
   def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs:
     features = encoded.features

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax import sampling as sp
-from dspark_jax.nn.layers import Embedding, Linear, linear
-from dspark_jax.types import Array, Proposal
+from dspark_jax.nn.layers import Embedding, Linear
+from dspark_jax.types import Array, Head, Proposal
 
 
 def vanilla(head, state, embedding, hidden):
@@ -56,10 +56,6 @@ class MarkovHead(nnx.Module):
     """(state, latent), each f[...,R], of one slot."""
     return STEPS[self.kind](self, state, embedding, hidden)
 
-  def bias(self, latent: Array) -> Array:
-    """f32[...,W]: what the earlier tokens of the block add to the base logits."""
-    return linear(self.markov_w2.weight[...], latent, jnp.float32)
-
 
 def teacher_forced(head: MarkovHead, hidden: Array, previous: Array) -> tuple[Array, Array]:
   """(latents, embeddings), each f[N,G,R], of blocks whose previous tokens i32[N,G] are known. hidden: f[N,G,D]."""
@@ -86,21 +82,21 @@ def choose(logits: Array, keys: Array, k: Array, words: Array | None, sampling: 
   return column if words is None else words.at[column].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max), probs
 
 
-def propose(head: MarkovHead | None, confidence, hidden: Array, base: Array, anchor: Array, words: Array | None,
-            keys: Array, sampling: sp.Sampling) -> Proposal:
+def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Array, base: Array, anchor: Array,
+            words: Array | None, keys: Array, sampling: sp.Sampling) -> Proposal:
   """Draws a block left to right. hidden f[B,G,D], base logits f32[B,G,W], anchor i32[B], keys [B].
 
-  confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.
+  bias: of the `DraftHead`. confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.
   """
   def step(carry, slot):
     """One slot: (state, previous token) and (k, hidden, base logits) -> the next carry and what the slot gives."""
     state, previous = carry
     k, h, logits = slot
-    embedding = latent = None
+    embedding = None
     if head is not None:
       embedding = head.markov_w1(previous)
       state, latent = head.step(state, embedding, h)
-      logits = logits + head.bias(latent)
+      logits = logits + bias(latent)
     token, probs = choose(logits, keys, k, words, sampling)
     survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
     return (state, token), (token, logits, probs, survive)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.nn.layers import Block, linear
+from dspark_jax.nn.layers import Block
 from dspark_jax.types import Array, DraftHead, Target
 
 
@@ -37,21 +37,8 @@ class DraftModel(nnx.Module):
     """i32[W], or None when the draft vocabulary is the target's."""
     return None if self.draft_words is None else self.draft_words[...]
 
-  def base_head(self, target: Target) -> Array:
-    """f[W,D]: the target's head at the draft words."""
-    return target.head if self.words is None else jnp.take(target.head, self.words, axis=0, mode="clip")
-
-  def gathered_head(self, target: Target) -> Array | None:
-    """The base head, gathered once for a whole generation; None over all words, where no copy is needed."""
-    return None if self.words is None else self.base_head(target)
-
   def head(self, target: Target) -> DraftHead:
-    return DraftHead(self.base_head(target), None)
-
-  def logits(self, head: DraftHead, hidden: Array, latent: Array | None) -> Array:
-    """f32[...,W] from hidden f[...,D] and, with a sequential head, its latent f[...,R]."""
-    base = linear(head.base, hidden, jnp.float32)
-    return base if latent is None else base + linear(head.bias, latent, jnp.float32)
+    return DraftHead(target.head(self.words), None)
 
   def start_from(self, layers: list[Block]) -> None:
     """Sets the draft layers, and what feeds them, from as many layers of the target."""

@@ -18,9 +18,9 @@ from dspark_jax.drafters import heads
 from dspark_jax.drafters.model import DraftModel, newest
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, attend_causally, causal, sequence
-from dspark_jax.nn.layers import RMSNorm, linear, rope_table
+from dspark_jax.nn.layers import RMSNorm, rope_table
 from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftOutputs, Proposal, Target, TargetOutput
+from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
 
 QUERY_BLOCK = 128  # rows of a prompt that are absorbed as one causal block
 
@@ -29,7 +29,6 @@ QUERY_BLOCK = 128  # rows of a prompt that are absorbed as one causal block
 class RecurrentState:
   cache: kv.Cache     # of the committed columns' first steps
   hidden: Array       # f[B,D]  of the newest column, before the final norm: it predicts the first draft
-  head: Array | None  # f[W,D]  as `DraftModel.gathered_head` gives it
 
 
 class Recurrent(DraftModel):
@@ -56,7 +55,7 @@ class Recurrent(DraftModel):
   def init_state(self, target: Target, batch: int, max_len: int) -> RecurrentState:
     spec, dtype = self.config.spec, self.norm.weight[...].dtype
     cache = kv.empty(1, batch, spec.num_kv_heads, max_len, spec.head_dim, dtype)
-    return RecurrentState(cache, jnp.zeros((batch, spec.hidden_size), dtype), self.gathered_head(target))
+    return RecurrentState(cache, jnp.zeros((batch, spec.hidden_size), dtype))
 
   def absorb(self, target: Target, state: RecurrentState, committed: Committed) -> RecurrentState:
     """Runs the first step of T new columns, commits n of them, and keeps the hidden state of the last."""
@@ -75,16 +74,17 @@ class Recurrent(DraftModel):
     hidden = self.cell(embeddings, hidden, self._rope(cache.length[:, None] + steps), attention)
     return state.replace(cache=kv.commit(cache, n), hidden=newest(hidden, n, state.hidden))
 
-  def propose(self, target: Target, state: RecurrentState, anchor: Array, keys: Array, sampling: Sampling) -> Proposal:
+  def propose(self, target: Target, head: DraftHead, state: RecurrentState, anchor: Array, keys: Array,
+              sampling: Sampling) -> Proposal:
     """Draws a block by recurrence. The anchor itself was absorbed with the newest column."""
     spec, rows, later = self.config.spec, anchor.shape[0], self.block_size - 1
-    head, cache = target.head if state.head is None else state.head, state.cache
+    cache = state.cache
     hi = cache.length[:, None, None]
     context = Context(cache.k[0], cache.v[0], jnp.zeros_like(hi), hi)
     scratch = jnp.zeros((rows, 1, max(later, 1), spec.num_kv_heads, spec.head_dim), cache.v[0].dtype)
 
     def drawn(hidden, k):
-      logits = linear(head, self.norm(hidden), jnp.float32)
+      logits = head(self.norm(hidden), None)
       return *heads.choose(logits, keys, k, self.words, sampling), logits
 
     def step(carry, k):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -66,6 +67,21 @@ class Linear(nnx.Module):
   def __call__(self, x: Array) -> Array:
     y = linear(self.weight[...], x)
     return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+@flax.struct.dataclass
+class WordHead:
+  """Logits over W words, f32[...,W], from f[...,D]: the one place where hidden states meet a vocabulary."""
+  weight: Array  # f[W,D]
+  softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # logits stay within +-softcap
+
+  def __call__(self, hidden: Array) -> Array:
+    logits = linear(self.weight, hidden, jnp.float32)
+    return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+  def at(self, words: Array | None) -> WordHead:
+    """The head over words i32[W] alone; itself for None, without a copy."""
+    return self if words is None else self.replace(weight=jnp.take(self.weight, words, axis=0, mode="clip"))
 
 
 class Embedding(nnx.Module):

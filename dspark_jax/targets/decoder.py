@@ -9,7 +9,7 @@ from flax import nnx
 from dspark_jax.config import TargetConfig
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend_causally, causal, sequence
-from dspark_jax.nn.layers import Block, Embedding, Linear, RMSNorm, linear, rope_table
+from dspark_jax.nn.layers import Block, Embedding, Linear, RMSNorm, WordHead, rope_table
 from dspark_jax.types import Array, Batch, TargetOutput
 
 QUERY_BLOCK = 128  # a prompt or a training sequence is processed as causal blocks of this many tokens
@@ -31,20 +31,27 @@ class Decoder(nnx.Module):
     self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs)
 
   @property
-  def head(self) -> Array:
-    """f[V,D]: the output projection (the embedding table when tied)."""
-    return (self.lm_head or self.embed_tokens).weight[...]
+  def vocab_size(self) -> int:
+    return self.config.vocab_size
+
+  @property
+  def max_positions(self) -> int:
+    return self.config.max_positions
+
+  def feature_width(self, taps: tuple[int, ...]) -> int:
+    """F: every tap is the residual stream after a layer."""
+    return len(taps) * self.config.spec.hidden_size
+
+  def head(self, words: Array | None = None) -> WordHead:
+    """Logits from hidden states after the final norm; the weight is the embedding table when tied."""
+    return WordHead((self.lm_head or self.embed_tokens).weight[...]).at(words)
 
   def embed(self, tokens: Array) -> Array:
     return self.embed_tokens(tokens)
 
-  def logits(self, hidden: Array) -> Array:
-    """f32[...,V] from hidden states after the final norm: f[...,D]."""
-    return linear(self.head, hidden, jnp.float32)
-
   def init_cache(self, batch: int, max_len: int) -> kv.Cache:
     spec = self.config.spec
-    return kv.empty(self.config.num_layers, batch, spec.num_kv_heads, max_len, spec.head_dim, self.head.dtype,
+    return kv.empty(self.config.num_layers, batch, spec.num_kv_heads, max_len, spec.head_dim, self.norm.weight.dtype,
                     stacked=isinstance(self.layers, Block))
 
   def commit(self, cache: kv.Cache, n: Array) -> kv.Cache:

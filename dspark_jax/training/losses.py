@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from dspark_jax.metrics import Mean, weighted
-from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Target
+from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Head, Target
 
 EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervised slots has loss 0
 
@@ -101,21 +101,22 @@ def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target
   slot = jnp.arange(block, dtype=jnp.int32)[None, None]
   position = jnp.minimum(anchors[..., None] + slot, target_hidden.shape[1] - 1)
   head = drafter.head(target)
-  base = jax.lax.stop_gradient(head.base)
-  log_total = None if drafter.words is None else log_normalizer(target, target_hidden, chunk)
+  base, whole = jax.lax.stop_gradient((head.base, target.head()))
+  log_total = None if drafter.words is None else log_normalizer(whole, target_hidden, chunk)
 
   def teacher(position):
     rows = jnp.take_along_axis(target_hidden, position[..., None], axis=1)
     if log_total is None:
-      return jax.nn.softmax(target.logits(rows)), 0.0
+      return jax.nn.softmax(whole(rows)), 0.0
     total = jnp.take_along_axis(log_total, position, axis=1)[..., None]
-    p = jnp.exp(drafter.logits(DraftHead(base, None), rows, None) - total)
+    p = jnp.exp(base(rows) - total)
     return p, jnp.maximum(1 - p.sum(-1), 0)
 
   def terms(slots, bias, fixed):
     (hidden, latent), (position, column, weights) = slots, fixed
     p, outside = teacher(position)
-    log_q = jax.nn.log_softmax(drafter.logits(DraftHead(base.astype(hidden.dtype), bias), hidden, latent))
+    mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
+    log_q = jax.nn.log_softmax(mine(hidden, latent))
     ce = -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0]
     tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
     soft = -(p * log_q).sum(-1)
@@ -151,9 +152,9 @@ def _sum_of_chunks(terms, slots, bias, fixed, chunk):
   return total(slots, bias)
 
 
-def log_normalizer(target: Target, target_hidden: Array, chunk: int) -> Array:
+def log_normalizer(head: Head, target_hidden: Array, chunk: int) -> Array:
   """f32[B,T]: log-sum-exp of the target's logits at every position, over the whole vocabulary."""
-  return in_chunks(lambda hidden: ((), jax.nn.logsumexp(target.logits(hidden), axis=-1)), target_hidden, chunk)[1]
+  return in_chunks(lambda hidden: ((), jax.nn.logsumexp(head(hidden), axis=-1)), target_hidden, chunk)[1]
 
 
 def in_chunks(function, rows, chunk: int):
