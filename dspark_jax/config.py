@@ -6,29 +6,7 @@ import dataclasses
 import typing
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockSpec:
-  """The static description of one transformer layer."""
-  hidden_size: int
-  intermediate_size: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rms_norm_eps: float
-  rope_theta: float
-  qk_norm: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetConfig:
-  """A frozen language model: `family` names a file in targets/."""
-  family: str
-  spec: BlockSpec
-  num_layers: int
-  vocab_size: int
-  tie_word_embeddings: bool
-  max_positions: int
+from dspark_jax.nn.layers import BlockSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,33 +118,3 @@ def _is(value, kind):
   if typing.get_origin(kind) is tuple:
     return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
   return dataclasses.is_dataclass(kind) or type(value) is kind  # a nested config checks itself
-
-
-def hf_spec(hf: dict[str, Any], *, qk_norm: bool) -> tuple[BlockSpec, list[str]]:
-  """(spec, problems) from a Hugging Face config; both spellings of the rope are read and theta is never assumed."""
-  problems = [f"key {k!r} is {'missing' if hf.get(k) is None else repr(hf[k])}, expected a number"
-              for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "num_hidden_layers",
-                        "vocab_size") if type(hf.get(k)) not in (int, float)]
-  rope, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-  theta = rope.get("rope_theta", hf.get("rope_theta"))
-  if theta is None:
-    problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently wrong)")
-  for part in (rope, scaling):
-    kind = part.get("rope_type", part.get("type", "default"))  # `type` is the older spelling
-    if kind != "default":
-      problems.append(f"rope_type {kind!r} is not supported, only 'default'")
-  if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1):
-    problems.append("a partial rotary embedding is not supported")
-  for key in ("attention_bias", "mlp_bias"):
-    if hf.get(key):
-      problems.append(f"{key} is true, but only layers without biases are supported")
-  if hf.get("hidden_act", "silu") != "silu":
-    problems.append(f"hidden_act is {hf['hidden_act']!r}, only 'silu' is supported")
-  sliding = hf.get("use_sliding_window", hf.get("sliding_window"))
-  if sliding or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
-    problems.append("a sliding window is trained in, which is not supported")
-  if problems:
-    return None, problems
-  heads = hf["num_attention_heads"]
-  return BlockSpec(hf["hidden_size"], hf["intermediate_size"], heads, hf.get("num_key_value_heads") or heads,
-                   hf.get("head_dim") or hf["hidden_size"] // heads, hf["rms_norm_eps"], float(theta), qk_norm), []

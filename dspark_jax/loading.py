@@ -20,7 +20,7 @@ from dspark_jax.data.chat import smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.types import Array, Drafter, Target
 
 
@@ -52,12 +52,13 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
   family = config.get("model_type")
   if family not in TARGETS:
     raise NotImplementedError(f"target {path} is of family {family!r}, supported are {', '.join(sorted(TARGETS))}")
-  config = TARGETS[family](config)
+  family = TARGETS[family]
+  config = family.config(config)
   # Tied heads are sometimes stored twice, and old exporters store the rotary frequencies, which follow from theta.
   unused = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
   unused |= {"lm_head.weight"} if config.tie_word_embeddings else set()
-  target = hf.fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
-                   prefix=lambda name: name if name.startswith("lm_head") else f"model.{name}", extra_ok=unused)
+  target = hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
+                   stored=family.stored, extra_ok=unused)
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
   return stack_layers(target) if scanned else target

@@ -41,11 +41,12 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from infer import program
 
 SPEC = BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True)

@@ -25,10 +25,11 @@ from flax import nnx
 from rich.table import Table
 
 from dspark_jax import sampling as sp
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import StepConfig, init_state, parameters, train_step
 from dspark_jax.types import Batch

@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.data import chat
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from infer import program
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,11 +10,10 @@ import pytest
 from flax import nnx
 
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.sampling import Sampling
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
 from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target

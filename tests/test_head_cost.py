@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from dspark_jax import sampling as sp
-from dspark_jax.config import BlockSpec, TargetConfig
 from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import TargetConfig
 from infer import head_cost, plots
 from folders import QWEN3, called, qwen3
 

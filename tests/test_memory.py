@@ -7,7 +7,9 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.config import DrafterConfig
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import TargetConfig
 from infer import memory, program
 
 SPEC = BlockSpec(16, 32, 2, 1, 8, 1e-6, 1e4, qk_norm=True)

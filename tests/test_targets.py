@@ -10,9 +10,8 @@ import pytest
 from flax import nnx
 
 from dspark_jax.checkpoints import hf
-from dspark_jax.config import BlockSpec
 from dspark_jax.nn import attention, layers
-from dspark_jax.nn.layers import linear, rope_table
+from dspark_jax.nn.layers import BlockSpec, linear, rope_table
 from dspark_jax.targets import TARGETS, decoder
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.types import Batch
@@ -36,15 +35,15 @@ def randomised(module, seed):
 
 def small_target(family, seed=0, **changes):
   """A random model of a family in TARGETS."""
-  config = TARGETS[family](SMALL | changes)
+  config = TARGETS[family].config(SMALL | changes)
   return randomised(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), seed)
 
 
 def golden_target(case):
   raw, tensors = hf.read_folder(GOLDEN / case)
-  config = TARGETS[raw["model_type"]](raw)
+  config = TARGETS[raw["model_type"]].config(raw)
   return hf.fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), tensors, case,
-                 prefix=lambda name: name if name.startswith("lm_head") else f"model.{name}")
+                 stored=decoder.one_to_one)
 
 
 def packed(lengths, width):
@@ -146,7 +145,7 @@ def test_uncommitted_rows_are_never_read(target):
   whole, _ = extend(target, tokens[:, :8], target.init_cache(2, 16))
   cache = target.init_cache(2, 16)
   garbage = lambda tree: jax.tree.map(lambda x: x + 1e3, tree)
-  cache = cache.replace(k=garbage(cache.k), v=garbage(cache.v))
+  cache = cache.replace(layers=tuple(one.replace(k=garbage(one.k), v=garbage(one.v)) for one in cache.layers))
   _, cache = extend(target, tokens[:, 4:12], cache)
   cache = commit(target, cache, [0, 0])  # all eight rejected
   first, cache = extend(target, tokens[:, :4], cache)
@@ -160,9 +159,9 @@ def test_uncommitted_rows_are_never_read(target):
 def test_long_prompts_in_blocks(target, monkeypatch):
   """Kills: a block of the prompt that does not see the blocks before it, or sees its own twice."""
   tokens = random_tokens(1, 256)
-  assert decoder.QUERY_BLOCK == 128
+  assert attention.QUERY_BLOCK == 128
   cached, _ = extend(target, tokens, target.init_cache(1, 256))
-  monkeypatch.setattr(decoder, "QUERY_BLOCK", 256)
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 256)
   whole = jax.jit(lambda *args: encoded.__wrapped__(*args))(target, batch_of(tokens))  # traced anew
   close(cached, whole)
 
@@ -178,7 +177,7 @@ def test_length_must_fit_blocks(target):
 
 def test_packed_documents_equal_separate_rows(target, monkeypatch):
   """Kills: attention or positions that cross from one document of a row into the next."""
-  monkeypatch.setattr(decoder, "QUERY_BLOCK", 4)
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
   lengths, tokens = (5, 3, 6), random_tokens(1, 16)
   run = jax.jit(lambda *args: encoded.__wrapped__(*args))  # traced anew
   together = run(target, batch_of(tokens, *packed(lengths, 16)))
@@ -209,7 +208,8 @@ def attention_case():
 
 def block_attention(arrays, mask, bounds):
   q, k, v, far_k, far_v = arrays
-  return attention.attend(q, k, v, mask, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, *bounds))
+  place = attention.Place(None, *bounds, mask, None)
+  return attention.attend(q, k, v, place, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, "columns"))
 
 
 def dense_attention(arrays, mask, bounds):
@@ -288,7 +288,7 @@ def test_rope_is_float32_in_bfloat16_models():
   module = randomised(nnx.eval_shape(lambda: layers.Attention(spec, rngs=nnx.Rngs(0))), 0)
   module = jax.tree.map(lambda x: x.astype(jnp.bfloat16), module)
   x = jnp.asarray(np.tile(np.random.default_rng(0).normal(size=(1, 1, 16)), (1, 2, 1)), jnp.bfloat16)
-  queries = jax.jit(lambda module, x, positions: module.queries(x, rope_table(positions, 8, 1e4)))
+  queries = jax.jit(lambda module, x, positions: module.project(x, positions)[0])
   start, far = np.asarray(queries(module, x, np.array([[0, 3001]], np.int32))[0], np.float64)
   angle = 3001 * 1e4 ** (-np.arange(0, 8, 2) / 8)
   turned = (start[:, :4] + 1j * start[:, 4:]) * np.exp(1j * angle)

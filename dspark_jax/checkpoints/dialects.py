@@ -12,23 +12,29 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import DrafterConfig, RecurrentConfig, hf_spec, raise_all
+from dspark_jax.config import DrafterConfig, RecurrentConfig, raise_all
+from dspark_jax.targets import TARGETS
 from dspark_jax.types import Target
 
 FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...],
           "lm_head.weight": lambda target: target.head().weight}
 
 
-ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel", "Qwen3Eagle3Model", "LlamaEagle3Model", "DFlashDraftModel")
+ORIGINAL = "DFlashDraftModel"
+# (kind of drafter, reader of its layers) by architecture: DeepSpec's say which family's layers the drafter repeats.
+ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family in TARGETS.values()
+                 for name, kind in (("DSpark", "dspark"), ("Eagle3", "eagle3"))}
+ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
 
 
 def drafter_config(hf: dict) -> tuple[str, DrafterConfig | RecurrentConfig]:
   """(name of the drafter, configuration) in a stored config.json; ValueError lists what is missing or not understood."""
-  kind = (hf.get("architectures") or ["none"])[0]
-  if kind not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {kind!r} is not supported, only {', '.join(ARCHITECTURES)} are")
-  spec, problems = hf_spec(hf, qk_norm=not kind.startswith("Llama"))
-  return ("eagle3", _eagle3(hf, spec, problems)) if "Eagle3" in kind else ("dspark", _dspark(hf, spec, problems))
+  architecture = (hf.get("architectures") or ["none"])[0]
+  if architecture not in ARCHITECTURES:
+    raise NotImplementedError(f"drafter architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)} "
+                              f"are")
+  kind, block = ARCHITECTURES[architecture]
+  return kind, (_eagle3 if kind == "eagle3" else _dspark)(hf, *block(hf))
 
 
 def _eagle3(hf, spec, problems):
@@ -41,7 +47,7 @@ def _eagle3(hf, spec, problems):
 
 
 def _dspark(hf, spec, problems):
-  original = hf["architectures"][0] == "DFlashDraftModel"
+  original = hf["architectures"][0] == ORIGINAL
   own = {**hf, **hf.get("dflash_config", {})} if original else hf
   needed = ["block_size", "num_target_layers", "mask_token_id"] + ([] if original else ["target_layer_ids", "markov_rank"])
   problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]

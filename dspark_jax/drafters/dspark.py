@@ -12,7 +12,7 @@ from dspark_jax.drafters import heads
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.lens import Lens
 from dspark_jax.drafters.model import newest
-from dspark_jax.nn import cache as kv
+from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Linear, WordHead
 from dspark_jax.sampling import Sampling
 from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
@@ -20,7 +20,7 @@ from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOu
 
 @flax.struct.dataclass
 class DSparkState:
-  cache: kv.Cache         # of the context, per draft layer
+  cache: Cache         # of the context, per draft layer
   features: Array | None  # f[B,F]  of the newest column, which a lens reads
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax.nn.cache import insert_row
 from dspark_jax.nn.layers import Block
 from dspark_jax.types import Array, DraftHead, Target
 
@@ -40,6 +43,9 @@ class DraftModel(nnx.Module):
   def head(self, target: Target) -> DraftHead:
     return DraftHead(target.head(self.words), None)
 
+  def insert(self, state: Any, row: Array, one: Any) -> Any:
+    return insert_row(state, row, one)
+
   def start_from(self, layers: list[Block]) -> None:
     """Sets the draft layers, and what feeds them, from as many layers of the target."""
     raise NotImplementedError
@@ -55,9 +61,7 @@ def init_from_target(drafter: DraftModel, target: Target) -> DraftModel:
   if config.spec != target.config.spec or count > target.config.num_layers:
     raise ValueError(f"{count} draft layers {config.spec} cannot start from the target's "
                      f"{target.config.num_layers} layers {target.config.spec}: use the target's own block")
-  stacked = isinstance(target.layers, Block)
-  layers = [jax.tree.map(lambda x: x[i], target.layers) if stacked else target.layers[i]
-            for i in range(target.config.num_layers - count, target.config.num_layers)]
+  layers = target.last_layers(count)
   dtype = drafter.norm.weight[...].dtype
   new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
   new.start_from([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
