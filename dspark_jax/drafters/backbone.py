@@ -15,10 +15,7 @@ from dspark_jax.drafters.model import DraftModel, last_of
 from dspark_jax.nn.attention import at_once, attend, sequence
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Block, Linear, RMSNorm
-from dspark_jax.types import Array, Batch, Blocks
-
-
-LAYOUT = "columns"
+from dspark_jax.types import Array, Batch, Blocks, Target
 
 
 class Backbone(DraftModel):
@@ -36,9 +33,9 @@ class Backbone(DraftModel):
     """f[B,T,D] from tapped features f[B,T,F]."""
     return self.hidden_norm(self.fc(features))
 
-  def empty_context(self, batch: int, max_len: int) -> Cache:
+  def empty_context(self, target: Target, batch: int, max_len: int) -> Cache:
     """The drafter's own cache: keys and values of the context, per draft layer."""
-    layer = self.config.spec.init_cache(batch, max_len, self.fc.weight.dtype, layout=LAYOUT)
+    layer = self.config.spec.init_cache(batch, max_len, self.fc.weight.dtype, layout=target.cache_layout)
     return Cache((layer,) * self.config.num_layers, jnp.zeros(batch, jnp.int32))
 
   def absorb_context(self, cache: Cache, features: Array, n: Array) -> Cache:

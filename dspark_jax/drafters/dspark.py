@@ -59,7 +59,7 @@ class DSpark(Backbone):
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
     features = None if self.lens is None else jnp.zeros((batch, self.fc.weight.shape[1]), self.fc.weight.dtype)
-    return DSparkState(self.empty_context(batch, max_len), features)
+    return DSparkState(self.empty_context(target, batch, max_len), features)
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
     features, n = committed.encoded.features, committed.n

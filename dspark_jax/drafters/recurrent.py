@@ -22,7 +22,6 @@ from dspark_jax.nn.layers import RMSNorm
 from dspark_jax.sampling import Sampling
 from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
 
-LAYOUT = "columns"
 
 
 @flax.struct.dataclass
@@ -55,7 +54,7 @@ class Recurrent(DraftModel):
 
   def init_state(self, target: Target, batch: int, max_len: int) -> RecurrentState:
     spec, dtype = self.config.spec, self.norm.weight.dtype
-    cache = Cache((spec.init_cache(batch, max_len, dtype, layout=LAYOUT),), jnp.zeros(batch, jnp.int32))
+    cache = Cache((spec.init_cache(batch, max_len, dtype, layout=target.cache_layout),), jnp.zeros(batch, jnp.int32))
     return RecurrentState(cache, jnp.zeros((batch, spec.hidden_size), dtype))
 
   def absorb(self, target: Target, state: RecurrentState, committed: Committed) -> RecurrentState:

@@ -34,13 +34,14 @@ class TargetConfig:
 class Decoder(nnx.Module):
   """A decoder-only language model behind the Target protocol.
 
-  `layers` holds every layer (unrolled: what is fastest on CPU, where slicing a stacked weight copies it) or, when
-  `scanned`, one for each of a period, stacked over the repeats: one period to compile, for TPU and GPU.
+  `layers` holds every layer (unrolled, with caches of columns: what is fastest on CPU, where slicing a stacked weight
+  copies it) or, when `scanned`, one for each of a period, stacked over the repeats, with caches of rows: one period to
+  compile, for TPU and GPU.
   """
 
   def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.scanned = False
+    self.scanned, self.cache_layout = False, "columns"
     spec, period = config.spec, config.period
     self.embed_tokens = Embedding(config.vocab_size, spec.hidden_size, rngs=rngs)
     self.layers = nnx.List([period[i % len(period)].build(rngs=rngs) for i in range(config.num_layers)])
@@ -70,8 +71,8 @@ class Decoder(nnx.Module):
     config = self.config
     specs, repeats = (config.period, config.num_layers // len(config.period)) if self.scanned else (
         [config.period[i % len(config.period)] for i in range(config.num_layers)], 0)
-    layout = "rows" if self.scanned else "columns"
-    layers = (spec.init_cache(batch, max_len, self.norm.weight.dtype, layout=layout, stacked=repeats) for spec in specs)
+    how = dict(layout=self.cache_layout, stacked=repeats)
+    layers = (spec.init_cache(batch, max_len, self.norm.weight.dtype, **how) for spec in specs)
     return Cache(tuple(layers), jnp.zeros(batch, jnp.int32))
 
   def commit(self, cache: Cache, n: Array) -> Cache:
@@ -131,7 +132,7 @@ def stack_layers(decoder: Decoder) -> Decoder:
   stacked, period = nnx.merge(graph, state), len(decoder.config.period)
   stacked.layers = nnx.List([jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers[i::period])
                              for i in range(period)])
-  stacked.scanned = True
+  stacked.scanned, stacked.cache_layout = True, "rows"
   return stacked
 
 
