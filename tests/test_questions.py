@@ -177,7 +177,7 @@ numbered.__doc__, documented.__doc__ = 12, Text("Some words that stand in a docs
 broken.__doc__ = "Half of a character, \\ud800, that no file can hold."
 wrapped.__wrapped__ = signed.__signature__ = liar = Liar()
 homeless.__module__ = ["not", "hashable"]
-blind, lambda_ = Number(), lambda: 0
+blind = Number()
 __all__ = [[], 7, "missing", *globals()]
 globals()[5] = globals()["\\ud800"] = plain
 '''
@@ -203,7 +203,7 @@ def test_survives_any_object(this, error):
   exec(HOSTILE, vars(this))
   questions = q.stdlib_questions()
   subjects = [question.id.removeprefix("this.").rpartition("/")[0] for question in questions]
-  for name in ("plain default numbered documented broken wrapped signed annotated homeless Silent Owner".split()):
+  for name in "plain default numbered documented broken wrapped signed annotated homeless Silent Owner".split():
     assert subjects.count(name) == 4, name
   assert subjects.count("Owner.shared") == 2
   json.dumps([question.question for question in questions], ensure_ascii=False).encode()

@@ -275,7 +275,7 @@ def _is_class(value: Any) -> bool:
 
 
 def _is_routine(value: Any) -> bool:
-  """inspect.isroutine without asking value.__class__: functions, methods, and what makes methods when it is looked up."""
+  """As inspect.isroutine (functions, methods, what makes methods when looked up) without asking value.__class__."""
   has = lambda name: _safely(inspect.getattr_static, type(value), name, None) is not None
   bound = issubclass(type(value), (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType))
   return bound or (has("__get__") and not has("__set__"))
