@@ -1,8 +1,12 @@
 """The rules of the house, read from the source: who imports whom, what a library must not do, how long things get."""
 
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +144,22 @@ def test_every_folder_is_packaged():
   import tomllib
   listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
   assert listed == {".".join(p.parent.relative_to(ROOT).parts) for p in LIBRARY}
+
+
+@pytest.mark.parametrize("failing, code", [("nothing", 0), ("test", 3), ("demo", 3)])
+def test_ci_runs_what_the_machine_has(failing, code, tmp_path):
+  """Kills: trusting an interpreter's name (pyenv's python3.13 may only fail); a swallowed exit code."""
+  for name in ("bash", "awk", "sort", "head", "tail", "dirname"):
+    (tmp_path / name).symlink_to(shutil.which(name))
+  (tmp_path / "python3").symlink_to(sys.executable)
+  for name, script in {"make": f'echo "make $*"; [ "$1" != {failing} ] || exit 3',
+                       "python3.13": "echo 3.13 3.13.9 here; exit 127"}.items():
+    (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
+    (tmp_path / name).chmod(0o755)
+  env = os.environ | dict.fromkeys(("PATH", "HOME", "PYENV_ROOT", "UV_PYTHON_INSTALL_DIR"), str(tmp_path))
+  run = subprocess.run(["bash", ROOT / ".ci/run"], env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+  assert (run.returncode, run.stderr) == (code, "")
+  calls = [line.split() for line in run.stdout.splitlines() if line.startswith("make ")]
+  version = "%d.%d" % sys.version_info[:2]
+  assert all(call[-2:] == [f"PYTHON={tmp_path}/python3", f"VENV=.venv-{version}"] for call in calls)
+  assert [call[1] for call in calls] == (["test"] if failing == "test" else ["test", "demo"])
