@@ -41,7 +41,7 @@ from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import CACHE_BUCKET, collect, decode, prepare
-from infer import program
+from dspark_jax.programs import shell
 
 PLAIN = "none"
 CASES = ("targets", "drafters", "datasets", "temperatures", "thresholds")  # settings that may change: a file for each
@@ -123,7 +123,7 @@ class Models:
 def main(settings: Settings) -> dict:
   cases, datasets = check(settings), read_samples(settings)
   run, results = open_run(settings, datasets), []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("samples", total=sum(len(datasets[case.dataset]) for case in cases), note="loading")
     tell = lambda done, note: bar.update(task, advance=done, note=note)
     others = [set(load(settings, name)) for name in settings.targets[1:]]  # a mistake is seen now, not after hours
@@ -139,16 +139,16 @@ def main(settings: Settings) -> dict:
           results.append(result(case, models, evaluate(settings, case, models, samples, tell)))
         elif case.target == _label(name):
           tell(len(samples), f"{case.key} does not exist")
-  program.write(settings.out / "results.json", json.dumps(
+  shell.write(settings.out / "results.json", json.dumps(
       {"settings": run["settings"], "versions": run["versions"], "results": results}, indent=1, allow_nan=False) + "\n")
   rows = [cells(row) for row in results]
-  program.write(settings.out / "results.md", markdown(COLUMNS, rows))
+  shell.write(settings.out / "results.md", markdown(COLUMNS, rows))
   # A terminal is narrow: of the five columns that name a row, those that tell rows apart.
   shown = [i for i, name in enumerate(COLUMNS) if name in SHOWN or i < 5 and len({row[i] for row in rows}) > 1]
   table = Table(*(COLUMNS[i] for i in shown))
   for row in rows:
     table.add_row(*(row[i] for i in shown))
-  program.say(table)
+  shell.say(table)
   short = lambda row: row | {key: row[key] and row[key]["summary"] for key in row if key.startswith("reliability")}
   return {"out": str(settings.out), "results": list(map(short, results))}
 
@@ -234,7 +234,7 @@ def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]
   _refuse(settings.out, [f"{k} has changed since" for k, v in new.items() if run["models"].get(k, v) != v])
   run["models"] |= new
   (settings.out / "samples").mkdir(parents=True, exist_ok=True)
-  program.write(settings.out / "run.json", json.dumps(run, indent=1) + "\n")
+  shell.write(settings.out / "run.json", json.dumps(run, indent=1) + "\n")
 
 
 def _refuse(folder, differences):
@@ -320,8 +320,8 @@ def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sampl
   known = read_records(path, samples, models)
   tell(len(known), case.key)
   if case.threshold and case.mode not in models.temperatures:
-    program.say(f"{case.key}: no temperatures are stored for {case.mode}, the threshold meets the drafter's raw confidences; "
-                f"train.calibrate fits some")
+    shell.say(f"{case.key}: no temperatures are stored for {case.mode}, the threshold meets the drafter's raw confidences; "
+              f"train.calibrate fits some")
   lengths = {s.id: len(encode(models, [s.turns[0]], [])) for s in samples if s.id not in known}
   limit = models.target.config.max_positions - settings.max_new_tokens
   long = [name for name in lengths if lengths[name] > limit]
@@ -340,8 +340,8 @@ def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sampl
   records = [known[s.id] for s in samples]
   asked = sum(len(s.turns) for s in samples) if settings.turns == "all" else len(samples)
   if sum(record["turns"] for record in records) < asked:
-    program.say(f"{case.key}: {asked - sum(record['turns'] for record in records)} of {asked} turns were not asked, their "
-                f"conversations had outgrown the target's {models.target.config.max_positions} positions")
+    shell.say(f"{case.key}: {asked - sum(record['turns'] for record in records)} of {asked} turns were not asked, their "
+              f"conversations had outgrown the target's {models.target.config.max_positions} positions")
   return records
 
 
@@ -442,4 +442,4 @@ def markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

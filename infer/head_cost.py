@@ -46,8 +46,8 @@ from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn.layers import linear
+from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder
-from infer import program
 
 SPEC = BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
 QWEN3_8B = TargetConfig("qwen3", SPEC, 36, 151_936, False, 40_960)
@@ -84,22 +84,22 @@ def main(settings: Settings) -> dict:
     raise ValueError(f"{', '.join(small) or 'blocks'}: expected at least 1")
   blocks = sorted(set(settings.blocks))
   place = None if settings.compiler == "none" else tpu(settings.compiler)
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
   rows = []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("head cost", total=len(blocks) * (2 if place else 1), note="")
     for measure, on in ((measured, target), (counted, place)):
       for block in blocks if on is not None else ():
         rows.append(measure(settings, on, block))
-        program.say(f"{rows[-1]['device']}, block {block}: {rows[-1]['percent']:.2f} %")
+        shell.say(f"{rows[-1]['device']}, block {block}: {rows[-1]['percent']:.2f} %")
         bar.update(task, advance=1)
   result = {"head_cost": rows}
-  program.write(settings.out, json.dumps(result, indent=1) + "\n")
+  shell.write(settings.out, json.dumps(result, indent=1) + "\n")
   table = Table("device", "block", "percent of a round")
   for row in rows:
     table.add_row(row["device"], str(row["block_size"]), f"{row['percent']:.2f}")
-  program.say(table)
+  shell.say(table)
   return result
 
 
@@ -260,4 +260,4 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from dspark_jax.checkpoints.hf import read_json
-from infer import program
+from dspark_jax.programs import shell
 
 # Okabe and Ito's palette, whose colours also the colour-blind tell apart; black is for what belongs to no drafter.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
@@ -86,7 +86,7 @@ def main(settings: Settings) -> dict:
         figure = draw(prepare(results, costs, names), colours)
       except LeftOut as reason:
         left_out[name] = str(reason)
-        program.say(f"{name} is left out: {reason}")
+        shell.say(f"{name} is left out: {reason}")
         continue
       for kind in settings.formats:
         figure.savefig(buffer := io.BytesIO(), format=kind, dpi=120, metadata=UNDATED[kind])
@@ -94,7 +94,7 @@ def main(settings: Settings) -> dict:
       plt.close(figure)
       figures[name] = str(settings.out / f"{name}.{settings.formats[0]}")
   for path, data in drawn.items():  # nothing is written before everything is drawn
-    program.write(path, data)
+    shell.write(path, data)
   return {"figures": figures, "left_out": left_out}
 
 
@@ -279,7 +279,7 @@ def block_panels(results: list[dict], costs: list[dict], names: dict) -> tuple[l
       (panels, "no two drafters of the same kind, head and num_layers differ in block_size at threshold 0"),
       (lines, "there is no head_cost: give a file of infer.head_cost")) if not there]
   if len(missing) == 1:
-    program.say(f"figure4 shows only a part: {missing[0]}")
+    shell.say(f"figure4 shows only a part: {missing[0]}")
   _or_left_out(panels + lines, "; ".join(missing))
   return panels, lines
 
@@ -432,4 +432,4 @@ FIGURES = {
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

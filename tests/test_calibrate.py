@@ -16,8 +16,9 @@ from scipy import special
 import dspark_jax
 from dspark_jax.decoding.calibration import fit_temperatures, mode_name, reliability
 from dspark_jax.loading import save_temperatures
+from dspark_jax.programs import shell
 from folders import DSPARK, GOLDEN, QWEN3, complains, cut, files, fresh_drafter, qwen3, with_tokenizer
-from infer import generate, program
+from infer import generate
 from train import calibrate
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -34,7 +35,7 @@ def called(capsys, module, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
   capsys.readouterr()
   try:
-    program.run(module.main, module.Settings, args=[str(a) for a in args])
+    shell.run(module.main, module.Settings, args=[str(a) for a in args])
     got = 0
   except SystemExit as exit_:
     got = exit_.code
@@ -137,6 +138,7 @@ import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 from dspark_jax.loading import save_temperatures
+from dspark_jax.programs import shell
 write = Path.write_text
 def half(path, text):
   write(path, text[:len(text) // 2])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.decoding.acceptance import Rounds, difference, interval
-from infer import program
+from dspark_jax.programs import shell
 from train import compare, train
 from folders import LLAMA, complains, with_tokenizer
 
@@ -155,8 +155,8 @@ def test_mistakes(folder, capsys):
   for words, parts in ((("--config", "configs/demo.py"), ("CompareConfig",)),
                        (("--config", folder / "config.py", "--seeds", 1, 1), ("each once",))):
     with pytest.raises(SystemExit) as exit_:
-      program.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
-                                                        str(folder / "no")])
+      shell.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
+                                                      str(folder / "no")])
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert all(part in err for part in parts) and "Traceback" not in err

@@ -16,7 +16,8 @@ from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
-from infer import evaluate, program
+from dspark_jax.programs import shell
+from infer import evaluate
 from infer.evaluate import Case, Models, Settings
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, compilation_cache, complains, with_tokenizer
 
@@ -178,7 +179,7 @@ def called(capsys, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of the program called in this process."""
   capsys.readouterr()
   with pytest.raises(SystemExit) if code else pytest.MonkeyPatch.context() as exit_:
-    program.run(evaluate.main, Settings, args=[str(a) for a in args])
+    shell.run(evaluate.main, Settings, args=[str(a) for a in args])
   out, err = capsys.readouterr()
   assert "Traceback" not in err and (not code or exit_.value.code == code), err
   return (None if code else json.loads(out.splitlines()[-1])), err

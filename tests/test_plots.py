@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from dspark_jax.decoding.calibration import reliability
-from infer import plots, program
+from dspark_jax.programs import shell
+from infer import plots
 from folders import called
 
 FIGURES = ["figure2", "figure3", "figure4", "figure5", "figure6"]
@@ -124,14 +125,14 @@ def test_mistakes(flag, value, part, capsys, tmp_path):
 def test_a_full_disk_leaves_the_old_figure(monkeypatch, tmp_path):
   """Kills: writing in place; scratch files left behind."""
   path = tmp_path / "figure2.png"
-  program.write(path, b"old")
+  shell.write(path, b"old")
 
   def full(*_):
     raise OSError("No space left on device")
 
   monkeypatch.setattr(Path, "replace", full)
   with pytest.raises(OSError):
-    program.write(path, b"new")
+    shell.write(path, b"new")
   assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -23,7 +23,7 @@ from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.generate import PROMPT_BUCKET
 from dspark_jax.loading import locate_target
-from infer import program
+from dspark_jax.programs import shell
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     tokenizer = chat.load_tokenizer(locate_target(settings.target))
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
   return answer(settings, target, tokenizer, read_questions(settings))
@@ -85,7 +85,7 @@ def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str
   prompts = [(n, ids) for n, ids in prompts if len(ids) <= settings.max_prompt_tokens]
   prompts = prompts[:None if settings.count is None else max(settings.count - len(known), 0)]
   stops, began, tokens, done = chat.stop_ids(tokenizer), time.monotonic(), 0, 0
-  with program.bar() as bar, settings.out.open("a") as out:
+  with shell.bar() as bar, settings.out.open("a") as out:
     name = f"answers, for {settings.minutes:g} minutes" if settings.minutes else "answers"
     task = bar.add_task(name, total=len(prompts), note="the first batch, with its compilation")
     while done < len(prompts) and not (done and settings.minutes and time.monotonic() - began > settings.minutes * 60):
@@ -118,4 +118,4 @@ def answered(path: Path) -> tuple[set[str], int | None]:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -34,8 +34,8 @@ from dspark_jax.decoding import calibration
 from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
+from dspark_jax.programs import shell
 from dspark_jax.sampling import Sampling
-from infer import program
 from train import answers, train
 
 matplotlib.use("Agg")
@@ -99,7 +99,7 @@ class Rounds:
 def main(settings: Settings) -> dict:
   modes = check(settings)
   questions = read_questions(settings)
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     tokenizer = chat.load_tokenizer(locate_target(settings.target))
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
@@ -112,13 +112,13 @@ def main(settings: Settings) -> dict:
   open_run(out, settings, target, drafter, questions)
   records = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
   results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in records.items()}
-  program.write(out / "calibration.json", json.dumps(dict(target=settings.target, drafter=str(settings.drafter), modes={
+  shell.write(out / "calibration.json", json.dumps(dict(target=settings.target, drafter=str(settings.drafter), modes={
       mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}),
       indent=1, allow_nan=False) + "\n")
   picture(out / "calibration.png", results)
-  program.say(table(results))
+  shell.say(table(results))
   save_temperatures(settings.drafter, drafter, {mode: r["temperatures"] for mode, r in results.items()})
-  program.say(f"temperatures stored with {settings.drafter}; picture: {out / 'calibration.png'}")
+  shell.say(f"temperatures stored with {settings.drafter}; picture: {out / 'calibration.png'}")
   by_position = lambda field: {mode: {when: plain(getattr(r[when], field)) for when in ("before", "after")}
                                for mode, r in results.items()}
   by_mode = lambda key: {mode: r[key] for mode, r in results.items()}
@@ -172,8 +172,8 @@ def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int
                      f"{settings.max_prompt_tokens} tokens, expected at least 2: raise max_prompt_tokens or give "
                      f"others with --questions")
   if len(prompts) < settings.samples:
-    program.say(f"{len(prompts)} prompts, not {settings.samples}: there are no more of at most "
-                f"{settings.max_prompt_tokens} tokens")
+    shell.say(f"{len(prompts)} prompts, not {settings.samples}: there are no more of at most "
+              f"{settings.max_prompt_tokens} tokens")
   return prompts
 
 
@@ -188,7 +188,7 @@ def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
   elif held := sorted(p.name for p in out.glob("rounds-*.jsonl")):
     raise ValueError(f"{out} holds {', '.join(held)} but no run.json that says where from: choose another --out")
   else:
-    program.write(out / "run.json", json.dumps(record, indent=2) + "\n")
+    shell.write(out / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops, out: Path) -> dict[str, list]:
@@ -196,7 +196,7 @@ def collect(settings: Settings, modes: dict[str, float], target, drafter, prompt
   known = {mode: read_rounds(out / f"rounds-{mode}.jsonl") for mode in modes}
   missing = {mode: [(i, *prompt) for i, prompt in enumerate(prompts) if prompt[0] not in known[mode]] for mode in modes}
   batch = min(settings.batch, len(prompts))
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(modes) * len(prompts), note="")
     bar.advance(task, sum(len(prompts) - len(rows) for rows in missing.values()))
     for mode, temperature in modes.items():
@@ -245,8 +245,8 @@ def fit_and_report(mode: str, records: list[dict], block: int) -> dict:
   temperatures = fit(mode, rounds["fit"])
   before, after = rounds["report"].reliability(), rounds["report"].reliability(temperatures)
   if after.summary()["ece_mean"] > before.summary()["ece_mean"]:
-    program.say(f"{mode}: on the prompts that report, the calibration error rose from "
-                f"{before.summary()['ece_mean']:.2%} to {after.summary()['ece_mean']:.2%}: raise --samples")
+    shell.say(f"{mode}: on the prompts that report, the calibration error rose from "
+              f"{before.summary()['ece_mean']:.2%} to {after.summary()['ece_mean']:.2%}: raise --samples")
   return dict(temperatures=temperatures, before=before, after=after,
               observations={half: r.counts().tolist() for half, r in rounds.items()},
               prompts={half: [r["id"] for r in rows] for half, rows in halves.items()})
@@ -257,8 +257,8 @@ def fit(mode: str, rounds: Rounds) -> list[float]:
   counts = rounds.counts()
   block, enough = len(counts), int((counts >= MIN_OBSERVATIONS).sum())  # counts fall: the positions form a prefix
   for k in range(enough, block):
-    program.say(f"{mode}: position {k + 1} was observed {counts[k]} times in the prompts that fit, expected at least "
-                f"{MIN_OBSERVATIONS}: it keeps temperature 1; raise --samples or --max-new-tokens")
+    shell.say(f"{mode}: position {k + 1} was observed {counts[k]} times in the prompts that fit, expected at least "
+              f"{MIN_OBSERVATIONS}: it keeps temperature 1; raise --samples or --max-new-tokens")
   if not enough:
     return [1.0] * block
   confidence = rounds.confidence[:, :enough].astype(np.float64)
@@ -313,4 +313,4 @@ def picture(path: Path, results: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

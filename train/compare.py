@@ -25,7 +25,8 @@ from dspark_jax.checkpoints.hf import names, read_json
 from dspark_jax.data import chat
 from dspark_jax.decoding import acceptance
 from dspark_jax.loading import load_drafter, locate_target
-from infer import evaluate, plots, program
+from dspark_jax.programs import shell
+from infer import evaluate, plots
 from train import train
 from train.config import CompareConfig, read_config
 
@@ -65,11 +66,11 @@ def main(settings: Settings) -> dict:
   found = read_json(evaluation / "results.json")
   rows, gaps = pool(evaluation, found["results"], {run.out.name: name for name, seeds in runs.items() for run in seeds})
   results = settings.out / "results.json"
-  program.write(results, json.dumps(found | {"results": rows}, indent=1, allow_nan=False) + "\n")
+  shell.write(results, json.dumps(found | {"results": rows}, indent=1, allow_nan=False) + "\n")
   drawn = plots.main(plots.Settings(results=(results,), out=settings.out / "figures"))
   text = report(settings, config, runs, trained, found["versions"], rows, gaps, drawn["figures"])
-  program.write(settings.out / "report.md", text)
-  program.say(text)
+  shell.write(settings.out / "report.md", text)
+  shell.say(text)
   return {"report": str(settings.out / "report.md"), "results": str(results), "differences": gaps}
 
 
@@ -83,14 +84,14 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
 
 def train_all(runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(runs[0].target, dtype=runs[0].target_dtype)
     tokenizer = chat.load_tokenizer(locate_target(runs[0].target))
   for run in runs:
     train.drafter_config(run.drafter, target)  # what does not fit the target is seen before anything is trained
   trained = {}
   for run in runs:
-    program.say(f"[{run.out.name}]")
+    shell.say(f"[{run.out.name}]")
     result = train.train(run, target, tokenizer)
     if result["steps"] < read_json(run.out / "run.json")["total_steps"]:
       raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same command to "
@@ -176,4 +177,4 @@ def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict,
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -28,7 +28,7 @@ from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import generate as gen
 from dspark_jax.loading import locate_target
-from infer import program
+from dspark_jax.programs import shell
 from train import answers, train
 from train.config import read_config
 
@@ -51,23 +51,23 @@ class Settings:
 def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
-  with program.stderr.status("loading SmolLM2-135M-Instruct"):
+  with shell.stderr.status("loading SmolLM2-135M-Instruct"):
     tokenizer = chat.load_tokenizer(locate_target(config.target))
     target = dspark_jax.load_target(config.target)
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
   if not (settings.out / "run.json").exists():  # a run that began keeps its data
-    program.say("the target answers questions about Python's standard library")
+    shell.say("the target answers questions about Python's standard library")
     answers.answer(ask, target, tokenizer, answers.read_questions(ask))
-  program.say("a drafter learns from the answers")
+  shell.say("a drafter learns from the answers")
   trained = train.train(config, target, tokenizer)
   if trained["steps"] < read_json(settings.out / "run.json")["total_steps"]:
     return {"training": trained}  # stopped by SIGTERM: the same command goes on
   drafter = dspark_jax.load_drafter(settings.out, target)
-  program.say("both ways of decoding, on questions about modules that were not in the training data")
+  shell.say("both ways of decoding, on questions about modules that were not in the training data")
   result = compare(settings, target, drafter, tokenizer)
   picture(settings.out, result)
-  program.say(table(result))
-  program.say(f"picture: {settings.out / 'demo.png'}")
+  shell.say(table(result))
+  shell.say(f"picture: {settings.out / 'demo.png'}")
   return {"training": trained, **result}
 
 
@@ -79,7 +79,7 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
   questions = questions[::max(len(questions) // settings.held_out, 1)][:settings.held_out]
   stops, programs = chat.stop_ids(tokenizer), {}
   text, seconds, kept = {"plain": [], "speculative": []}, {"plain": 0.0, "speculative": 0.0}, []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(questions), note="compiling")
     for prompt in questions:
       for name, chosen in (("plain", None), ("speculative", drafter)):
@@ -135,4 +135,4 @@ def picture(folder: Path, result: dict) -> None:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -37,9 +37,9 @@ from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
 from dspark_jax.drafters.model import init_from_target
 from dspark_jax.loading import locate_target
+from dspark_jax.programs import shell
 from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
-from infer import program
 from train.config import DrafterSettings, TrainConfig, read_config
 
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
@@ -50,7 +50,7 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(config.target, dtype=config.target_dtype)
     tokenizer = chat.load_tokenizer(locate_target(config.target))
   return train(config, target, tokenizer)
@@ -61,8 +61,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length,
                                        encode_conversation=chat.encode_conversation)
   packed = pipeline.pack(source.documents, config.row_length)
-  program.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
-              f"{config.row_length}, {packed.fill:.0%} full")
+  shell.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
+            f"{config.row_length}, {packed.fill:.0%} full")
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
@@ -74,12 +74,12 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   run = known_run(config.out, record) if saved.latest is not None else None
   if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
     saved.close()
-    program.say(f"all {run['total_steps']} steps are done")
+    shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
   step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
-  with program.stderr.status("compiling the training step"):
+  with shell.stderr.status("compiling the training step"):
     compiled = step.lower(state, target, batch_of(0)).compile()
-  program.say(f"step: {program.memory_report(compiled)}")
+  shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
   if run is None and config.drafter.lens:
     drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
@@ -98,7 +98,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   if restored is not None:
     state = restored
     forget_after(config.out / "metrics.jsonl", int(state.step))
-    program.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+    shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   state, last = loop(config, advance, state, saved, run["total_steps"])
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
@@ -150,7 +150,7 @@ def known_run(folder: Path, record: dict) -> dict:
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
   run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
-  program.write(config.out / "run.json", json.dumps(run, indent=2) + "\n")
+  shell.write(config.out / "run.json", json.dumps(run, indent=2) + "\n")
   (config.out / "metrics.jsonl").unlink(missing_ok=True)
   return run
 
@@ -168,7 +168,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
   observe, moments, said = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter), {}
   began = time.monotonic()
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
       moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
@@ -177,7 +177,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
       if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
-  program.say(f"lens: fitted to {int(moments.count)} positions")
+  shell.say(f"lens: fitted to {int(moments.count)} positions")
   return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments)), said
 
 
@@ -206,7 +206,7 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int):
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   first, window, result, began = int(state.step), [], {}, time.perf_counter()
   try:
-    with program.bar() as bar, (config.out / "metrics.jsonl").open("a") as log:
+    with shell.bar() as bar, (config.out / "metrics.jsonl").open("a") as log:
       task = bar.add_task("training", total=total_steps, completed=first, note="")
       for index in range(first, total_steps):
         state, metrics = advance(state, index)
@@ -226,7 +226,7 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int):
           result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
         saved.save_checkpointables(index + 1, {"state": state}, force=finished)
         if finished and stop:
-          program.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
+          shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
           break
   finally:
     signal.signal(signal.SIGTERM, previous)
@@ -249,7 +249,7 @@ def summarise_saved(config: TrainConfig) -> dict:
 if __name__ == "__main__":
   words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
   if "--config" not in words[:-1]:
-    program.stderr.print(__doc__, markup=False, highlight=False)
+    shell.stderr.print(__doc__, markup=False, highlight=False)
     sys.exit(0 if {"-h", "--help"} & set(words) else 2)
   where = words.index("--config")
-  program.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])
+  shell.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])
