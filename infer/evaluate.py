@@ -18,11 +18,9 @@ diagrams left out.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -34,14 +32,13 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import loading
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import benchmarks, chat
 from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import CACHE_BUCKET, collect, decode, prepare
-from dspark_jax.programs import shell
+from dspark_jax.programs import run_folder, shell
 
 PLAIN = "none"
 CASES = ("targets", "drafters", "datasets", "temperatures", "thresholds")  # settings that may change: a file for each
@@ -207,20 +204,13 @@ def _label(name: str) -> str:
 
 def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   """The record of this run, to go to run.json, or what is there already. ValueError when that is another run's."""
-  plain = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+  plain = run_folder.plain(dataclasses.asdict(settings))
   plain.pop("out")
-  digest = lambda samples: hashlib.sha256(json.dumps([[s.id, s.turns] for s in samples]).encode()).hexdigest()[:16]
+  digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
   run = {"settings": plain, "samples": {name: digest(samples) for name, samples in datasets.items()}}
-  path = settings.out / "run.json"
-  if path.exists():
-    known = read_json(path)
-    for part in ("settings", "samples", "models", "versions"):
-      if not isinstance(known.get(part), dict):
-        raise ValueError(f"{path} has no {part}, so it is damaged or no evaluation's: choose another --out")
-    was = known["settings"]
-    _refuse(settings.out, [f"{k} was {was.get(k)}, is {v}" for k, v in plain.items() if k not in CASES and was.get(k) != v]
-            or [f"the samples of {k} were others" for k, v in run["samples"].items() if known["samples"].get(k, v) != v])
-    return known | {"settings": plain, "samples": known["samples"] | run["samples"]}
+  if run_folder.is_begun(settings.out, work="samples/*.jsonl"):
+    known = run_folder.read_record(settings.out, dict.fromkeys(("settings", "samples", "models", "versions"), dict))
+    return run_folder.merged(settings.out, known, run, free=CASES, growing=("samples",))
   versions = {"python": sys.version.split()[0], "jax": jax.__version__, "numpy": np.__version__,
               "device": jax.devices()[0].device_kind}
   return {**run, "models": {}, "versions": versions}
@@ -231,44 +221,23 @@ def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]
   new = {name: loading.target_id(next(iter(loaded.values())).target)}
   new |= {f"{name}--{label}": [loading.drafter_id(models.drafter), models.temperatures]
           for label, models in loaded.items() if models.drafter}
-  _refuse(settings.out, [f"{k} has changed since" for k, v in new.items() if run["models"].get(k, v) != v])
-  run["models"] |= new
-  (settings.out / "samples").mkdir(parents=True, exist_ok=True)
-  shell.write(settings.out / "run.json", json.dumps(run, indent=1) + "\n")
-
-
-def _refuse(folder, differences):
-  if differences:
-    raise ValueError(f"{folder} holds an evaluation with other settings ({'; '.join(differences)}): give the same "
-                     f"ones to go on with it, or another --out")
-
-
-def save(path: Path, records: list[dict]) -> None:
-  """Appends a finished batch."""
-  with path.open("a") as file:
-    file.write("".join(json.dumps(record) + "\n" for record in records))
+  run |= run_folder.merged(settings.out, run, {"models": new}, growing=("models",))
+  run_folder.write_record(settings.out, run)
 
 
 def read_records(path: Path, samples: list[Sample], models: Models) -> dict[str, dict]:
-  """The finished samples by id; a last line that a kill cut in the middle is cut off. ValueError for a damaged file."""
-  if not path.exists():
-    return {}
-  ids, known, at, data = {sample.id for sample in samples}, {}, 0, path.read_bytes()
-  for number, line in enumerate(data.split(b"\n")[:-1], 1):
-    try:
-      record = json.loads(line)
-      problem = _problem(record, models)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
-      record, problem = {}, f"{type(error).__name__}"
+  """The finished samples by id. ValueError for a damaged file."""
+  ids, known = {sample.id for sample in samples}, {}
+
+  def note(record):
+    problem = _problem(record, models)
     if not problem and record["id"] not in ids:
       problem = f"sample {record['id']!r} is not among those asked"
     if problem or record["id"] in known:
-      raise ValueError(f"{path}, line {number} is damaged ({problem or 'a sample twice'}): delete the line, its "
-                       f"sample will be decoded again")
+      raise ValueError(problem or "a sample twice")
     known[record["id"]] = record
-    at += len(line) + 1
-  if at < len(data):
-    os.truncate(path, at)
+
+  run_folder.read_lines(path, note, remedy="delete the line, its sample will be decoded again")
   return known
 
 
@@ -333,7 +302,7 @@ def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sampl
   todo = sorted((s for s in samples if s.id in lengths), key=lambda s: (-lengths[s.id], s.id))
   for at in range(0, len(todo), settings.batch):
     records = ask(settings, case, models, todo[at:at + settings.batch])
-    save(path, records)
+    run_folder.append(path, records)
     known |= {record["id"]: record for record in records}
     seconds, tokens = (sum(record[key] for record in records) for key in ("seconds", "tokens"))
     tell(len(records), f"{case.key} {tokens / max(seconds, 1e-9):.0f} tokens/s")

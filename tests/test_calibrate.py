@@ -279,11 +279,11 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize("changes, parts", [
-    ({"seed": 1}, ["holds a run with other settings (seed)", "another --out"]),
+    ({"seed": 1}, ["holds a run with other settings (seed was 0, is 1)", "another --out"]),
     ({"questions": "one.jsonl"}, ["0 of 1 different questions", "at least 2"]),
-    ({"questions": "other.jsonl"}, ["(data)"]), ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
-    ({"out": "strange"}, ["run.json is another program's, or damaged"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
-    ({"drafter": "trained"}, ["(drafter)"]),
+    ({"questions": "other.jsonl"}, ["(data has changed since)"]), ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
+    ({"out": "strange"}, ["run.json has no config, data, so it is another program's, or damaged"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
+    ({"drafter": "trained"}, ["(drafter was "]),
     ({"drafter": "dflash"}, ["has no confidence head", "'markov' or 'hidden'"]),
     ({"drafter": DSPARK}, ["has no drafter.json to store temperatures in", "infer.convert"]),
     ({"drafter": "/nowhere"}, ["/nowhere does not exist"]),
@@ -294,7 +294,7 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
     ({"temperatures": [-1]}, ["temperature is -1"]), ({"temperatures": [1, 1.0]}, ["each once"]),
     ({"max_prompt_tokens": 4}, ["0 of 20 different questions"]),
     ({"out": "lost"}, ["lost holds rounds-greedy.jsonl but no"]),
-    ({"out": "hurt"}, ["rounds-greedy.jsonl is damaged", "delete it"])])
+    ({"out": "hurt"}, ["rounds-greedy.jsonl, line 1 is damaged", "delete the line"])])
 def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_path):
   """Kills: rounds of two drafters fitted together; an hour of decoding before a mistake is seen; a traceback."""
   monkeypatch.setattr(dspark_jax, "generate", None)

@@ -16,7 +16,7 @@ from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
-from dspark_jax.programs import shell
+from dspark_jax.programs import run_folder, shell
 from infer import evaluate
 from infer.evaluate import Case, Models, Settings
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, compilation_cache, complains, with_tokenizer
@@ -292,16 +292,16 @@ def test_all_turns(folder):
 def test_killed_and_gone_on(folder, whole, monkeypatch, tmp_path):
   """Kills: decoding again what is there; a batch that is lost or counted twice; a line that the kill cut in the middle,
   kept or fatal."""
-  real, left = evaluate.save, [3]
-  def save(path, records):
+  real, left = run_folder.append, [3]
+  def append(path, records):
     real(path, records)
     left[0] -= 1
     if not left[0]:
       raise RuntimeError("killed")
-  monkeypatch.setattr(evaluate, "save", save)
+  monkeypatch.setattr(run_folder, "append", append)
   with pytest.raises(RuntimeError, match="killed"):
     evaluate.main(settings(folder, tmp_path))
-  monkeypatch.setattr(evaluate, "save", real)
+  monkeypatch.setattr(run_folder, "append", real)
   assert not (tmp_path / "results.json").exists()
   cut = tmp_path / "samples" / f"target--{DSPARK.name}--data--greedy--threshold=0.5.jsonl"
   cut.write_bytes(cut.read_bytes()[:-20])  # in the middle of the third sample
@@ -353,19 +353,19 @@ def test_calibrated_confidences(folder, tmp_path):
     np.testing.assert_allclose(fitted[0]["reliability_before"][name], raw[0]["reliability"][name], atol=1e-4)
   assert fitted[0]["reliability"]["pred_mean"] != pytest.approx(raw[0]["reliability"]["pred_mean"], abs=1e-2)
   assert fitted[1]["reliability_before"] is fitted[1]["temperatures"] is None  # T=1 has none
-  with complains("holds an evaluation with other settings", "target--drafter has changed since"):
+  with complains("holds a run with other settings", "target--drafter has changed since"):
     evaluate.main(settings(folder, tmp_path / "raw", **common))
 
 
 @pytest.mark.parametrize("change, part", [
     (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(seed=1), "seed was 0, is 1"),
-    ("data", "the samples of data were others")])
+    ("data", "samples: data has changed since")])
 def test_other_settings_in_the_same_folder(change, part, folder, whole):
   """Kills: results of half of one evaluation and half of another."""
   before = (folder / "data.jsonl").read_text()
   if change == "data":
     (folder / "data.jsonl").write_text(before.replace("w77", "w78"))
-  with complains("holds an evaluation with other settings", part, "another --out"):
+  with complains("holds a run with other settings", part, "another --out"):
     evaluate.main(settings(folder, whole, **({} if change == "data" else change)))
   (folder / "data.jsonl").write_text(before)
 

@@ -16,9 +16,7 @@ temperatures, ece and auroc (before and after), observations (fit and report), a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -34,9 +32,9 @@ from dspark_jax.decoding import calibration
 from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
-from dspark_jax.programs import shell
+from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import Sampling
-from train import answers, train
+from train import answers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
@@ -181,14 +179,11 @@ def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
   """Makes the folder and records what its rounds depend on. ValueError if it holds rounds of something else."""
   config = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "seed", "dtype")}
   record = {"config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
-            "data": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]}
-  out.mkdir(parents=True, exist_ok=True)
-  if (out / "run.json").exists():
-    train.known_run(out, record)
-  elif held := sorted(p.name for p in out.glob("rounds-*.jsonl")):
-    raise ValueError(f"{out} holds {', '.join(held)} but no run.json that says where from: choose another --out")
+            "data": run_folder.digest(json.dumps(questions).encode())}
+  if run_folder.is_begun(out, work="rounds-*.jsonl"):
+    run_folder.resumed(out, record)
   else:
-    shell.write(out / "run.json", json.dumps(record, indent=2) + "\n")
+    run_folder.write_record(out, record)
 
 
 def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops, out: Path) -> dict[str, list]:
@@ -200,18 +195,16 @@ def collect(settings: Settings, modes: dict[str, float], target, drafter, prompt
     task = bar.add_task("decoding", total=len(modes) * len(prompts), note="")
     bar.advance(task, sum(len(prompts) - len(rows) for rows in missing.values()))
     for mode, temperature in modes.items():
-      with (out / f"rounds-{mode}.jsonl").open("a") as file:
-        for at in range(0, len(missing[mode]), batch):
-          part = missing[mode][at:at + batch]
-          padded = part + part[-1:] * (batch - len(part))  # one compilation: the last batch is filled up
-          found = dspark_jax.generate(
-              target, drafter, [ids for _, _, ids in padded], max_new_tokens=settings.max_new_tokens,
-              temperature=temperature, seeds=[settings.seed + i for i, _, _ in padded], stop_token_ids=stops)
-          new = [record(name, found, row) for row, (_, name, _) in enumerate(part)]
-          file.write("".join(json.dumps(r) + "\n" for r in new))
-          file.flush()
-          known[mode] |= {r["id"]: r for r in new}
-          bar.update(task, advance=len(part), note=f"{mode}, {found.accepted_length:.2f} tokens per round")
+      for at in range(0, len(missing[mode]), batch):
+        part = missing[mode][at:at + batch]
+        padded = part + part[-1:] * (batch - len(part))  # one compilation: the last batch is filled up
+        found = dspark_jax.generate(
+            target, drafter, [ids for _, _, ids in padded], max_new_tokens=settings.max_new_tokens,
+            temperature=temperature, seeds=[settings.seed + i for i, _, _ in padded], stop_token_ids=stops)
+        new = [record(name, found, row) for row, (_, name, _) in enumerate(part)]
+        run_folder.append(out / f"rounds-{mode}.jsonl", new)
+        known[mode] |= {r["id"]: r for r in new}
+        bar.update(task, advance=len(part), note=f"{mode}, {found.accepted_length:.2f} tokens per round")
   return {mode: [known[mode][name] for name, _ in prompts] for mode in modes}
 
 
@@ -222,16 +215,9 @@ def record(name: str, found: Generation, row: int) -> dict:
 
 
 def read_rounds(path: Path) -> dict[str, dict]:
-  """Records by id; a last line that a kill cut in the middle is cut off."""
-  if not path.exists():
-    return {}
-  try:
-    _, broken = answers.answered(path)
-    if broken is not None:
-      os.truncate(path, broken)
-    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is damaged ({error}): delete it, its prompts are decoded again then") from error
+  """Records by id."""
+  keyed = lambda record: (record["id"], record)
+  return dict(run_folder.read_lines(path, keyed, remedy="delete the line, its prompt is decoded again then"))
 
 
 def fit_and_report(mode: str, records: list[dict], block: int) -> dict:

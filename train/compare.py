@@ -93,7 +93,7 @@ def train_all(runs: list) -> dict[str, dict]:
   for run in runs:
     shell.say(f"[{run.out.name}]")
     result = train.train(run, target, tokenizer)
-    if result["steps"] < read_json(run.out / "run.json")["total_steps"]:
+    if train.is_stopped(run, result):
       raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same command to "
                        f"go on")
     weights = names(load_drafter(run.out, target))

@@ -13,7 +13,6 @@ The last line of stdout is a JSON object with the table's numbers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -23,12 +22,11 @@ import numpy as np
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import generate as gen
 from dspark_jax.loading import locate_target
-from dspark_jax.programs import shell
+from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import read_config
 
@@ -55,13 +53,13 @@ def main(settings: Settings) -> dict:
     tokenizer = chat.load_tokenizer(locate_target(config.target))
     target = dspark_jax.load_target(config.target)
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
-  if not (settings.out / "run.json").exists():  # a run that began keeps its data
+  if not run_folder.is_begun(settings.out):  # a run that began keeps its data
     shell.say("the target answers questions about Python's standard library")
     answers.answer(ask, target, tokenizer, answers.read_questions(ask))
   shell.say("a drafter learns from the answers")
   trained = train.train(config, target, tokenizer)
-  if trained["steps"] < read_json(settings.out / "run.json")["total_steps"]:
-    return {"training": trained}  # stopped by SIGTERM: the same command goes on
+  if train.is_stopped(config, trained):
+    return {"training": trained}  # the same command goes on
   drafter = dspark_jax.load_drafter(settings.out, target)
   shell.say("both ways of decoding, on questions about modules that were not in the training data")
   result = compare(settings, target, drafter, tokenizer)
@@ -119,7 +117,7 @@ def table(result: dict) -> Table:
 
 def picture(folder: Path, result: dict) -> None:
   """demo.png: the training curve, and acceptance by position."""
-  log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  log = run_folder.read_lines(folder / train.LOG)
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
   left.plot([r["step"] for r in log], [r["tau"] for r in log], color="tab:blue")
   left.set(xlabel="optimizer step", ylabel="tau (expected accepted length)", title="training")

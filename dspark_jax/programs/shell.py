@@ -49,6 +49,11 @@ def write(path: Path, content: str | bytes) -> None:
     scratch.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+  """Writes a value as JSON, whole or not at all. ValueError for NaN, which JSON lacks and other readers refuse."""
+  write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
 def bar() -> Progress:
   """A progress bar on stderr, with time left and one free text field `note`."""
   return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
