@@ -31,8 +31,8 @@ def test_lines_come_back(lines, tmp_path):
 
 @pytest.mark.parametrize("lost", [1, 2, 5, 20])
 def test_a_torn_last_line_is_cut_off(lost, lines):
-  """Kills: a kill in the middle of a write that ends the run for good, half a line that the next one is glued to, a whole
-  line (its end alone is missing) kept without its end, lines before it lost."""
+  """Kills: a kill in the middle of a write that ends the run for good, half a line that the next one is glued to, a
+  whole line (its end alone is missing) kept without its end, lines before it lost."""
   lines.write_bytes(lines.read_bytes()[:-lost])
   assert run_folder.read_lines(lines) == RECORDS[:2] and lines.read_bytes().endswith(b"\n")
   run_folder.append(lines, RECORDS[2:])
@@ -65,7 +65,7 @@ def test_a_damaged_line_is_named(number, line, problem, lines):
 
 
 def test_steps_taken_back_are_forgotten(tmp_path):
-  """Kills: a step logged twice after a kill, the newest whole step lost with those after it, numbers changed on the way."""
+  """Kills: a step logged twice after a kill, the newest whole step lost with those after it, numbers that change."""
   log = tmp_path / "metrics.jsonl"
   run_folder.forget_after(log, 3)
   assert not log.exists()
@@ -92,10 +92,12 @@ def test_the_same_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("change, parts", [
-  ({"seed": 1}, ["(seed was 0, is 1)"]), ({"limit": 3}, ["(limit was None, is 3)"]), ({"new": 2}, ["(new was None, is 2)"]),
+  ({"seed": 1}, ["(seed was 0, is 1)"]), ({"limit": 3}, ["(limit was None, is 3)"]),
+  ({"new": 2}, ["(new was None, is 2)"]),
   ({"taps": [0]}, ["(taps was [0, 1], is [0])"]), ({"seed": 1, "limit": 3}, ["seed was 0, is 1; limit was None, is 3"]),
   ({"drafter": {"lens": True, "layers": 2}}, ["(drafter.lens was False, is True)"]),
-  ({"drafter": {"lens": False}}, ["(drafter.layers was 2, is None)"]), ({"drafter": None}, ["drafter was {", "is None"]),
+  ({"drafter": {"lens": False}}, ["(drafter.layers was 2, is None)"]),
+  ({"drafter": None}, ["drafter was {", "is None"]),
   ("data", ["(data has changed since)"])])
 def test_another_run_is_refused(change, parts, tmp_path):
   """Kills: going on with half of one experiment and half of another; a refusal that does not say what differs."""
@@ -103,15 +105,15 @@ def test_another_run_is_refused(change, parts, tmp_path):
   run_folder.write_record(tmp_path, record)
   before = files(tmp_path)
   new = record | {"data": "d2"} if change == "data" else {"config": CONFIG | change, "data": "d1"}
-  with complains(f"{tmp_path} holds a run with other settings (", "give the same ones to go on with it, or another --out",
-                 *parts):
+  with complains(f"{tmp_path} holds a run with other settings (", *parts,
+                 "give the same ones to go on with it, or another --out"):
     run_folder.resumed(tmp_path, new)
   assert files(tmp_path) == before
 
 
 def test_what_may_change_and_grow():
-  """Kills: a free setting that is refused or not taken over; a name added to a growing part that is refused or lost; one
-  that stands for something else now and is accepted."""
+  """Kills: a free setting that is refused or not taken over; a name added to a growing part that is refused or lost;
+  one that stands for something else now and is accepted."""
   known = {"settings": {"seed": 0, "drafters": ["a"]}, "samples": {"x": "1"}, "versions": {"jax": "1"}}
   rules = dict(free=("drafters",), growing=("samples",))
   new = {"settings": {"seed": 0, "drafters": ["b"]}, "samples": {"y": "2"}}

@@ -1,4 +1,4 @@
-"""The folder of a run that can be killed: run.json says what made it, and lines of JSON are appended as work is done."""
+"""The folder of a run that can be killed: run.json says what made it, and finished work is appended as lines of JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORD = "run.json"
 
 
 def is_begun(folder: Path, work: str | None = None) -> bool:
-  """Whether `folder` says which run it is of. ValueError when it does not, and holds files of a run (pattern `work`)."""
+  """Whether `folder` says which run it is of. ValueError when it does not but holds files of one (pattern `work`)."""
   begun = (folder / RECORD).exists()
   held = sorted(path.name for path in folder.glob(work)) if work and not begun else []
   if held:
@@ -48,16 +48,17 @@ def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(),
   differ, out = [], known | new
   for name, part in new.items():
     if name in growing:
-      differ += [f"{name}: {key} has changed since" for key, value in part.items() if known[name].get(key, value) != value]
-      out[name] = known[name] | part
+      old = known[name]
+      differ += [f"{name}: {key} has changed since" for key, value in part.items() if old.get(key, value) != value]
+      out[name] = old | part
     elif isinstance(part, dict):
       fixed = {key: value for key, value in part.items() if key not in free}
       differ += _differences({key: known[name].get(key) for key in fixed}, fixed)
     elif known[name] != part:
       differ.append(f"{name} has changed since")
   if differ:
-    raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on with "
-                     f"it, or another --out")
+    raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on "
+                     f"with it, or another --out")
   return out
 
 
