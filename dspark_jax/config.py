@@ -121,8 +121,20 @@ def raise_all(what: str, problems: list[str]) -> None:
 
 
 def to_json(config) -> dict[str, Any]:
-  """A dataclass, and those inside it, as a JSON object."""
-  return dataclasses.asdict(config)
+  """A dataclass, and those inside it, as a JSON object.
+
+  A field that is None by default is left out while it is None: adding one changes no file, and no hash of one.
+  """
+  values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+  return {field.name: _plain(value) for field, value in values.items() if not value is field.default is None}
+
+
+def _plain(value):
+  if dataclasses.is_dataclass(value):
+    return to_json(value)
+  if isinstance(value, (list, tuple)):
+    return [_plain(part) for part in value]
+  return {name: _plain(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +163,17 @@ def _read(kind, value, path):
   if origin in (typing.Union, types.UnionType):
     tried = [_read(option, value, path) for option in args]
     right = [found for found in tried if not found[1]]
-    # Of an object that fits no option its fields are told, not that it is none.
-    near = [found for option, found in zip(args, tried) if dataclasses.is_dataclass(option) and isinstance(value, dict)]
+    # Of what has the form of an option it is told what is wrong inside, not that it is no option.
+    near = [found for option, found in zip(args, tried) if found != _refused(option, value, path)]
     return [*right, *near, _refused(kind, value, path)][0]
   if origin is tuple and isinstance(value, (list, tuple)):
     kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
     if len(kinds) == len(value):
       parts, problems = _read_parts(kind, value, path, [(f"[{i}]", *part) for i, part in enumerate(zip(kinds, value))])
-      return tuple(parts), problems
+      return (None if problems else tuple(parts)), problems
   if origin is dict and isinstance(value, dict):
     parts, problems = _read_parts(kind, value, path, [(f".{k}", args[1], v) for k, v in value.items()])
-    return dict(zip(value, parts)), problems
+    return (None if problems else dict(zip(value, parts))), problems
   return (value, []) if _fits(kind, value) else _refused(kind, value, path)
 
 
@@ -183,7 +195,7 @@ def _read_parts(kind, value, path, parts):
   read = [_read(part, v, f"{path}{name}") for name, part, v in parts]
   problems = [problem for _, found in read for problem in found]
   if problems and not any(dataclasses.is_dataclass(part) for _, part, _ in parts):
-    return [], _refused(kind, value, path)[1]
+    return None, _refused(kind, value, path)[1]
   more = [f"and {len(problems) - MOST} more in {path}"] if len(problems) > MOST else []
   return [v for v, _ in read], problems[:MOST] + more
 
@@ -191,8 +203,9 @@ def _read_parts(kind, value, path, parts):
 def _refused(kind, value, path):
   shown = repr(value)
   shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-  expected = f"an object with the keys {', '.join(_kinds(kind))}" if dataclasses.is_dataclass(kind) else _words(kind)
-  return None, [f"key {path!r} is {shown}, expected {expected}" if path else f"got {shown}, expected {expected}"]
+  if not path:
+    return None, [f"got {shown}, expected an object with the keys {', '.join(_kinds(kind))}"]
+  return None, [f"key {path!r} is {shown}, expected {_words(kind)}"]
 
 
 def _fits(kind, value):

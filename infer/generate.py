@@ -65,8 +65,7 @@ class Settings:
 def main(settings: Settings) -> dict:
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
-  if settings.dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  shell.one_of(settings, dtype=shell.DTYPES)
   for name in ("confidence_threshold", "survival_threshold"):
     if not 0 <= getattr(settings, name) <= 1:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")

@@ -36,6 +36,7 @@ class Drawing:
   done: bool
   by_name: dict[str, Point] = dataclasses.field(default_factory=dict)
   counts: dict[str, int] | None = None
+  others: tuple[Point, ...] | None = None
   more: Any = None
 
 
@@ -47,8 +48,9 @@ def test_there_and_back():
   """Kills: tuples that stay lists, nested objects that stay dictionaries, numbers changed on the way, defaults lost."""
   read = from_json(Drawing, json.loads(json.dumps(DATA)), "f.json")
   assert read == Drawing("a", "ink", Point(1), (Point(1), Point(2, 0.5)), (1, 2.5), ((1.5, None), ()), False,
-                         {"b": Point(3)}, {"c": 1}, [{"d": None}])
+                         {"b": Point(3)}, {"c": 1}, None, [{"d": None}])
   assert from_json(Drawing, json.loads(json.dumps(to_json(read))), "f.json") == read
+  assert to_json(read) == DATA  # so without `others`, which is None: a field added later changes no file
   assert type(read.size[0]) is int  # a file that is read and written again keeps its bytes
   assert from_json(Drawing, DATA | {"first": {"radius": 2.0}}, "f").first == Circle(2.0)
   assert from_json(Drawing, {k: v for k, v in DATA.items() if k != "by_name"}, "f").by_name == {}
@@ -65,6 +67,8 @@ def test_there_and_back():
   ({"points": {}}, "key 'points' is {}, expected [an object, ...]"),
   ({"points": [{"x": 1}, 2]}, "key 'points[1]' is 2"),
   ({"points": [{"x": 1, "share": 2}]}, "key 'points[0].share' is 2, expected a number in 0..1 or null"),
+  ({"others": [{"x": 1}, {"x": "1"}]}, "key 'others[1].x' is '1', expected an integer"),
+  ({"others": {}}, "key 'others' is {}, expected [an object, ...] or null"),
   ({"points": [{"x": 13}]}, "points[0]: x is 13"), ({"size": [1]}, "key 'size' is [1], expected [a number, a number]"),
   ({"size": [1, float("nan")]}, "key 'size' is [1, nan]"), ({"size": [1, float("inf")]}, "key 'size' is [1, inf]"),
   ({"size": "ab"}, "key 'size' is 'ab'"), ({"table": [[1.5, "2"]]}, "expected [[a number or null, ...], ...]"),

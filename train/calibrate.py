@@ -20,8 +20,8 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 from rich import box
 from rich.table import Table
 
@@ -35,9 +35,6 @@ from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_t
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import Sampling
 from train import answers
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
 HALVES = {"fit": 0, "report": 1}
@@ -110,9 +107,8 @@ def main(settings: Settings) -> dict:
   open_run(out, settings, target, drafter, questions)
   records = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
   results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in records.items()}
-  shell.write(out / "calibration.json", json.dumps(dict(target=settings.target, drafter=str(settings.drafter), modes={
-      mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}),
-      indent=1, allow_nan=False) + "\n")
+  shell.write_json(out / "calibration.json", dict(target=settings.target, drafter=str(settings.drafter), modes={
+      mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}))
   picture(out / "calibration.png", results)
   shell.say(table(results))
   save_temperatures(settings.drafter, drafter, {mode: r["temperatures"] for mode, r in results.items()})
@@ -126,11 +122,8 @@ def main(settings: Settings) -> dict:
 
 def check(settings: Settings) -> dict[str, float]:
   """Sampling temperature by mode. ValueError for settings that cannot work, before anything is loaded."""
-  for name, least in (("samples", 2), ("batch", 1), ("max_new_tokens", 2), ("max_prompt_tokens", 1)):
-    if getattr(settings, name) < least:
-      raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {least}")
-  if settings.dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  shell.at_least(settings, samples=2, batch=1, max_new_tokens=2, max_prompt_tokens=1)
+  shell.one_of(settings, dtype=shell.DTYPES)
   for temperature in settings.temperatures:
     Sampling.of(temperature)
   modes = {calibration.mode_name(t): t for t in settings.temperatures}
@@ -277,8 +270,8 @@ def table(results: dict[str, dict]) -> Table:
 def picture(path: Path, results: dict[str, dict]) -> None:
   """Reliability diagrams: a row per mode, a panel per position."""
   block = len(next(iter(results.values()))["temperatures"])
-  figure, axes = plt.subplots(len(results), block, figsize=(2.6 * block + 1, 3 * len(results)), layout="constrained",
-                              squeeze=False, sharex=True, sharey=True)
+  figure = Figure(figsize=(2.6 * block + 1, 3 * len(results)), layout="constrained")
+  axes = figure.subplots(len(results), block, squeeze=False, sharex=True, sharey=True)
   for row, (mode, r) in zip(axes, results.items()):
     for k, panel in enumerate(row):
       panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -292,10 +285,7 @@ def picture(path: Path, results: dict[str, dict]) -> None:
   axes[0, 0].legend()
   figure.supxlabel("predicted survival")
   figure.supylabel("accepted")
-  scratch = path.with_name(path.name + ".new")
-  figure.savefig(scratch, format="png", dpi=120)
-  scratch.replace(path)
-  plt.close(figure)
+  shell.write(path, shell.image(figure))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 from rich.table import Table
 
 import dspark_jax
@@ -29,9 +29,6 @@ from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import read_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 
 
 @dataclasses.dataclass
@@ -118,7 +115,8 @@ def table(result: dict) -> Table:
 def picture(folder: Path, result: dict) -> None:
   """demo.png: the training curve, and acceptance by position."""
   log = run_folder.read_lines(folder / train.LOG)
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+  figure = Figure(figsize=(10, 3.6), layout="constrained")
+  left, right = figure.subplots(1, 2)
   left.plot([r["step"] for r in log], [r["tau"] for r in log], color="tab:blue")
   left.set(xlabel="optimizer step", ylabel="tau (expected accepted length)", title="training")
   loss = left.twinx()
@@ -128,8 +126,7 @@ def picture(folder: Path, result: dict) -> None:
   right.bar(range(1, len(rates) + 1), rates, color="tab:blue")
   right.set(xlabel="draft position", ylabel="accepted, given all before", ylim=(0, 1), xticks=range(1, len(rates) + 1),
             title=f"held-out: {result['accepted_length']:.2f} tokens per step, {result['speedup']:.2f}x plain")
-  figure.savefig(folder / "demo.png", dpi=120)
-  plt.close(figure)
+  shell.write(folder / "demo.png", shell.image(figure))
 
 
 if __name__ == "__main__":
