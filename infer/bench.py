@@ -25,7 +25,7 @@ from dspark_jax import sampling as sp
 from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding import generate as gen
 from dspark_jax.decoding.verify import verify
-from infer import program
+from dspark_jax.programs import shell
 
 
 @dataclasses.dataclass
@@ -50,12 +50,12 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = random_drafter(settings, target) if settings.drafter == "random" else dspark_jax.load_drafter(
         settings.drafter, target, dtype=settings.dtype)
   rows = []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(settings.batches), note="")
     for batch in settings.batches:
       rows.append(measure(settings, target, drafter, batch))
@@ -64,7 +64,7 @@ def main(settings: Settings) -> dict:
   if settings.transformers:
     result["transformers_step_seconds"] = transformers_step(settings)
     result["speedup_over_transformers"] = result["transformers_step_seconds"] / rows[0]["plain_step_seconds"]
-  program.say(table(rows))
+  shell.say(table(rows))
   return result
 
 
@@ -180,4 +180,4 @@ def table(rows: list[dict]) -> Table:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -24,7 +24,7 @@ from dspark_jax.data import chat
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import collect, decode, prepare
 from dspark_jax.loading import locate_target, stored_temperatures
-from infer import program
+from dspark_jax.programs import shell
 
 
 @dataclasses.dataclass
@@ -65,8 +65,7 @@ class Settings:
 def main(settings: Settings) -> dict:
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
-  if settings.dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  shell.one_of(settings, dtype=shell.DTYPES)
   for name in ("confidence_threshold", "survival_threshold"):
     if not 0 <= getattr(settings, name) <= 1:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")
@@ -75,7 +74,7 @@ def main(settings: Settings) -> dict:
   stops = settings.stop_token_ids
   if stops is None:
     stops = chat.stop_ids(tokenizer) if tokenizer else ()
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
                                                                               dtype=settings.dtype)
@@ -85,11 +84,11 @@ def main(settings: Settings) -> dict:
                          confidence_threshold=settings.confidence_threshold,
                          survival_threshold=settings.survival_threshold,
                          temperatures=temperatures(settings, drafter))
-  with program.stderr.status("compiling"):
+  with shell.stderr.status("compiling"):
     began = time.perf_counter()
     compiled = decode.lower(*args, **static).compile()
     compile_seconds = time.perf_counter() - began
-  with program.stderr.status("generating"):
+  with shell.stderr.status("generating"):
     began = time.perf_counter()
     state = jax.block_until_ready(compiled(*args))
     seconds = time.perf_counter() - began
@@ -107,8 +106,8 @@ def temperatures(settings: Settings, drafter):
   if stored and mode in stored.by_mode:
     return stored.for_mode(mode)
   if settings.survival_threshold or settings.confidence_threshold:
-    program.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the threshold meets the drafter's "
-                f"raw confidences; train.calibrate fits some")
+    shell.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the threshold meets the drafter's "
+              f"raw confidences; train.calibrate fits some")
   return None
 
 
@@ -147,4 +146,4 @@ def _messages(line, where):
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

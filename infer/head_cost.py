@@ -21,7 +21,6 @@ The last line of stdout is a JSON object, also written to --out: head_cost, a li
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import statistics
@@ -41,13 +40,14 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
-from dspark_jax.config import DrafterConfig
+from dspark_jax.config import DrafterConfig, to_json
 from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.programs import shell
+from dspark_jax.programs.results import HeadCost, Results
 from dspark_jax.targets.decoder import Decoder, TargetConfig
-from infer import program
 
 SPEC = BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
 QWEN3_8B = TargetConfig("qwen3", SPEC, 36, 151_936, False, 40_960)
@@ -84,22 +84,22 @@ def main(settings: Settings) -> dict:
     raise ValueError(f"{', '.join(small) or 'blocks'}: expected at least 1")
   blocks = sorted(set(settings.blocks))
   place = None if settings.compiler == "none" else tpu(settings.compiler)
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
   rows = []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("head cost", total=len(blocks) * (2 if place else 1), note="")
     for measure, on in ((measured, target), (counted, place)):
       for block in blocks if on is not None else ():
         rows.append(measure(settings, on, block))
-        program.say(f"{rows[-1]['device']}, block {block}: {rows[-1]['percent']:.2f} %")
+        shell.say(f"{rows[-1].device}, block {block}: {rows[-1].percent:.2f} %")
         bar.update(task, advance=1)
-  result = {"head_cost": rows}
-  program.write(settings.out, json.dumps(result, indent=1) + "\n")
+  result = to_json(Results(head_cost=tuple(rows)))
+  shell.write_json(settings.out, result)
   table = Table("device", "block", "percent of a round")
   for row in rows:
-    table.add_row(row["device"], str(row["block_size"]), f"{row['percent']:.2f}")
-  program.say(table)
+    table.add_row(row.device, str(row.block_size), f"{row.percent:.2f}")
+  shell.say(table)
   return result
 
 
@@ -117,10 +117,8 @@ def percent(with_head: float, without: float) -> float:
   return 100 * (with_head - without) / with_head
 
 
-# On this machine
-
-def measured(settings: Settings, target, block: int) -> dict:
-  """Times of rounds with and without the head at one block size, and of the head's own part."""
+def measured(settings: Settings, target, block: int) -> HeadCost:
+  """From times of rounds with and without the head at one block size, and of the head's own part."""
   prompts = np.random.default_rng(0).integers(0, target.config.vocab_size, (settings.rows, PROMPT)).tolist()
   calls = {}
   for rank in (settings.rank, 0):
@@ -134,10 +132,10 @@ def measured(settings: Settings, target, block: int) -> dict:
   pairs = [percent(a, b) for a, b in zip(seconds["round", settings.rank], seconds["round", 0])]
   whole, without = median["round", settings.rank], median["round", 0]
   alone = median["slots", settings.rank] - median["slots", 0]
-  return {"device": f"{Path(settings.target).name}, {settings.dtype}, this {jax.devices()[0].device_kind}",
-          "block_size": block, "percent": percent(whole, without),
-          "percent_quartiles": np.percentile(pairs, [25, 75]).tolist(), "round_seconds": whole,
-          "round_seconds_without": without, "head_seconds_alone": alone, "percent_alone": 100 * alone / whole}
+  return HeadCost(
+      f"{Path(settings.target).name}, {settings.dtype}, this {jax.devices()[0].device_kind}", block, percent(whole, without),
+      percent_quartiles=tuple(np.percentile(pairs, [25, 75]).tolist()), round_seconds=whole,
+      round_seconds_without=without, head_seconds_alone=alone, percent_alone=100 * alone / whole)
 
 
 def rounds(settings: Settings, target, drafter, requests, static) -> Callable:
@@ -189,8 +187,6 @@ def interleaved(calls: dict, repeats: int) -> dict[tuple, list[float]]:
   return seconds
 
 
-# By the compiler of a TPU
-
 class Slots(DSpark):
   """The same drafter with the slots of a block as a Python loop; for a vanilla head or none, which carry no state."""
 
@@ -215,8 +211,8 @@ def tpu(compiler: str) -> jax.sharding.Sharding:
   return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
-def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_8B) -> dict:
-  """What a round must read, and what the compiler counts of it, at one block size with and without the head."""
+def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_8B) -> HeadCost:
+  """From what a round must read, and what the compiler counts of it, at one block size with and without the head."""
   few = dataclasses.replace(target, num_layers=FEW)
   more = dataclasses.replace(target, num_layers=FEW + 1)
   with_head, without = (round_cost(settings, few, block, rank, place) for rank in (settings.rank, 0))
@@ -224,11 +220,11 @@ def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_
   whole = lambda cost: {name: value + (target.num_layers - FEW) * layer[name] for name, value in cost.items()}
   with_head, without = whole(with_head), whole(without)
   read, read_without = (must_read(settings, target, block, rank) for rank in (settings.rank, 0))
-  return {"device": "Qwen3-8B, bfloat16, bytes that must be read", "block_size": block,
-          "percent": percent(read, read_without), "round_bytes": read, "compiler": settings.compiler,
-          "percent_bytes_reported": percent(with_head["bytes"], without["bytes"]),
-          "percent_flops": percent(with_head["flops"], without["flops"]),
-          "round_bytes_reported": with_head["bytes"], "round_flops": with_head["flops"]}
+  return HeadCost(
+      "Qwen3-8B, bfloat16, bytes that must be read", block, percent(read, read_without), round_bytes=read,
+      compiler=settings.compiler, percent_bytes_reported=percent(with_head["bytes"], without["bytes"]),
+      percent_flops=percent(with_head["flops"], without["flops"]),
+      round_bytes_reported=with_head["bytes"], round_flops=with_head["flops"])
 
 
 def must_read(settings: Settings, target: TargetConfig, block: int, rank: int) -> int:
@@ -263,4 +259,4 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -29,11 +29,11 @@ from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import StepConfig, init_state, parameters, train_step
 from dspark_jax.types import Batch
-from infer import program
 
 SPEC = BlockSpec(2560, 9728, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
 TARGET = TargetConfig("qwen3", SPEC, 36, 151_936, True, 40_960)
@@ -68,15 +68,15 @@ def main(settings: Settings) -> dict:
   target = on(half(jax.eval_shape(lambda: stack_layers(Decoder(TARGET, rngs=nnx.Rngs(0))))))
   drafter = jax.eval_shape(lambda: DSpark(DRAFTER, rngs=nnx.Rngs(0)))
   out = {}
-  with program.stderr.status("compiling a training step"):
+  with shell.stderr.status("compiling a training step"):
     out["training_step"] = training(settings, target, drafter, on)
   for name, chosen in (("plain_decoding", None), ("speculative_decoding", on(half(drafter)))):
-    with program.stderr.status(f"compiling {name}"):
+    with shell.stderr.status(f"compiling {name}"):
       out[name] = decoding(settings, target, chosen, on)
   table = Table("program", "arguments GB", "results GB", "temporaries GB")
   for name, row in out.items():
     table.add_row(name, *(f"{row[k]:.3f}" for k in ("arguments_gb", "results_gb", "temporaries_gb")))
-  program.say(table)
+  shell.say(table)
   return {"topology": settings.topology, **out}
 
 
@@ -119,4 +119,4 @@ def size(tree) -> float:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.data import chat
+from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder, TargetConfig
-from infer import program
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
@@ -149,7 +149,7 @@ def called(capsys, main, settings, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
   capsys.readouterr()
   try:
-    program.run(main, settings, args=[str(a) for a in args])
+    shell.run(main, settings, args=[str(a) for a in args])
     got = 0
   except SystemExit as exit_:
     got = exit_.code

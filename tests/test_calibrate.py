@@ -16,8 +16,9 @@ from scipy import special
 import dspark_jax
 from dspark_jax.decoding.calibration import fit_temperatures, mode_name, reliability
 from dspark_jax.loading import save_temperatures
+from dspark_jax.programs import shell
 from folders import DSPARK, GOLDEN, QWEN3, complains, cut, files, fresh_drafter, qwen3, with_tokenizer
-from infer import generate, program
+from infer import generate
 from train import calibrate
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -34,7 +35,7 @@ def called(capsys, module, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
   capsys.readouterr()
   try:
-    program.run(module.main, module.Settings, args=[str(a) for a in args])
+    shell.run(module.main, module.Settings, args=[str(a) for a in args])
     got = 0
   except SystemExit as exit_:
     got = exit_.code
@@ -137,6 +138,7 @@ import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 from dspark_jax.loading import save_temperatures
+from dspark_jax.programs import shell
 write = Path.write_text
 def half(path, text):
   write(path, text[:len(text) // 2])
@@ -277,11 +279,11 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize("changes, parts", [
-    ({"seed": 1}, ["holds a run with other settings (seed)", "another --out"]),
+    ({"seed": 1}, ["holds a run with other settings (seed was 0, is 1)", "another --out"]),
     ({"questions": "one.jsonl"}, ["0 of 1 different questions", "at least 2"]),
-    ({"questions": "other.jsonl"}, ["(data)"]), ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
-    ({"out": "strange"}, ["run.json is another program's, or damaged"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
-    ({"drafter": "trained"}, ["(drafter)"]),
+    ({"questions": "other.jsonl"}, ["(data has changed since)"]), ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
+    ({"out": "strange"}, ["run.json has no config, data, so it is another program's, or damaged"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
+    ({"drafter": "trained"}, ["(drafter was "]),
     ({"drafter": "dflash"}, ["has no confidence head", "'markov' or 'hidden'"]),
     ({"drafter": DSPARK}, ["has no drafter.json to store temperatures in", "infer.convert"]),
     ({"drafter": "/nowhere"}, ["/nowhere does not exist"]),
@@ -292,7 +294,7 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
     ({"temperatures": [-1]}, ["temperature is -1"]), ({"temperatures": [1, 1.0]}, ["each once"]),
     ({"max_prompt_tokens": 4}, ["0 of 20 different questions"]),
     ({"out": "lost"}, ["lost holds rounds-greedy.jsonl but no"]),
-    ({"out": "hurt"}, ["rounds-greedy.jsonl is damaged", "delete it"])])
+    ({"out": "hurt"}, ["rounds-greedy.jsonl, line 1 is damaged", "delete the line"])])
 def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_path):
   """Kills: rounds of two drafters fitted together; an hour of decoding before a mistake is seen; a traceback."""
   monkeypatch.setattr(dspark_jax, "generate", None)

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +28,17 @@ import numpy as np
 import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
 from dspark_jax.drafters.model import init_from_target
 from dspark_jax.loading import locate_target
+from dspark_jax.programs import run_folder, shell
 from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
-from infer import program
 from train.config import DrafterSettings, TrainConfig, read_config
 
+LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 
 
@@ -50,7 +47,7 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(config.target, dtype=config.target_dtype)
     tokenizer = chat.load_tokenizer(locate_target(config.target))
   return train(config, target, tokenizer)
@@ -61,8 +58,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length,
                                        encode_conversation=chat.encode_conversation)
   packed = pipeline.pack(source.documents, config.row_length)
-  program.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
-              f"{config.row_length}, {packed.fill:.0%} full")
+  shell.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
+            f"{config.row_length}, {packed.fill:.0%} full")
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
@@ -71,15 +68,15 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   record = describe(config, packed)
-  run = known_run(config.out, record) if saved.latest is not None else None
+  run = run_folder.resumed(config.out, record) if saved.latest is not None else None
   if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
     saved.close()
-    program.say(f"all {run['total_steps']} steps are done")
+    shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
   step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
-  with program.stderr.status("compiling the training step"):
+  with shell.stderr.status("compiling the training step"):
     compiled = step.lower(state, target, batch_of(0)).compile()
-  program.say(f"step: {program.memory_report(compiled)}")
+  shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
   if run is None and config.drafter.lens:
     drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
@@ -97,8 +94,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   restored = checkpoints.restore(saved, state)
   if restored is not None:
     state = restored
-    forget_after(config.out / "metrics.jsonl", int(state.step))
-    program.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+    run_folder.forget_after(config.out / LOG, int(state.step))
+    shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   state, last = loop(config, advance, state, saved, run["total_steps"])
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
@@ -128,38 +125,22 @@ def drafter_config(settings: DrafterSettings, target):
 
 def describe(config: TrainConfig, packed) -> dict:
   """What must be the same for a run to go on: settings that matter to the result, and the data."""
-  settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+  settings = run_folder.plain(dataclasses.asdict(config))
   settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
-  digest = hashlib.sha256(packed.rows.tokens.tobytes() + packed.rows.loss_mask.tobytes()).hexdigest()[:16]
-  return {"config": settings, "data": digest}
-
-
-def known_run(folder: Path, record: dict) -> dict:
-  """The record of the run in `folder`; ValueError when it is not the one described by `record`."""
-  run = read_json(folder / "run.json")
-  if not isinstance(run.get("config"), dict) or "data" not in run:
-    raise ValueError(f"{folder / 'run.json'} is another program's, or damaged: choose another --out")
-  differ = [k for k, v in record["config"].items() if run["config"].get(k) != v]
-  differ += ["data"] if run["data"] != record["data"] else []
-  if differ:
-    raise ValueError(f"{folder} holds a run with other settings ({', '.join(differ)}): give the same ones to go on with "
-                     f"it, or another --out")
-  return run
+  return {"config": settings, "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
 
 
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
   run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
-  program.write(config.out / "run.json", json.dumps(run, indent=2) + "\n")
-  (config.out / "metrics.jsonl").unlink(missing_ok=True)
+  run_folder.write_record(config.out, run)
+  (config.out / LOG).unlink(missing_ok=True)
   return run
 
 
-def forget_after(log: Path, step: int) -> None:
-  """Drops the lines of steps that a kill took back and that will be run again."""
-  if log.exists():
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+def is_stopped(config: TrainConfig, result: dict) -> bool:
+  """Whether SIGTERM ended a training before its last step; `result` is what it returned."""
+  return result["steps"] < run_folder.read_record(config.out, {"total_steps": int})["total_steps"]
 
 
 def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
@@ -168,7 +149,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
   observe, moments, said = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter), {}
   began = time.monotonic()
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
       moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
@@ -177,7 +158,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
       if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
-  program.say(f"lens: fitted to {int(moments.count)} positions")
+  shell.say(f"lens: fitted to {int(moments.count)} positions")
   return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments)), said
 
 
@@ -206,7 +187,7 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int):
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   first, window, result, began = int(state.step), [], {}, time.perf_counter()
   try:
-    with program.bar() as bar, (config.out / "metrics.jsonl").open("a") as log:
+    with shell.bar() as bar:
       task = bar.add_task("training", total=total_steps, completed=first, note="")
       for index in range(first, total_steps):
         state, metrics = advance(state, index)
@@ -219,14 +200,13 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int):
             raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last checkpoint "
                              f"is whole")
           rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
-          log.write(json.dumps({"step": index + 1, **result, "tokens_per_second": rate}) + "\n")
-          log.flush()
+          run_folder.append(config.out / LOG, [{"step": index + 1, **result, "tokens_per_second": rate}])
           bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
                      f"{rate:.0f} tokens/s")
           result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
         saved.save_checkpointables(index + 1, {"state": state}, force=finished)
         if finished and stop:
-          program.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
+          shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
           break
   finally:
     signal.signal(signal.SIGTERM, previous)
@@ -242,14 +222,14 @@ def summarise(window: list) -> dict:
 
 def summarise_saved(config: TrainConfig) -> dict:
   """The last logged numbers of a run that had nothing left to do."""
-  last = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])
+  last = run_folder.read_lines(config.out / LOG)[-1]
   return {k: last[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
 
 
 if __name__ == "__main__":
   words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
   if "--config" not in words[:-1]:
-    program.stderr.print(__doc__, markup=False, highlight=False)
+    shell.stderr.print(__doc__, markup=False, highlight=False)
     sys.exit(0 if {"-h", "--help"} & set(words) else 2)
   where = words.index("--config")
-  program.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])
+  shell.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])

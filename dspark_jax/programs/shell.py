@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import secrets
 import sys
@@ -13,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+DTYPES = ("float32", "bfloat16")
 stderr = Console(stderr=True)
 
 
@@ -38,6 +40,20 @@ def say(text: Any) -> None:
   stderr.print(text, markup=False, highlight=False, soft_wrap=True) if isinstance(text, str) else stderr.print(text)
 
 
+def at_least(settings: Any, **bounds: int) -> None:
+  """ValueError for the first of these settings that is below its bound."""
+  for name, bound in bounds.items():
+    if getattr(settings, name) < bound:
+      raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {bound}")
+
+
+def one_of(settings: Any, **choices: tuple[str, ...]) -> None:
+  """ValueError for the first of these settings that is none of its choices."""
+  for name, allowed in choices.items():
+    if getattr(settings, name) not in allowed:
+      raise ValueError(f"{name} is {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
+
+
 def write(path: Path, content: str | bytes) -> None:
   """Writes a file that appears whole or not at all; its folder is made."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +63,18 @@ def write(path: Path, content: str | bytes) -> None:
     scratch.replace(path)
   finally:
     scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a value as JSON, whole or not at all. ValueError for NaN, which JSON lacks and other readers refuse."""
+  write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def image(figure: Any, kind: str = "png") -> bytes:
+  """A Matplotlib figure as a png, pdf or svg file: the same bytes for the same figure, so without a date."""
+  figure.savefig(buffer := io.BytesIO(), format=kind, dpi=120, metadata={"pdf": {"CreationDate": None},
+                                                                         "svg": {"Date": None}}.get(kind, {}))
+  return buffer.getvalue()
 
 
 def bar() -> Progress:
