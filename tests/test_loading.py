@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.flax import load_file
 
 import dspark_jax
@@ -179,6 +180,25 @@ def test_scanned_is_stacked():
   for name, variable in stacked.items():
     for index, layer in enumerate(qwen3().layers):
       np.testing.assert_array_equal(variable[index], hf.names(layer)[name][...])
+
+
+class Experts(nnx.Module):
+  """A parameter that is stored in parts."""
+
+  def __init__(self):
+    self.up, self.gate = nnx.Param(jnp.zeros((3, 2, 4))), nnx.Param(jnp.zeros(2))
+
+
+def test_parameters_stored_in_parts():
+  """Kills: experts stacked in another order, or a missing or misshapen one that is not named."""
+  stored = lambda name: tuple(f"experts.{e}.up" for e in range(3)) if name == "up" else (f"model.{name}",)
+  parts = {f"experts.{e}.up": np.full((2, 4), e, np.float32) for e in range(3)} | {"model.gate": np.ones(2, np.float32)}
+  filled = hf.fill(Experts, parts, "experts", stored=stored)
+  np.testing.assert_array_equal(filled.up[:, 0, 0], [0, 1, 2])
+  np.testing.assert_array_equal(filled.gate[...], [1, 1])
+  spoiled_parts = {k: v for k, v in parts.items() if k != "experts.1.up"} | {"experts.2.up": np.ones((4, 2), np.float32)}
+  with complains("experts.1.up is missing", "experts.2.up is float32[4, 2], expected floating point [2, 4]"):
+    hf.fill(Experts, spoiled_parts, "experts", stored=stored)
 
 
 def test_hub_id(monkeypatch):

@@ -1,5 +1,6 @@
 """Targets: goldens, identities of the cache and of packed rows; then the parts: attention, linear, RoPE."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -193,6 +194,37 @@ def test_scanned_layers_equal_unrolled(family):
   unrolled, _ = extend(target, tokens, target.init_cache(2, 16))
   scanned, _ = extend(stack_layers(target), tokens, stack_layers(target).init_cache(2, 16))
   close(scanned, unrolled)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoKinds(decoder.TargetConfig):
+  """Layers of two kinds in turn, with keys of other widths and another rotation."""
+
+  @property
+  def period(self):
+    return self.spec, dataclasses.replace(self.spec, rope_theta=7.0, num_kv_heads=1, head_dim=4)
+
+
+def test_layers_of_two_kinds():
+  """Kills: a stack of layers of different kinds, repeats counted as layers, one kind's cache handed to the other."""
+  plain = small_target("qwen3", num_hidden_layers=4).config
+  config = TwoKinds(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+  unrolled = randomised(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), 0)
+  scanned, tokens, taps = stack_layers(unrolled), random_tokens(2, 12), (2, -1, 1)
+  assert len(scanned.layers) == 2 and len(unrolled.layers) == 4
+  assert [one.spec.num_kv_heads for one in (layer.self_attn for layer in unrolled.layers)] == [2, 1, 2, 1]
+  said = []
+  for target in (unrolled, scanned):
+    first, cache = extend(target, tokens[:, :8], target.init_cache(2, 16), taps)
+    second, _ = extend(target, tokens[:, 8:], commit(target, cache, [8, 8]), taps)
+    said.append(jnp.concatenate([first, second], 1))
+  close(*said)
+  whole = unrolled.encode(batch_of(tokens), taps)
+  close(said[0], jnp.concatenate([unrolled.head()(whole.hidden), whole.features], -1))
+  for mine, theirs in zip(scanned.last_layers(3), unrolled.last_layers(3)):
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+  with pytest.raises(ValueError, match="has 4"):
+    scanned.last_layers(5)
 
 
 def attention_case():
