@@ -18,7 +18,7 @@ from safetensors.flax import load_file
 import dspark_jax
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, files, fresh_drafter, qwen3, sharded,
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3, sharded,
                      target_of, words)
 
 DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "drafter_dspark_qwen3_vanilla",
