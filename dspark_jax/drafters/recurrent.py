@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import RecurrentConfig
 from dspark_jax.drafters import heads
-from dspark_jax.drafters.model import DraftModel, newest
+from dspark_jax.drafters.model import DrafterConfig, DraftModel, newest
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, attend_causally, causal, sequence
 from dspark_jax.nn.layers import RMSNorm, rope_table
@@ -34,10 +33,9 @@ class RecurrentState:
 class Recurrent(DraftModel):
   """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and makes the `cell`."""
 
-  Config = RecurrentConfig
   every_position = True
 
-  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
     super().__init__(config)
     self.norm = RMSNorm(config.spec.hidden_size, config.spec.rms_norm_eps)
 
