@@ -15,10 +15,11 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import DrafterConfig, RecurrentConfig, from_json, to_json
+from dspark_jax.config import from_json, to_json
 from dspark_jax.data.chat import smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
+from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.types import Array, Drafter, Target
@@ -150,7 +151,7 @@ def _read_deepspec(path, target):
   return kind, config, tensors, frozen, problems, imported
 
 
-def _fit(config: DrafterConfig | RecurrentConfig, target: Target) -> list[str]:
+def _fit(config: DrafterConfig, target: Target) -> list[str]:
   pairs = [("width", config.spec.hidden_size, target.config.spec.hidden_size),
            ("vocabulary", config.vocab_size, target.config.vocab_size),
            ("target layers", config.num_target_layers, target.config.num_layers)]
@@ -255,11 +256,13 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
   hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])
 
 
-def new_drafter(config: DrafterConfig | RecurrentConfig, *, kind: str = "dspark", words=None, seed: int = 0) -> Drafter:
-  """A freshly initialised drafter; words: ascending i32[W] when the draft vocabulary is reduced."""
+def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
+  """A freshly initialised drafter of the kind that the configuration is of; words: ascending i32[W] when the draft
+  vocabulary is reduced."""
+  build = next(cls for cls in DRAFTERS.values() if type(config) is cls.Config)
   if words is not None:
     config = dataclasses.replace(config, draft_vocab_size=len(words))
-  drafter = DRAFTERS[kind](config, rngs=nnx.Rngs(seed))
+  drafter = build(config, rngs=nnx.Rngs(seed))
   if words is not None:
     drafter.draft_words.set_value(jnp.asarray(words, jnp.int32))
   return drafter

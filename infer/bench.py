@@ -22,9 +22,9 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
-from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding import generate as gen
 from dspark_jax.decoding.verify import verify
+from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
 from dspark_jax.programs import shell
 
 
@@ -72,10 +72,9 @@ def random_drafter(settings: Settings, target):
   """An untrained drafter of the asked size over the target's whole vocabulary."""
   layers = target.config.num_layers
   taps = tuple(sorted({round(1 + i * (layers - 4) / 4) for i in range(5)}))
-  return dspark_jax.new_drafter(DrafterConfig(
-      spec=target.config.spec, num_layers=settings.layers, vocab_size=target.config.vocab_size, num_target_layers=layers,
-      taps=taps, mask_token_id=0, block_size=settings.block_size, markov_rank=settings.markov_rank,
-      confidence="markov" if settings.markov_rank else "none"))
+  choices = DSparkChoices(num_layers=settings.layers, taps=taps, block_size=settings.block_size,
+                          markov_rank=settings.markov_rank, confidence="markov" if settings.markov_rank else "none")
+  return dspark_jax.new_drafter(DSparkConfig.for_target(choices, target.config))
 
 
 def measure(settings: Settings, target, drafter, batch: int) -> dict:

@@ -40,10 +40,10 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
-from dspark_jax.config import DrafterConfig, to_json
+from dspark_jax.config import to_json
 from dspark_jax.decoding import generate as gen
 from dspark_jax.drafters import heads
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
 from dspark_jax.programs.results import HeadCost, Results
@@ -103,13 +103,12 @@ def main(settings: Settings) -> dict:
   return result
 
 
-def drafter_config(target: TargetConfig, settings: Settings, block: int, rank: int) -> DrafterConfig:
+def drafter_config(target: TargetConfig, settings: Settings, block: int, rank: int) -> DSparkConfig:
   """A drafter over the whole vocabulary, with five taps, whatever the depth of the target: some may be the same."""
   last = target.num_layers - 2
   taps = (1, 9, 17, 25, 33) if last == 34 else tuple(round(i * last / 4) for i in range(5))
-  return DrafterConfig(spec=target.spec, num_layers=settings.layers, vocab_size=target.vocab_size,
-                       num_target_layers=target.num_layers, taps=taps, mask_token_id=0, block_size=block,
-                       markov_rank=rank, confidence="none")
+  return DSparkConfig.for_target(DSparkChoices(num_layers=settings.layers, taps=taps, block_size=block, markov_rank=rank,
+                                               confidence="none"), target)
 
 
 def percent(with_head: float, without: float) -> float:

@@ -25,9 +25,8 @@ from flax import nnx
 from rich.table import Table
 
 from dspark_jax import sampling as sp
-from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding import generate as gen
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
@@ -37,7 +36,7 @@ from dspark_jax.types import Batch
 
 SPEC = BlockSpec(2560, 9728, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
 TARGET = TargetConfig("qwen3", SPEC, 36, 151_936, True, 40_960)
-DRAFTER = DrafterConfig(SPEC, 5, 151_936, 36, (1, 9, 17, 25, 33), 151_669)
+DRAFTER = DSparkConfig.for_target(DSparkChoices(taps=(1, 9, 17, 25, 33), mask_token_id=151_669), TARGET)
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.data import chat
+from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 
@@ -94,7 +95,7 @@ def assert_same_weights(a, b) -> None:
 def fresh_drafter(words=None, seed: int = 0, **settings):
   """An untrained drafter for the golden Qwen3 target."""
   config = qwen3().config
-  return dspark_jax.new_drafter(dspark_jax.config.DrafterConfig(**{**dict(
+  return dspark_jax.new_drafter(DSparkConfig(**{**dict(
       spec=config.spec, num_layers=1, vocab_size=config.vocab_size, num_target_layers=config.num_layers, taps=(0, 2),
       mask_token_id=130, block_size=4, markov_rank=8), **settings}), words=words, seed=seed)
 

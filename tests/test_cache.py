@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import DrafterConfig
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.dspark import DSpark, DSparkConfig
 from dspark_jax.nn.cache import Full
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs.compilers import absent_tpu
@@ -22,7 +21,8 @@ from test_targets import LAYOUTS, close, extend, random_tokens, small_target
 
 SPEC = BlockSpec(256, 512, 16, 8, 128, 1e-6, 1e4, qk_norm=True)  # heads of 128, as the models have that TPUs run
 TARGET = TargetConfig("qwen3", SPEC, 3, 512, True, 4096)
-DRAFTER = DrafterConfig(SPEC, 2, 512, 3, (0, 1), 511, block_size=7, markov_rank=8)
+DRAFTER = DSparkConfig(spec=SPEC, num_layers=2, vocab_size=512, num_target_layers=3, taps=(0, 1), mask_token_id=511,
+                       markov_rank=8)
 
 
 @pytest.mark.parametrize("stacked", [0, 3])

@@ -16,12 +16,13 @@ from folders import LLAMA, complains, with_tokenizer
 CONFIG = """
 from dataclasses import replace
 from pathlib import Path
-from train.config import CompareConfig, DrafterSettings, TrainConfig
+from train.config import CompareConfig, TrainConfig
+from dspark_jax.drafters import DSpark, Eagle3
 from dspark_jax.training.losses import EAGLE3
-dspark = DrafterSettings(taps=(-1, 0), num_layers=1, block_size=3, markov_rank=4)
+dspark = DSpark.Settings(taps=(-1, 0), num_layers=1, block_size=3, markov_rank=4)
 base = TrainConfig(target={target!r}, out=Path("unused"), drafter=dspark, steps=2, batch=2, row_length=32, anchors=4,
                    log_every=1)
-config = CompareConfig(base, {{"dspark": (dspark, base.loss), "eagle3": (replace(dspark, kind="eagle3"), EAGLE3)}},
+config = CompareConfig(base, {{"dspark": (dspark, base.loss), "eagle3": (Eagle3.Settings(taps=(-1, 0), block_size=3), EAGLE3)}},
                        temperatures=(0.0,), datasets=({dataset!r},), samples=3, max_new_tokens=8, eval_batch=3)
 """
 
@@ -143,7 +144,8 @@ def test_differences_between_seeds_count():
 @pytest.mark.parametrize("old, new, part", [
     ('datasets=(', 'datasets=("gsm8k",', "nothing says where the benchmark gsm8k is"),
     ("temperatures=(0.0,)", "temperatures=(-1.0,)", "temperature is -1.0"), ("steps=2, ", "", "give --steps"),
-    ('kind="eagle3"', 'kind="eagle3", taps=(9,)', "taps [9] are out of range")])
+    ("Eagle3.Settings(taps=(-1, 0)", "Eagle3.Settings(taps=(9,)", "taps [9] are out of range"),
+    ("Eagle3.Settings(", "Eagle3.Settings(num_layers=5, ", "unexpected keyword argument 'num_layers'")])
 def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
   """Kills: hours of training, then the sentence that says what was wrong from the start."""
   text = (folder / "config.py").read_text()

@@ -13,10 +13,12 @@ import dspark_jax
 from dspark_jax.checkpoints import hf, state
 from dspark_jax.config import to_json
 from dspark_jax.data import chat
+from dspark_jax.drafters import DSpark
+from dspark_jax.drafters.dspark import DSparkChoices
 from dspark_jax.loading import target_id
 from dspark_jax.targets.decoder import Decoder
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, copied, cut, fresh_drafter, qwen3, sharded, spoiled, words
-from train.config import DrafterSettings, TrainConfig
+from train.config import TrainConfig
 
 # Weight files
 
@@ -196,13 +198,12 @@ def test_prompts_and_settings(prompts, settings, parts):
 
 def test_training_settings_at_fault():
   """Kills: settings that surface after the target was loaded, or in the middle of a run; one complaint at a time."""
-  drafter = DrafterSettings(taps=(1,), mask_token_id=0, from_bigrams=True, kind="eagle")
-  with complains("kind is 'eagle', expected one of dspark, eagle3", "batch is 0, expected at least 1",
-                 "minutes is -1, expected more than 0", "'float16', expected float32",
-                 "expected draft_vocab_size 1..16384, got 0"):
-    TrainConfig(target="t", out=Path("o"), drafter=drafter, batch=0, minutes=-1, compute_dtype="float16")
-  with complains("lens is for drafters of the kind dspark, not eagle3"):
-    TrainConfig(target="t", out=Path("o"), drafter=DrafterSettings(taps=(1,), kind="eagle3", lens=True))
+  with complains("drafter is a DSparkChoices, expected one of DSparkSettings, Eagle3Settings, MTPSettings",
+                 "batch is 0, expected at least 1", "minutes is -1, expected more than 0", "'float16', expected float32"):
+    TrainConfig(target="t", out=Path("o"), drafter=DSparkChoices(taps=(1,)), batch=0, minutes=-1, compute_dtype="float16")
+  with complains("kind is 'eagle', expected dspark", "expected draft_vocab_size 1..16384, got 0",
+                 "set markov_head to vanilla"):
+    DSpark.Settings(taps=(1,), from_bigrams=True, kind="eagle", markov_head="rnn")
   with complains("a lens predicts a draft in every slot: sample_from_anchor must be true"):
     fresh_drafter(lens=True, sample_from_anchor=False)
 

@@ -7,14 +7,15 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from dspark_jax.config import DrafterConfig
+from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import TargetConfig
 from infer import memory
 
 SPEC = BlockSpec(16, 32, 2, 1, 8, 1e-6, 1e4, qk_norm=True)
-DRAFTER = DrafterConfig(SPEC, 2, 200, 4, (0, 2), 199, block_size=3, markov_rank=4)
+DRAFTER = DSparkConfig(spec=SPEC, num_layers=2, vocab_size=200, num_target_layers=4, taps=(0, 2), mask_token_id=199,
+                       block_size=3, markov_rank=4)
 LAYER = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32 + 2 * 8 + 2 * 16  # q, k and v, o, the MLP, the norms of heads and rows
 TARGET_WEIGHTS = 4 * LAYER + 200 * 16 + 16                              # layers, tied embedding, final norm
 TRAINED = 2 * LAYER + 2 * 16 * 16 + 2 * 16 + 2 * 200 * 4 + 16 + 4 + 1  # layers, fc, two norms, both factors, confidence

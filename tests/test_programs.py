@@ -16,10 +16,11 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat, pipeline
+from dspark_jax.drafters import DSpark
 from dspark_jax.programs import shell
 from infer import convert, generate
 from train import answers, train
-from train.config import DrafterSettings, TrainConfig, read_config
+from train.config import TrainConfig, read_config
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, files, llama,
                      with_tokenizer)
 
@@ -252,7 +253,7 @@ STEPS = 8
 def experiment(folder, out, **changes) -> TrainConfig:
   return TrainConfig(**{**dict(
       target=str(folder / "target"), out=Path(out), data=(folder / "data.jsonl", folder / "data.txt"), steps=STEPS, batch=2,
-      row_length=48, anchors=4, save_every=3, log_every=1, drafter=DrafterSettings(
+      row_length=48, anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
           taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8, draft_vocab_size=64)), **changes})
 
 
@@ -317,7 +318,8 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
   config = tmp_path / "config.py"
   config.write_text(f"from pathlib import Path, PosixPath\nfrom dspark_jax.training.losses import LossConfig\n"
                     f"from dspark_jax.training.step import OptimizerConfig\n"
-                    f"from train.config import DrafterSettings, TrainConfig\nconfig = {experiment(folder, out)!r}\n")
+                    f"from dspark_jax.drafters.dspark import DSparkSettings\n"
+                    f"from train.config import TrainConfig\nconfig = {experiment(folder, out)!r}\n")
   assert read_config(str(config)) == experiment(folder, out)
   run = spawn(compiled_once, "train.train", "--config", config)
   until = time.monotonic() + 300
@@ -374,7 +376,7 @@ def test_train_by_the_clock(folder, tmp_path):
   (["--steps", "None"], "neither steps nor minutes"), (["--batch", "0"], "batch is 0"), (["--data"], "no data"),
   (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "/nowhere.csv"], "/nowhere.csv"),
   (["--target", "/nowhere"], "/nowhere does not exist"), (["--depth", "3"], "--depth"),
-  (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "expected adamw or muon"),
+  (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "('adamw', 'muon')"),
   (["--microbatches", "3"], "microbatches"), (["--row-length", "200"], "multiple"), (["--save-every", "0"], "save_every"),
   (["--lens-rows", "0"], "lens_rows is 0")])
 def test_train_mistakes(args, part, folder, capsys, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.checkpoints import hf
-from dspark_jax.config import RecurrentConfig
+from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import init_from_target
 from dspark_jax.metrics import mean
 from dspark_jax.targets.decoder import stack_layers
@@ -102,8 +102,9 @@ def test_started_from_the_target(kind):
 def test_stored_and_exported(kind, reduced, tmp_path):
   """Kills: a sidecar read as another drafter's; a DeepSpec folder written for what that format cannot say."""
   config = qwen3().config
-  shape = RecurrentConfig(config.spec, config.vocab_size, config.num_layers, (0, 1, 2, 3, 4), 4)
-  drafter = dspark_jax.new_drafter(shape, kind=kind, words=words() if reduced else None, seed=3)
+  shape = DRAFTERS[kind].Config(spec=config.spec, vocab_size=config.vocab_size, num_target_layers=config.num_layers,
+                                taps=(0, 1, 2, 3, 4), block_size=4)
+  drafter = dspark_jax.new_drafter(shape, words=words() if reduced else None, seed=3)
   dspark_jax.save_drafter(tmp_path / "ours", drafter, qwen3())
   again = dspark_jax.load_drafter(tmp_path / "ours", qwen3())
   assert type(again) is type(drafter) and again.config == drafter.config

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from dspark_jax.config import DrafterConfig
-from dspark_jax.drafters.dspark import DSpark, init_from_bigrams
+from dspark_jax.drafters.dspark import DSpark, DSparkConfig, init_from_bigrams
 from dspark_jax.drafters.model import init_from_target
 from dspark_jax.metrics import mean
 from dspark_jax.nn.layers import BlockSpec
@@ -38,8 +37,8 @@ def target_of(vocabulary=VOCABULARY):
 
 
 def drafter_of(vocabulary=VOCABULARY, words=0, block=BLOCK):
-  config = DrafterConfig(spec=SPEC, num_layers=2, vocab_size=vocabulary, num_target_layers=3, taps=(-1, 1),
-                         mask_token_id=vocabulary - 1, block_size=block, markov_rank=4, draft_vocab_size=words)
+  config = DSparkConfig(spec=SPEC, num_layers=2, vocab_size=vocabulary, num_target_layers=3, taps=(-1, 1),
+                        mask_token_id=vocabulary - 1, block_size=block, markov_rank=4, draft_vocab_size=words)
   return DSpark(config, rngs=nnx.Rngs(1))
 
 

@@ -6,6 +6,9 @@ by SIGTERM, goes on exactly where it was when the same command is given again.
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b
 
+Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of drafter
+than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
+
 Data: JSONL of conversations ({"messages": [...]}) or of tokens (train.answers), or .txt, .md and .py files. The run
 folder holds run.json (resolved configuration), metrics.jsonl, steps/ (Orbax) and drafter/ (what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
@@ -31,12 +34,12 @@ from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
-from dspark_jax.drafters.model import init_from_target
+from dspark_jax.drafters.model import DrafterSettings, init_from_target
 from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
-from train.config import DrafterSettings, TrainConfig, read_config
+from train.config import TrainConfig, read_config
 
 LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
@@ -78,7 +81,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     compiled = step.lower(state, target, batch_of(0)).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
-  if run is None and config.drafter.lens:
+  if run is None and getattr(config.drafter, "lens", False):  # not every kind has one
     drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
     state = state.replace(drafter=drafter)
 
@@ -106,21 +109,18 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
   words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
-  drafter = dspark_jax.new_drafter(drafter_config(s, target), kind=s.kind, words=words, seed=config.seed)
+  drafter = dspark_jax.new_drafter(drafter_config(s, target), words=words, seed=config.seed)
   if s.from_target:
     drafter = init_from_target(drafter, target)
-  if s.from_bigrams:
+  if getattr(s, "from_bigrams", False):  # not every kind has a head for them
     factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
     drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)  # a lens knows the bigrams' first draft too
   return drafter
 
 
 def drafter_config(settings: DrafterSettings, target):
-  """The drafter's own configuration for this target, before its words are chosen. ValueError when they do not fit."""
-  kind = DRAFTERS[settings.kind].Config
-  shape = {f.name: getattr(settings, f.name) for f in dataclasses.fields(kind) if hasattr(settings, f.name)}
-  return kind(**shape | dict(spec=target.config.spec, vocab_size=target.config.vocab_size,
-                             num_target_layers=target.config.num_layers, draft_vocab_size=0))
+  """The drafter's own configuration for this target. ValueError when they do not fit."""
+  return DRAFTERS[settings.kind].Config.for_target(settings, target.config)
 
 
 def describe(config: TrainConfig, packed) -> dict:

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import DrafterConfig, RecurrentConfig, raise_all
+from dspark_jax.config import raise_all
+from dspark_jax.drafters.dspark import DSparkConfig
+from dspark_jax.drafters.eagle3 import Eagle3Config
+from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
 from dspark_jax.types import Target
 
@@ -27,7 +30,7 @@ ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family 
 ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
 
 
-def drafter_config(hf: dict) -> tuple[str, DrafterConfig | RecurrentConfig]:
+def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   """(name of the drafter, configuration) in a stored config.json; ValueError lists what is missing or not understood."""
   architecture = (hf.get("architectures") or ["none"])[0]
   if architecture not in ARCHITECTURES:
@@ -43,7 +46,8 @@ def _eagle3(hf, spec, problems):
   layers = hf.get("draft_num_hidden_layers", hf.get("num_hidden_layers"))
   problems += [f"an Eagle3 drafter of {layers} layers is not supported, only of one"] if layers != 1 else []
   raise_all("drafter config", problems)
-  return RecurrentConfig(spec, hf["vocab_size"], hf["num_target_layers"], tuple(hf["target_layer_ids"]), hf["ttt_length"])
+  return Eagle3Config(spec=spec, vocab_size=hf["vocab_size"], num_target_layers=hf["num_target_layers"],
+                      taps=tuple(hf["target_layer_ids"]), block_size=hf["ttt_length"])
 
 
 def _dspark(hf, spec, problems):
@@ -56,13 +60,13 @@ def _dspark(hf, spec, problems):
                 num_target_layers=own["num_target_layers"], mask_token_id=own["mask_token_id"])
   if original:
     taps = own.get("target_layer_ids") or default_taps(own["num_target_layers"], hf["num_hidden_layers"])
-    return DrafterConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
-                         sample_from_anchor=False)
+    return DSparkConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
+                        sample_from_anchor=False)
   confidence = "none" if not hf.get("enable_confidence_head") else (
       "markov" if hf.get("confidence_head_with_markov") else "hidden")
-  return DrafterConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
-                       markov_rank=hf["markov_rank"], markov_head=hf.get("markov_head_type") or "vanilla",
-                       confidence=confidence)
+  return DSparkConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
+                      markov_rank=hf["markov_rank"], markov_head=hf.get("markov_head_type") or "vanilla",
+                      confidence=confidence)
 
 
 def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -72,7 +76,7 @@ def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ..
   return tuple(round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1)) for i in range(num_draft_layers))
 
 
-def stores_frozen(config: DrafterConfig | RecurrentConfig) -> bool:
+def stores_frozen(config: DrafterConfig) -> bool:
   """Whether the drafter's stored form holds copies of the target's embedding and head: all but the original DFlash's."""
   return getattr(config, "sample_from_anchor", True)
 
@@ -92,7 +96,7 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
   return problems
 
 
-def deepspec_config(kind: str, config: DrafterConfig | RecurrentConfig) -> str:
+def deepspec_config(kind: str, config: DrafterConfig) -> str:
   """The text of a DeepSpec config.json for a drafter trained here; ValueError where that format has no word for it."""
   raise_all("export to DeepSpec", (["a reduced draft vocabulary cannot be stored"] if config.draft_vocab_size else [])
             + (["a lens cannot be stored"] if getattr(config, "lens", False) else [])

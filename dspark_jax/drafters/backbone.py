@@ -10,8 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import DrafterConfig
-from dspark_jax.drafters.model import DraftModel, last_of
+from dspark_jax.drafters.model import DrafterConfig, DraftModel, last_of
 from dspark_jax.nn.attention import at_once, attend, sequence
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Block, Linear, RMSNorm

@@ -2,20 +2,86 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import DrafterConfig
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.lens import Lens
-from dspark_jax.drafters.model import newest
+from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings, newest
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Linear, WordHead
 from dspark_jax.sampling import Sampling
 from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSparkChoices(DrafterChoices):
+  """What a user chooses of a DSpark or DFlash drafter. DFlash: markov_rank 0, confidence none."""
+  mask_token_id: int = 0
+  """what fills the block after the anchor"""
+  num_layers: int = 5
+  markov_rank: int = 256
+  """R, of the sequential head; 0: none (DFlash)"""
+  markov_head: Literal[tuple(heads.STEPS)] = "vanilla"
+  confidence: Literal["none", "hidden", "markov"] = "markov"
+  """what the confidence head reads: the hidden state, and the sequential head's embedding too (markov)"""
+  sample_from_anchor: bool = True
+  """no: the original DFlash, whose anchor predicts nothing"""
+  lens: bool = False
+  """the block starts from a linear prediction of its hidden states, fitted before training; not in the paper"""
+
+  def problems(self) -> list[str]:
+    problems = super().problems()
+    if not self.taps:
+      problems.append("taps are empty: name at least one target layer")
+    if self.confidence == "markov" and not self.markov_rank:
+      problems.append("confidence 'markov' reads the sequential head's embedding, but markov_rank is 0: use 'hidden' or "
+                      "'none'")
+    if self.lens and not self.sample_from_anchor:
+      problems.append("a lens predicts a draft in every slot: sample_from_anchor must be true")
+    return problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSparkConfig(DSparkChoices, DrafterConfig):
+  """The configuration of a DSpark or DFlash drafter."""
+  # Every stored drafter says these: where one is missing a default would be a guess.
+  mask_token_id: int = dataclasses.field()
+  num_layers: int = dataclasses.field()
+
+  @property
+  def slots(self) -> int:
+    """Block slots that are run for block_size drafts."""
+    return self.block_size + (0 if self.sample_from_anchor else 1)
+
+  def problems(self) -> list[str]:
+    known = 0 <= self.mask_token_id < self.vocab_size
+    return super().problems() + ([] if known else [
+        f"mask_token_id is {self.mask_token_id}, expected 0..{self.vocab_size - 1}"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSparkSettings(DSparkChoices, DrafterSettings):
+  """What an experiment says of a DSpark or DFlash drafter."""
+  kind: Literal["dspark"] = "dspark"
+  """the word drafter:eagle3 or drafter:mtp chooses another, with flags of its own"""
+  from_bigrams: bool = False
+  """start a vanilla sequential head from the data's bigrams (needs draft_vocab_size)"""
+
+  def problems(self) -> list[str]:
+    problems = super().problems()
+    if self.from_bigrams and not 0 < self.draft_vocab_size <= 16384:
+      problems.append(f"from_bigrams factors a matrix of words x words: expected draft_vocab_size 1..16384, got "
+                      f"{self.draft_vocab_size}")
+    if self.from_bigrams and not (self.markov_rank and self.markov_head == "vanilla"):
+      problems.append("from_bigrams starts a vanilla sequential head: set markov_head to vanilla and its rank")
+    return problems
 
 
 @flax.struct.dataclass
@@ -38,9 +104,9 @@ class ConfidenceHead(nnx.Module):
 class DSpark(Backbone):
   """A drafter behind the Drafter protocol (DSpark, 3.1)."""
 
-  Config = DrafterConfig
+  Config, Settings = DSparkConfig, DSparkSettings
 
-  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width, rank = config.spec.hidden_size, config.markov_rank
     self.markov_head = heads.MarkovHead(config.markov_head, rank, config.vocab_size, config.words, width,

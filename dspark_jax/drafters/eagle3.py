@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import RecurrentConfig
-from dspark_jax.drafters.model import last_of
+from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings, last_of
 from dspark_jax.drafters.recurrent import Recurrent
 from dspark_jax.nn.layers import MLP, Attention, Block, BlockSpec, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Choices(DrafterChoices):
+  """What a user chooses of an Eagle3 drafter: it has one layer, no sequential head and no confidence."""
+
+  def problems(self) -> list[str]:
+    return super().problems() + ([] if self.taps else [
+        "an Eagle3 drafter has no taps: name the target layers that feed it (the reference takes five)"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Config(Eagle3Choices, DrafterConfig):
+  """The configuration of an Eagle3 drafter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Settings(Eagle3Choices, DrafterSettings):
+  """What an experiment says of an Eagle3 drafter."""
+  kind: Literal["eagle3"] = "eagle3"
+  """the word drafter:dspark or drafter:mtp chooses another, with flags of its own"""
 
 
 class Eagle3Block(nnx.Module):
@@ -35,9 +58,9 @@ class Eagle3Block(nnx.Module):
 class Eagle3(Recurrent):
   """A drafter behind the Drafter protocol, as the reference trains it."""
 
-  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
-    if not config.taps:
-      raise ValueError("an Eagle3 drafter has no taps: name the target layers that feed it (the reference takes five)")
+  Config, Settings = Eagle3Config, Eagle3Settings
+
+  def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width = config.spec.hidden_size
     self.fc = Linear(len(config.taps) * width, width, rngs=rngs)

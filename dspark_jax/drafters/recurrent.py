@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import RecurrentConfig
 from dspark_jax.drafters import heads
-from dspark_jax.drafters.model import DraftModel, newest
+from dspark_jax.drafters.model import DrafterConfig, DraftModel, newest
 from dspark_jax.nn.attention import Place, attend, following, sequence
 from dspark_jax.nn.cache import Cache, extend
 from dspark_jax.nn.layers import RMSNorm
@@ -33,10 +32,9 @@ class RecurrentState:
 class Recurrent(DraftModel):
   """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and its `cell`: project, close."""
 
-  Config = RecurrentConfig
   every_position = True
 
-  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
     super().__init__(config)
     self.norm = RMSNorm(config.spec.hidden_size, config.spec.rms_norm_eps)
 

@@ -68,8 +68,11 @@ def resumed(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(was: dict, now: dict, where: str = "") -> Iterator[str]:
-  """One sentence per setting, also of the settings inside settings."""
-  for key in was | now:
+  """One sentence per setting of now, also of the settings inside settings.
+
+  What an old record has beyond them was never read: settings once had one form for all kinds of drafters.
+  """
+  for key in now:
     a, b = was.get(key), now.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       yield from _differences(a, b, f"{where}{key}.")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.metrics import Mean, weighted
 from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Head, Target
 
@@ -28,12 +30,12 @@ class LossConfig:
   confidence: float = 1.0
   soft: float = 0.0
   decay: float = 4.0  # the reference's, with G = 7; the paper's text says G
-  per: str = "slots"  # what a term is divided by: slots (the sum of w * mask) | positions (blocks of the batch, dummies too)
+  # what a term is divided by: the sum of w * mask (slots), or the blocks of the batch, dummies too (positions)
+  per: Literal["slots", "positions"] = "slots"
   chunk: int = 1024   # slots of the batch whose logits exist at a time
 
   def __post_init__(self):
-    if self.per not in ("slots", "positions"):
-      raise ValueError(f"loss.per is {self.per!r}, expected slots or positions")
+    raise_all("loss config", wrong_choices(self))
 
 
 EAGLE3 = LossConfig(ce=0.0, tv=0.0, confidence=0.0, soft=1.0, decay=-1 / math.log(0.8), per="positions")  # the reference's
