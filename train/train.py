@@ -71,7 +71,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   record = describe(config, packed)
-  run = run_folder.resumed(config.out, record) if saved.latest is not None else None
+  run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if saved.latest is not None else None
   if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")

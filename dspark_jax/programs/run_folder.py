@@ -39,11 +39,13 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
   shell.write_json(folder / RECORD, record)
 
 
-def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), growing=()) -> dict[str, Any]:
+def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), growing=(), shrunk=()
+           ) -> dict[str, Any]:
   """`known` with the parts of `new`, if both describe the same run; else a ValueError that names all that differs.
 
   A part is an object of settings, an object of digests by name that may get more names (`growing`), or a digest.
-  free: settings that may change, since results do not mix them. A setting that `known` does not have was None.
+  free: settings that may change, since results do not mix them. A setting that `known` does not have was None. shrunk:
+  settings that are objects, of which old records held fields that nothing read.
   """
   differ, out = [], known | new
   for name, part in new.items():
@@ -53,7 +55,7 @@ def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(),
       out[name] = old | part
     elif isinstance(part, dict):
       fixed = {key: value for key, value in part.items() if key not in free}
-      differ += _differences({key: known[name].get(key) for key in fixed}, fixed)
+      differ += _differences({key: known[name].get(key) for key in fixed}, fixed, shrunk)
     elif known[name] != part:
       differ.append(f"{name} has changed since")
   if differ:
@@ -62,20 +64,19 @@ def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(),
   return out
 
 
-def resumed(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-  """The record of the run in `folder`, which must be the one that `record` describes."""
-  return merged(folder, read_record(folder, {name: type(part) for name, part in record.items()}), record)
+def resumed(folder: Path, record: dict[str, Any], *, shrunk=()) -> dict[str, Any]:
+  """The record of the run in `folder`, which must be the one that `record` describes. shrunk: see `merged`."""
+  known = read_record(folder, {name: type(part) for name, part in record.items()})
+  return merged(folder, known, record, shrunk=shrunk)
 
 
-def _differences(was: dict, now: dict, where: str = "") -> Iterator[str]:
-  """One sentence per setting of now, also of the settings inside settings.
-
-  What an old record has beyond them was never read: settings once had one form for all kinds of drafters.
-  """
-  for key in now:
+def _differences(was: dict, now: dict, shrunk=(), where: str = "") -> Iterator[str]:
+  """One sentence per setting, also of the settings inside settings."""
+  for key in was | now:
     a, b = was.get(key), now.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      yield from _differences(a, b, f"{where}{key}.")
+      a = {name: a[name] for name in a if name in b} if key in shrunk else a
+      yield from _differences(a, b, shrunk, f"{where}{key}.")
     elif a != b:
       yield f"{where}{key} was {a}, is {b}"
 
