@@ -69,6 +69,8 @@ def _read(kind, value, path):
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if dataclasses.is_dataclass(kind) and isinstance(value, dict):
     return _read_object(kind, value, path)
+  if dataclasses.is_dataclass(kind) and isinstance(value, kind):  # read before, as what only the caller knows
+    return value, []
   if origin in (typing.Union, types.UnionType):
     tried = [_read(option, value, path) for option in args]
     right = [found for found in tried if not found[1]]

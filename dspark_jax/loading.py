@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import typing
 from pathlib import Path
 
 import jax
@@ -23,6 +24,8 @@ from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.types import Array, Drafter, Target
+
+LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
 
 def locate_target(name: str | os.PathLike) -> Path:
@@ -125,7 +128,10 @@ def _read_ours(path, target):
   if kind not in list(DRAFTERS):  # a list: what a damaged file holds may not be hashable
     raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
                      f"load it with the version that wrote it")
-  config = from_json(DRAFTERS[kind].Config, sidecar["config"], f"{path / 'drafter.json'}, config")
+  data, where = sidecar["config"], f"{path / 'drafter.json'}, config"
+  if isinstance(data, dict) and "spec" in data:  # of one of the families, whichever reads it
+    data = data | {"spec": from_json(LAYERS, data["spec"], f"{where}, spec")}
+  config = from_json(DRAFTERS[kind].Config, data, where)
   problems = _words_problems(config, tensors)
   if sidecar["target"] != target_id(target):
     problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target it "

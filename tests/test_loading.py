@@ -18,6 +18,7 @@ from safetensors.flax import load_file
 import dspark_jax
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
+from dspark_jax.targets import TARGETS
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3, sharded,
                      target_of, words)
 
@@ -180,6 +181,16 @@ def test_scanned_is_stacked():
   for name, variable in stacked.items():
     for index, layer in enumerate(qwen3().layers):
       np.testing.assert_array_equal(variable[index], hf.names(layer)[name][...])
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_family_reads_back_the_layers_it_writes(family):
+  """Kills: an exported drafter whose config says something else of its layers, or names another family's."""
+  family = TARGETS[family]
+  spec, problems = family.block(json.loads((QWEN3 / "config.json").read_text()))
+  assert not problems
+  again = family.block(family.keys(spec) | dict(num_hidden_layers=1, vocab_size=8))
+  assert again == (spec, []) and type(spec) is family.spec
 
 
 class Experts(nnx.Module):

@@ -146,6 +146,8 @@ class Family:
   """What loading must know of a family."""
   config: Callable[[dict], TargetConfig]  # of a Hugging Face config.json; ValueError lists all that is wrong
   block: Callable[[dict], tuple[BlockSpec | None, list[str]]]  # (its layers, problems): for stored drafters that repeat them
+  keys: Callable[[BlockSpec], dict]       # and back: what a config.json says of such layers
   prefix: str                             # of the architectures of its stored drafters: Qwen3 of Qwen3DSparkModel
+  spec: type[BlockSpec] = BlockSpec       # what describes its layers
   build: Callable[..., Target] = Decoder  # (config, *, rngs)
   stored: Callable[[str], tuple[str, ...]] = one_to_one  # names of the tensors that make a parameter; several are stacked

@@ -51,4 +51,12 @@ def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec 
                    hf.get("head_dim") or hf["hidden_size"] // heads, hf["rms_norm_eps"], float(theta), qk_norm), []
 
 
-FAMILY = Family(from_hf, block_spec, "Llama")
+def block_keys(spec: BlockSpec) -> dict[str, Any]:
+  """What a Hugging Face config.json says of these layers; `block_spec` reads them back."""
+  return dict(
+      attention_bias=False, head_dim=spec.head_dim, hidden_act="silu", hidden_size=spec.hidden_size,
+      intermediate_size=spec.intermediate_size, num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads,
+      rms_norm_eps=spec.rms_norm_eps, rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"})
+
+
+FAMILY = Family(from_hf, block_spec, block_keys, "Llama")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from dspark_jax.targets.decoder import Family, TargetConfig
-from dspark_jax.targets.llama import block_spec, decoder_config
+from dspark_jax.targets.llama import block_keys, block_spec, decoder_config
 
 qwen3_block = functools.partial(block_spec, qk_norm=True)
 
@@ -15,4 +15,4 @@ def from_hf(hf: dict) -> TargetConfig:
   return decoder_config("qwen3", hf, *qwen3_block(hf))
 
 
-FAMILY = Family(from_hf, qwen3_block, "Qwen3")
+FAMILY = Family(from_hf, qwen3_block, block_keys, "Qwen3")
