@@ -241,7 +241,7 @@ def attention_case():
 def block_attention(arrays, mask, bounds):
   q, k, v, far_k, far_v = arrays
   place = attention.Place(None, *bounds, mask, None)
-  return attention.attend(q, k, v, place, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, "columns"))
+  return attention.attend(q / 5 ** 0.5, k, v, place, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, "columns"))
 
 
 def dense_attention(arrays, mask, bounds):

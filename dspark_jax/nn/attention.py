@@ -79,7 +79,7 @@ def sequence(k: Array, v: Array) -> Context:
 def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Array:
   """Attention of query blocks over their context and their own block, in the shape of q. Rows that see nothing give 0.
 
-  q: f[B,...,H,h], k and v: f[B,...,K,h], with rows as place's A blocks of T and N. Blocks are processed in chunks, each
+  q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Blocks are processed in chunks, each
   recomputed in the backward pass, so that memory holds SCORE_BUDGET scores.
   """
   shape, (batch, blocks, length) = q.shape, place.hi.shape
@@ -94,7 +94,7 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
     out = jax.lax.map(jax.checkpoint(lambda part: attend(*part, context)), parts)
     return jnp.moveaxis(out, 0, 1).reshape(shape)
   heads, width, groups = *q.shape[3:], context.v.shape[1]
-  q = q.reshape(batch, blocks, length, groups, heads // groups, width) * jnp.asarray(width ** -0.5, q.dtype)
+  q = q.reshape(batch, blocks, length, groups, heads // groups, width)
   slots = jnp.arange(context.v.shape[2], dtype=jnp.int32).reshape(1, 1, 1, -1)
   visible = (slots >= place.lo[..., None]) & (slots < place.hi[..., None])
   # [B,K,A,T,g,S] and [B,K,A,T,g,N]: the products run per row and key head over all A*T*g queries at once

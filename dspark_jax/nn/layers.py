@@ -163,10 +163,10 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
   def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-    """(q f[...,H,h], k f[...,K,h], v f[...,K,h]) of rows x f[...,D] at positions i32[...]."""
+    """(q f[...,H,h], scaled by h^-1/2, k f[...,K,h], v f[...,K,h]) of rows x f[...,D] at positions i32[...]."""
     q = self.q_proj(x).reshape(*x.shape[:-1], self.spec.num_heads, self.spec.head_dim)
     q = rotate(q if self.q_norm is None else self.q_norm(q), self._rope(positions))
-    return q, *self.keys_values(x, positions)
+    return q * jnp.asarray(self.spec.head_dim ** -0.5, q.dtype), *self.keys_values(x, positions)
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
     """(k, v), each f[...,K,h], of rows that others attend to."""
