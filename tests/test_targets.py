@@ -36,15 +36,16 @@ def randomised(module, seed):
 
 def small_target(family, seed=0, **changes):
   """A random model of a family in TARGETS."""
-  config = TARGETS[family].config(SMALL | changes)
-  return randomised(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), seed)
+  family = TARGETS[family]
+  config = family.config(SMALL | changes)
+  return randomised(nnx.eval_shape(lambda: family.build(config, rngs=nnx.Rngs(0))), seed)
 
 
 def golden_target(case):
   raw, tensors = hf.read_folder(GOLDEN / case)
-  config = TARGETS[raw["model_type"]].config(raw)
-  return hf.fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), tensors, case,
-                 stored=decoder.one_to_one)
+  family = TARGETS[raw["model_type"]]
+  config = family.config(raw)
+  return hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, case, stored=family.stored)
 
 
 def packed(lengths, width):
