@@ -12,7 +12,6 @@ The last line of stdout is a JSON object with the keys tokens, text, n_accept (d
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -123,19 +122,11 @@ def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
     if not settings.prompt.strip():
       raise ValueError("the prompt is empty: expected some text")
     return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}], **how)]
-  prompts = []
-  for number, line in enumerate(settings.prompts.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
-    if line.strip():
-      prompts.append(chat.encode_prompt(tokenizer, _messages(line, f"{settings.prompts}, line {number}"), **how))
-  return prompts
+  return [chat.encode_prompt(tokenizer, _messages(record, f"{settings.prompts}, line {number}"), **how)
+          for number, record in shell.objects(settings.prompts)]
 
 
-def _messages(line, where):
-  try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{where} is not JSON ({error.msg}): expected one object per line") from error
-  record = record if isinstance(record, dict) else {}
+def _messages(record, where):
   if isinstance(record.get("prompt"), str) and record["prompt"].strip():
     return [{"role": "user", "content": record["prompt"]}]
   texts = [[m.get("role"), m.get("content")] if isinstance(m, dict) else [None] for m in record.get("messages") or []]

@@ -13,7 +13,6 @@ The last line of stdout is a JSON object with the keys answers, tokens, tokens_p
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.generate import PROMPT_BUCKET
-from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 
 
@@ -49,10 +47,8 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  with shell.stderr.status("loading"):
-    tokenizer = chat.load_tokenizer(locate_target(settings.target))
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
-  return answer(settings, target, tokenizer, read_questions(settings))
+  questions = read_questions(settings)
+  return answer(settings, *shell.load(settings.target, settings.dtype), questions)
 
 
 def read_questions(settings: Settings) -> list[tuple[str, str]]:
@@ -60,13 +56,8 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   if settings.questions is None:
     return [(q.id, q.question) for q in split(stdlib_questions())[0]]
   questions = []
-  for number, line in enumerate(settings.questions.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
-    if not line.strip():
-      continue
-    try:
-      text = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-      text = None
+  for number, record in shell.objects(settings.questions):
+    text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
       raise ValueError(f'{settings.questions}, line {number} is no question: expected {{"prompt": TEXT}}')
     questions.append((str(number), text))

@@ -31,7 +31,7 @@ from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
 from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
 from dspark_jax.decoding.scheduler import survival
-from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
+from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import Sampling
 from train import answers
@@ -94,10 +94,8 @@ class Rounds:
 def main(settings: Settings) -> dict:
   modes = check(settings)
   questions = read_questions(settings)
-  with shell.stderr.status("loading"):
-    tokenizer = chat.load_tokenizer(locate_target(settings.target))
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
-    drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  target, tokenizer = shell.load(settings.target, settings.dtype)
+  drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   if not drafter.has_confidence:
     raise ValueError(f"{settings.drafter} has no confidence head, so there is nothing to calibrate: train a DSpark "
                      f"drafter with confidence 'markov' or 'hidden'")

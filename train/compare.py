@@ -20,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-import dspark_jax
 from dspark_jax.checkpoints.hf import names
 from dspark_jax.config import from_json, to_json
-from dspark_jax.data import chat
 from dspark_jax.decoding import acceptance
-from dspark_jax.loading import load_drafter, locate_target
+from dspark_jax.loading import load_drafter
 from dspark_jax.programs import results, shell
 from dspark_jax.programs.results import Result
 from infer import evaluate, plots
@@ -86,9 +84,7 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
 
 def train_all(runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
-  with shell.stderr.status("loading"):
-    target = dspark_jax.load_target(runs[0].target, dtype=runs[0].target_dtype)
-    tokenizer = chat.load_tokenizer(locate_target(runs[0].target))
+  target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype)
   for run in runs:
     train.drafter_config(run.drafter, target)  # what does not fit the target is seen before anything is trained
   trained = {}

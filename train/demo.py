@@ -25,7 +25,6 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import generate as gen
-from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import read_config
@@ -46,9 +45,7 @@ class Settings:
 def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
-  with shell.stderr.status("loading SmolLM2-135M-Instruct"):
-    tokenizer = chat.load_tokenizer(locate_target(config.target))
-    target = dspark_jax.load_target(config.target)
+  target, tokenizer = shell.load(config.target, "float32")
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
   if not run_folder.is_begun(settings.out):  # a run that began keeps its data
     shell.say("the target answers questions about Python's standard library")

@@ -32,7 +32,6 @@ from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
 from dspark_jax.drafters.model import init_from_target
-from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
@@ -47,10 +46,7 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
-  with shell.stderr.status("loading"):
-    target = dspark_jax.load_target(config.target, dtype=config.target_dtype)
-    tokenizer = chat.load_tokenizer(locate_target(config.target))
-  return train(config, target, tokenizer)
+  return train(config, *shell.load(config.target, config.target_dtype))
 
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
