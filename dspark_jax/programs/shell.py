@@ -85,6 +85,7 @@ def objects(path: Path) -> Iterator[tuple[int, dict]]:
 def write(path: Path, content: str | bytes) -> None:
   """Writes a file that appears whole or not at all; its folder is made."""
   path.parent.mkdir(parents=True, exist_ok=True)
+  # Beside it, since a rename between file systems is a copy; with a random name, since two may write at once.
   scratch = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
   try:
     scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
