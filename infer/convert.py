@@ -39,6 +39,7 @@ class Settings:
 def main(settings: Settings) -> dict:
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
   with shell.stderr.status("loading the target"):
+    # scanned=False: its layers are never run, and stacking them would copy every weight.
     target = dspark_jax.load_target(settings.target, dtype=settings.target_dtype, scanned=False)
   convert = dspark_jax.import_drafter if settings.to == "orbax" else dspark_jax.export_drafter
   with shell.stderr.status("converting"):

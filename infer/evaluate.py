@@ -1,13 +1,13 @@
 """Evaluate drafters on benchmark prompts: accepted length, acceptance by position, calibration, tokens per second.
 
 When to use it: to compare drafters, or confidence thresholds, on the same samples. Every target x drafter x dataset x
-temperature x threshold is decoded (a drafter without a confidence head at threshold 0 alone, and with the target that it
-was made for); a run that is killed goes on where it stopped when the same command is given again, and may be given more
-drafters, datasets, temperatures and so on.
+temperature x threshold is decoded (a drafter without a confidence head at threshold 0 alone, and with the target that
+it was made for); a run that is killed goes on where it stopped when the same command is given again, and may be given
+more drafters, datasets, temperatures and so on.
 
     python -m infer.evaluate --targets smollm2 --drafters none runs/demo --out runs/evaluation
-    python -m infer.evaluate --targets Qwen/Qwen3-4B --drafters dspark dflash --datasets gsm8k mt-bench --folder prompts \
-        --temperatures 0 1 --thresholds 0 0.3 0.5 --turns all --out runs/paper
+    python -m infer.evaluate --targets Qwen/Qwen3-4B --drafters dspark dflash --datasets gsm8k mt-bench \
+        --folder prompts --temperatures 0 1 --thresholds 0 0.3 0.5 --turns all --out runs/paper
 
 DIR gets results.json, results.md, run.json (settings and versions) and samples/ (one line per sample). A sample's text
 depends on its own seed, not on the batch or its neighbours. Tokens per second are of full batches, without compilation.
@@ -41,7 +41,8 @@ from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Decoded, Result
 
 PLAIN = "none"
-CASES = ("targets", "drafters", "datasets", "temperatures", "thresholds")  # settings that may change: a file for each
+# Settings that may change when a run goes on: each value has files of its own, so nothing is mixed.
+CASES = ("targets", "drafters", "datasets", "temperatures", "thresholds")
 
 
 @dataclasses.dataclass
@@ -123,9 +124,11 @@ def main(settings: Settings) -> dict:
       orphans = {_label(path) for path in settings.drafters}.difference(loaded, *others)
       if orphans and name == settings.targets[0]:
         raise ValueError(f"{', '.join(sorted(orphans))} was made for none of the targets {', '.join(settings.targets)}")
+      # Only now: a mistake in the first command must not leave a folder that refuses the corrected one.
       remember(settings, run, _label(name), loaded)
       for case in cases:
         models, samples = loaded.get(case.drafter), datasets[case.dataset]
+        # Without confidences every threshold would decode the same rounds under another name.
         if case.target == _label(name) and models and (models.has_confidence or not case.threshold):
           found.append(result(case, models, evaluate(settings, case, models, samples, tell)))
         elif case.target == _label(name):
@@ -134,6 +137,7 @@ def main(settings: Settings) -> dict:
   shell.write_json(settings.out / "results.json", whole)
   shell.write(settings.out / "results.md", results.markdown(results.COLUMNS, [row.cells() for row in found]))
   shell.say(results.table(found))
+  # A diagram has hundreds of numbers per position: what is printed should fit a log.
   short = lambda row: row | {key: row[key] and row[key]["summary"] for key in row if key.startswith("reliability")}
   return {"out": str(settings.out), "results": list(map(short, whole["results"]))}
 
@@ -146,7 +150,7 @@ def check(settings: Settings) -> list[Case]:
   shell.at_least(settings, batch=1, max_new_tokens=1)
   shell.one_of(settings, turns=("first", "all"), dtype=shell.DTYPES)
   for value in settings.temperatures:
-    if not 0 <= value < math.inf:
+    if not 0 <= value < math.inf:  # written so that NaN is refused, too
       raise ValueError(f"temperature is {value}, expected 0 (greedy) or a finite number above")
   for value in settings.thresholds:
     if not 0 <= value <= 1:
@@ -169,7 +173,7 @@ def list_cases(settings: Settings) -> list[Case]:
   cases = [Case(*models, dataset, temperature, threshold)
            for *models, dataset, temperature in itertools.product(targets, drafters, datasets, settings.temperatures)
            for threshold in ((None,) if models[1] == PLAIN else settings.thresholds)]
-  keys = [case.key for case in cases]
+  keys = [case.key for case in cases]  # by key, not by value: folders of one name, 1 and 1.0, would share a file
   for key in keys:
     if keys.count(key) > 1:
       raise ValueError(f"{key} would be decoded {keys.count(key)} times: give every target, drafter, dataset, "
@@ -185,12 +189,13 @@ def _label(name: str) -> str:
 def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   """The record of this run, to go to run.json, or what is there already. ValueError when that is another run's."""
   plain = run_folder.plain(dataclasses.asdict(settings))
-  plain.pop("out")
+  plain.pop("out")  # a folder may be moved
   digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
   run = {"settings": plain, "samples": {name: digest(samples) for name, samples in datasets.items()}}
   if run_folder.is_begun(settings.out, work="samples/*.jsonl"):
     known = run_folder.read_record(settings.out, dict.fromkeys(("settings", "samples", "models", "versions"), dict))
     return run_folder.merged(settings.out, known, run, free=CASES, growing=("samples",))
+  # For the reader, not compared: a run may go on under another version.
   versions = {"python": sys.version.split()[0], "jax": jax.__version__, "numpy": np.__version__,
               "device": jax.devices()[0].device_kind}
   return {**run, "models": {}, "versions": versions}
@@ -199,6 +204,7 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
 def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]) -> None:
   """Notes in run.json what the models are. ValueError when they were others: some of the samples are the old ones'."""
   new = {name: loading.target_id(next(iter(loaded.values())).target)}
+  # The temperatures, too: thresholds act on calibrated confidences, and those are what the samples hold.
   new |= {f"{name}--{label}": [loading.drafter_id(models.drafter), models.temperatures]
           for label, models in loaded.items() if models.drafter}
   run |= run_folder.merged(settings.out, run, {"models": new}, growing=("models",))
@@ -231,10 +237,10 @@ def load(settings: Settings, name: str) -> dict[str, Models]:
     if len(settings.targets) > 1 and path != PLAIN and not loading.made_for(path, target):
       continue
     drafter = None if path == PLAIN else dspark_jax.load_drafter(path, target, dtype=settings.dtype)
-    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer),
-                                           compiled=compiled)
+    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer), compiled=compiled)
     if drafter and not drafter.has_confidence and 0 not in settings.thresholds:
-      raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: add 0 to --thresholds")
+      raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: add 0 to "
+                       f"--thresholds")
     if models.has_confidence:
       stored = loading.stored_temperatures(path, drafter)  # not for_mode: what is not calibrated can be evaluated, too
       models.temperatures |= {mode: list(fitted) for mode, fitted in stored.by_mode.items()} if stored else {}
@@ -250,22 +256,24 @@ def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sampl
   known = read_decoded(path, samples, models)
   tell(len(known), case.key)
   if case.threshold and case.mode not in models.temperatures:
-    shell.say(f"{case.key}: no temperatures are stored for {case.mode}, the threshold meets the drafter's raw confidences; "
-              f"train.calibrate fits some")
+    shell.say(f"{case.key}: no temperatures are stored for {case.mode}, the threshold meets the drafter's raw "
+              f"confidences; train.calibrate fits some")
   lengths = {s.id: len(encode(models, [s.turns[0]], [])) for s in samples if s.id not in known}
   limit = models.target.config.max_positions - settings.max_new_tokens
   long = [name for name in lengths if lengths[name] > limit]
   if long:
-    raise ValueError(f"{len(long)} samples of {case.dataset} ({', '.join(long[:5])}) have up to {max(lengths.values())} "
-                     f"tokens, which leave no room for {settings.max_new_tokens} new ones in the target's "
-                     f"{models.target.config.max_positions} positions: leave them out or lower --max-new-tokens")
+    raise ValueError(f"{len(long)} samples of {case.dataset} ({', '.join(long[:5])}) have up to "
+                     f"{max(lengths.values())} tokens, which leave no room for {settings.max_new_tokens} new ones in "
+                     f"the target's {models.target.config.max_positions} positions: leave them out or lower "
+                     f"--max-new-tokens")
   # By length, so that a batch's prompts share a bucket; the longest first, which need the most memory.
   todo = sorted((s for s in samples if s.id in lengths), key=lambda s: (-lengths[s.id], s.id))
   for at in range(0, len(todo), settings.batch):
     new = ask(settings, case, models, todo[at:at + settings.batch])
     run_folder.append(path, list(map(to_json, new)))
     known |= {decoded.id: decoded for decoded in new}
-    tell(len(new), f"{case.key} {sum(d.tokens for d in new) / max(sum(d.seconds for d in new), 1e-9):.0f} tokens/s")
+    seconds = max(sum(decoded.seconds for decoded in new), 1e-9)  # coarse clocks say 0 of a tiny batch
+    tell(len(new), f"{case.key} {sum(decoded.tokens for decoded in new) / seconds:.0f} tokens/s")
   everything = [known[s.id] for s in samples]
   asked = sum(len(s.turns) for s in samples) if settings.turns == "all" else len(samples)
   if left := asked - sum(decoded.turns for decoded in everything):
@@ -294,7 +302,7 @@ def ask(settings: Settings, case: Case, models: Models, samples: list[Sample]) -
     rows = [row for row in rows if len(prompts[row]) <= limit]
     if not rows:
       break
-    # Not the row's place: a sample's text must not depend on the batch.
+    # Not the row's place: a sample's text must not depend on the batch. Not hash(), which differs between processes.
     seeds = [zlib.crc32(f"{settings.seed}/{samples[row].id}/{turn}".encode()) for row in rows]
     for row, answer in zip(rows, decode_rows(settings, case, models, [prompts[row] for row in rows], seeds)):
       tokens = answer.pop("text")
@@ -305,7 +313,8 @@ def ask(settings: Settings, case: Case, models: Models, samples: list[Sample]) -
   return [from_json(Decoded, record, "decoded sample") for record in records]
 
 
-def decode_rows(settings: Settings, case: Case, models: Models, prompts: list[list[int]], seeds: list[int]) -> list[dict]:
+def decode_rows(settings: Settings, case: Case, models: Models, prompts: list[list[int]],
+                seeds: list[int]) -> list[dict]:
   """Per prompt its new tokens (`text`) and this turn's part of the record. One compilation per prompt bucket."""
   fill = settings.batch - len(prompts)  # the last batch, and later turns, are filled up with copies of their last row
   args, static = prepare(
@@ -326,6 +335,7 @@ def decode_rows(settings: Settings, case: Case, models: Models, prompts: list[li
                n_verify=out.n_verify[row], n_commit=acceptance.commits(out.n_accept[row], int(count[row])))
           for row in range(len(prompts))]
   if models.has_confidence:
+    # Six digits: a thousandth of the finest bin they are counted in, and a third of what float64 prints.
     rows = [row | {"confidence": [[round(float(c), 6) for c in block] for block in confidence]}
             for row, confidence in zip(rows, out.confidence)]
   return rows
@@ -342,6 +352,7 @@ def result(case: Case, models: Models, samples: list[Decoded]) -> Result:
             "reliability_before": temperatures and acceptance.reliability_of(texts, models.block_size, temperatures)}
   return from_json(Result, dict(
       target=case.target, drafter=case.drafter, kind=loading.kind_of(models.drafter) if config else None,
+      # Recurrent drafters have neither setting; a head of rank 0 does not exist, whatever its name.
       block_size=config and config.block_size, num_layers=getattr(config, "num_layers", None),
       markov_head=config.markov_head if getattr(config, "markov_rank", 0) else None, dataset=case.dataset,
       mode=case.mode, threshold=case.threshold, samples=len(samples), tokens=tokens,

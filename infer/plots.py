@@ -32,10 +32,12 @@ IDENTITY = ("target", "drafter", "kind", "block_size", "num_layers", "markov_hea
 # Okabe and Ito's palette, whose colours also the colour-blind tell apart; black is for what belongs to no drafter.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
 DASHES = ("-", "--", ":", "-.")
-STROKES = tuple(zip(DASHES * 7, "osD^vPX" * 4))  # of lines that belong to no drafter
+# Of lines that belong to no drafter. 4 and 7 have no divisor in common: 28 pairs, all different.
+STROKES = tuple(zip(DASHES * 7, "osD^vPX" * 4))
+# The salt makes the ids in an SVG the same in every run; without it each drawing of the same data is another file.
 STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
          "legend.fontsize": 9, "svg.hashsalt": "dspark_jax", "figure.constrained_layout.use": True}
-Z = statistics.NormalDist().inv_cdf(0.975)
+Z = statistics.NormalDist().inv_cdf(0.975)  # 2.5 % to each side
 
 
 class LeftOut(Exception):
@@ -88,7 +90,7 @@ def main(settings: Settings) -> dict:
       for kind in settings.formats:
         drawn[settings.out / f"{name}.{kind}"] = shell.image(figure, kind)
       figures[name] = str(settings.out / f"{name}.{settings.formats[0]}")
-  for path, data in drawn.items():  # nothing is written before everything is drawn
+  for path, data in drawn.items():  # nothing is written before everything is drawn: no mixture of old and new
     shell.write(path, data)
   return {"figures": figures, "left_out": left_out}
 
@@ -112,8 +114,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Result], list[HeadCost]]:
           continue
         key = type(row), *(getattr(row, name) for name in identity)
         if key in seen:
-          raise ValueError(f"{', '.join(str(k) for k in key[1:] if k is not None)} is in {seen[key]} and again in {path}: "
-                           f"give only one of them")
+          raise ValueError(f"{', '.join(str(k) for k in key[1:] if k is not None)} is in {seen[key]} and again in "
+                           f"{path}: give only one of them")
         seen[key] = path
         into.append(row)
   return found, costs
@@ -159,6 +161,7 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
 def acceptance_panels(found: list[Result], costs: list[HeadCost], names: dict) -> list[Panel]:
   """Acceptance by draft position, given all before, with every draft verified (threshold 0)."""
   panels = []
+  # A threshold leaves out the drafts that were likely to be rejected: what it verifies is another population.
   for title, rows in panels_of([r for r in found if r.threshold == 0]).items():
     lines = []
     for r in rows:
@@ -177,6 +180,7 @@ def length_panels(found: list[Result], names: dict, along: str, fixed: str) -> l
   for title, rows in panels_of([r for r in found if r.threshold == 0]).items():
     groups = {}
     for r in rows:
+      # The sort below puts drafters of one shape side by side, each with its own point: an average would hide them.
       x, value = getattr(r, along), getattr(r, fixed)
       if None not in (r.accepted_length, x, value):
         point = (x, r.accepted_length, *interval(r), names[shape_of(r)])
@@ -190,7 +194,7 @@ def length_panels(found: list[Result], names: dict, along: str, fixed: str) -> l
 
 
 def interval(result: Result) -> tuple[float, float]:
-  """The interval of the accepted length; the value itself where it is not known."""
+  """The interval of the accepted length; the value itself, drawn without a bar, where it is not known."""
   both = result.accepted_length_interval
   return (result.accepted_length,) * 2 if both is None or None in both else both
 
@@ -222,11 +226,12 @@ def sweep_panels(found: list[Result], costs: list[HeadCost], names: dict) -> lis
   for title, rows in panels_of(found).items():
     for r in rows:
       if r.rounds and r.accepted_length is not None:
-        point = (r.threshold, r.accepted_length, *interval(r), r.accepted_tokens / r.rounds, r.rejected_tokens / r.rounds)
+        drafts = (r.accepted_tokens / r.rounds, r.rejected_tokens / r.rounds)
+        point = (r.threshold, r.accepted_length, *interval(r), *drafts)
         groups.setdefault((names[shape_of(r)], title), []).append(point)
   panels = []
   for (label, title), points in sorted(groups.items()):
-    if len(points) > 1:
+    if len(points) > 1:  # one threshold is no sweep
       *line, accepted, rejected = map(list, zip(*sorted(points)))
       panels.append(Panel(f"{label}\n{title}", [Line(label, *line)], (accepted, rejected)))
   return _or_left_out(panels, "no drafter was evaluated at two or more thresholds")
@@ -268,7 +273,7 @@ def _or_left_out(there, reason: str):
 
 
 def grid(count: int, *, width: float = 4.6, height: float = 3.8, columns: int = 3):
-  """(figure, `count` axes) in rows of at most `columns`."""
+  """(figure, `count` axes) in rows of at most `columns`; width and height of each in inches."""
   columns = min(count, columns)
   rows = -(-count // columns)
   figure = Figure(figsize=(width * columns, height * rows))
@@ -280,6 +285,7 @@ def grid(count: int, *, width: float = 4.6, height: float = 3.8, columns: int = 
 
 def errors(line: Line) -> np.ndarray:
   """Lengths of the interval below and above each point: f[2,N]."""
+  # A bootstrap's interval need not hold the value itself, and Matplotlib refuses negative lengths.
   return np.maximum([np.subtract(line.y, line.low), np.subtract(line.high, line.y)], 0)
 
 
@@ -291,6 +297,7 @@ def draw_acceptance(panels: list[Panel], colours: dict):
       colour, dashes = colours[line.label]
       ax.errorbar(line.x, line.y, errors(line), color=colour, linestyle=dashes, marker="o", markersize=4, capsize=2,
                   label=line.label)
+    # 1.02: a marker at 1 stays whole.
     ax.set(title=panel.title, xlabel="draft position", ylabel="accepted, given all before (share)", ylim=(0, 1.02),
            xticks=sorted({x for line in panel.lines for x in line.x}))
     ax.legend()
@@ -337,6 +344,7 @@ def draw_sweeps(panels: list[Panel], colours: dict):
 def draw_reliability(rows: dict[tuple[str, str], list[Panel]], colours: dict):
   """figure6"""
   columns = max(map(len, rows.values()))
+  # A panel is a square with its labels; 5 inches hold the title over a single one.
   figure = Figure(figsize=(max(2.7 * columns, 5), 3.5 * len(rows)))
   for part, ((name, title), panels) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items()):
     part.suptitle(f"{name}, {title}")
@@ -352,7 +360,7 @@ def draw_reliability(rows: dict[tuple[str, str], list[Panel]], colours: dict):
         ax.plot(line.x, line.y, linestyle=":" if early else "-", marker="o", markersize=4, label=line.label,
                 color="0.45" if early else colours[name][0], markerfacecolor="white" if early else None)
       ax.set(title=panel.title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes[0].legend(loc="upper left", fontsize=7)
+    axes[0].legend(loc="upper left", fontsize=7)  # in one panel of the row, and small: curves fill the rest
   return figure
 
 

@@ -102,7 +102,8 @@ def test_a_seed_is_compared_with_its_own(tmp_path):
              for run, n in kept.items()]
   (tmp_path / "samples").mkdir()
   for run, n in kept.items():
-    record = dict(id="1", turns=1, tokens=4 * (n + 1), seconds=1, n_accept=[n] * 4, n_verify=[3] * 4, n_commit=[n + 1] * 4)
+    record = dict(id="1", turns=1, tokens=4 * (n + 1), seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
+                  n_commit=[n + 1] * 4)
     (tmp_path / "samples" / f"t--{run}--d--greedy--threshold=0.jsonl").write_text(json.dumps(record) + "\n")
   rows, (gap,) = compare.pool(tmp_path, results, {run: run[0] for run in kept})
   assert (gap["drafter"], gap["less"], gap["by_run"], gap["difference"]) == ("b", "a", [2, -2], 0)

@@ -53,7 +53,8 @@ def test_samples_come_back(tmp_path):
   found = results.read_decoded(tmp_path / "x.jsonl")
   assert list(found) == ["1", "2"] and [to_json(decoded) for decoded in found.values()] == [DECODED, plain]
   rounds = found["1"].rounds
-  assert rounds.n_commit.tolist() == [2, 1] and rounds.confidence.shape == (2, 5) and found["2"].rounds.confidence is None
+  assert rounds.n_commit.tolist() == [2, 1] and rounds.confidence.shape == (2, 5)
+  assert found["2"].rounds.confidence is None
   assert results.read_decoded(tmp_path / "none.jsonl") == {}
   nothing = from_json(Decoded, DECODED | dict(n_accept=[], n_verify=[], n_commit=[], confidence=[]), "sample")
   assert reliability_of([nothing.rounds, rounds], 5).ece.shape == (5,)  # a text that its prompt's own token ended
@@ -63,7 +64,8 @@ def test_samples_come_back(tmp_path):
   ({"id": 1}, "key 'id' is 1, expected text"), ({"n_accept": [1]}, "lists of different lengths"),
   ({"n_accept": [6, 0]}, "counts out of range"), ({"n_accept": [-1, 0]}, "counts out of range"),
   ({"n_commit": [3, 1]}, "counts out of range"), ({"n_commit": [0, 1]}, "counts out of range"),
-  ({"n_accept": [1.0, 0]}, "expected [an integer, ...]"), ({"confidence": [[0.5] * 5]}, "other confidences than rounds"),
+  ({"n_accept": [1.0, 0]}, "expected [an integer, ...]"),
+  ({"confidence": [[0.5] * 5]}, "other confidences than rounds"),
   ({"confidence": [0.5, 0.5]}, "expected [[a number, ...], ...] or null"), ({"text": "a"}, "unknown key 'text'"),
   ({"id": "0"}, "a sample twice")])
 def test_damaged_samples(change, problem, tmp_path):

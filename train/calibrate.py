@@ -26,17 +26,19 @@ from rich import box
 from rich.table import Table
 
 import dspark_jax
+from dspark_jax.config import from_json, to_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
-from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
+from dspark_jax.decoding.generate import PROMPT_BUCKET
 from dspark_jax.decoding.scheduler import survival
-from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
+from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import Sampling
 from train import answers
 
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
+# The first and the second of every two prompts: a user's file may be in some order, which both halves should see.
 HALVES = {"fit": 0, "report": 1}
 
 
@@ -65,6 +67,19 @@ class Settings:
   """float32 or bfloat16"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What the rounds of one prompt said: a line of rounds-MODE.jsonl."""
+  id: str
+  n_accept: tuple[int, ...]                  # per round, drafts kept
+  n_verify: tuple[int, ...]                  # and verified
+  confidence: tuple[tuple[float, ...], ...]  # of each draft, raw
+
+  def __post_init__(self):
+    if not len(self.n_accept) == len(self.n_verify) == len(self.confidence):
+      raise ValueError("lists of different lengths")
+
+
 @dataclasses.dataclass
 class Rounds:
   """What N rounds said of their drafts, and what became of them. Confidences are raw."""
@@ -73,9 +88,11 @@ class Rounds:
   observed: np.ndarray    # i32[N]     drafts verified: the positions that `accepted` knows
 
   @classmethod
-  def of(cls, records: list[dict], block: int) -> Rounds:
+  def of(cls, prompts: list[Prompt], block: int) -> Rounds:
     """All rounds of some prompts."""
-    flat = lambda key, dtype, *shape: np.asarray([x for r in records for x in r[key]], dtype).reshape(-1, *shape)
+    # Shaped, since a list without rounds does not know its block.
+    joined = lambda name: [x for prompt in prompts for x in getattr(prompt, name)]
+    flat = lambda name, dtype, *shape: np.asarray(joined(name), dtype).reshape(-1, *shape)
     kept = flat("n_accept", np.int32)
     return cls(flat("confidence", np.float32, block), np.arange(block) < kept[:, None], flat("n_verify", np.int32))
 
@@ -94,25 +111,25 @@ class Rounds:
 def main(settings: Settings) -> dict:
   modes = check(settings)
   questions = read_questions(settings)
-  with shell.stderr.status("loading"):
-    tokenizer = chat.load_tokenizer(locate_target(settings.target))
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
-    drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  target, tokenizer = shell.load(settings.target, settings.dtype)
+  drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   if not drafter.has_confidence:
     raise ValueError(f"{settings.drafter} has no confidence head, so there is nothing to calibrate: train a DSpark "
                      f"drafter with confidence 'markov' or 'hidden'")
   stored_temperatures(settings.drafter, drafter)  # what is damaged should not come out after an hour
   prompts = choose(settings, tokenizer, questions)
+  # Beside the drafter and not in it: a drafter's folder is replaced as a whole when it is saved again.
   out = settings.out or settings.drafter.resolve().with_name(settings.drafter.resolve().name + "-calibration")
   open_run(out, settings, target, drafter, questions)
-  records = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
-  results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in records.items()}
+  decoded = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
+  results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in decoded.items()}
   shell.write_json(out / "calibration.json", dict(target=settings.target, drafter=str(settings.drafter), modes={
       mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}))
   picture(out / "calibration.png", results)
   shell.say(table(results))
   save_temperatures(settings.drafter, drafter, {mode: r["temperatures"] for mode, r in results.items()})
   shell.say(f"temperatures stored with {settings.drafter}; picture: {out / 'calibration.png'}")
+  # Here by position, for scripts; whole diagrams, which are long, are in calibration.json.
   by_position = lambda field: {mode: {when: plain(getattr(r[when], field)) for when in ("before", "after")}
                                for mode, r in results.items()}
   by_mode = lambda key: {mode: r[key] for mode, r in results.items()}
@@ -125,8 +142,8 @@ def check(settings: Settings) -> dict[str, float]:
   shell.at_least(settings, samples=2, batch=1, max_new_tokens=2, max_prompt_tokens=1)
   shell.one_of(settings, dtype=shell.DTYPES)
   for temperature in settings.temperatures:
-    Sampling.of(temperature)
-  modes = {calibration.mode_name(t): t for t in settings.temperatures}
+    Sampling.of(temperature)  # for its ValueError
+  modes = {calibration.mode_name(t): t for t in settings.temperatures}  # 1 and 1.0 are one mode, and one file
   if not modes or len(modes) != len(settings.temperatures):
     raise ValueError(f"temperatures are {', '.join(map(str, settings.temperatures)) or 'none'}, expected one or more, "
                      f"each once")
@@ -170,6 +187,7 @@ def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int
 
 def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
   """Makes the folder and records what its rounds depend on. ValueError if it holds rounds of something else."""
+  # Neither the batch nor the number of samples: a prompt's rounds depend on its own seed, and more may be asked for.
   config = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "seed", "dtype")}
   record = {"config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
             "data": run_folder.digest(json.dumps(questions).encode())}
@@ -179,9 +197,10 @@ def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
     run_folder.write_record(out, record)
 
 
-def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops, out: Path) -> dict[str, list]:
-  """The records of all prompts by mode, in the order of the prompts; what is missing is decoded and appended."""
-  known = {mode: read_rounds(out / f"rounds-{mode}.jsonl") for mode in modes}
+def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops,
+            out: Path) -> dict[str, list[Prompt]]:
+  """The rounds of all prompts by mode, in the order of the prompts; what is missing is decoded and appended."""
+  known = {mode: read_rounds(out / f"rounds-{mode}.jsonl", drafter.block_size) for mode in modes}
   missing = {mode: [(i, *prompt) for i, prompt in enumerate(prompts) if prompt[0] not in known[mode]] for mode in modes}
   batch = min(settings.batch, len(prompts))
   with shell.bar() as bar:
@@ -194,28 +213,28 @@ def collect(settings: Settings, modes: dict[str, float], target, drafter, prompt
         found = dspark_jax.generate(
             target, drafter, [ids for _, _, ids in padded], max_new_tokens=settings.max_new_tokens,
             temperature=temperature, seeds=[settings.seed + i for i, _, _ in padded], stop_token_ids=stops)
-        new = [record(name, found, row) for row, (_, name, _) in enumerate(part)]
-        run_folder.append(out / f"rounds-{mode}.jsonl", new)
-        known[mode] |= {r["id"]: r for r in new}
+        new = [Prompt(name, tuple(found.n_accept[row]), tuple(found.n_verify[row]),
+                      tuple(map(tuple, found.confidence[row].tolist()))) for row, (_, name, _) in enumerate(part)]
+        run_folder.append(out / f"rounds-{mode}.jsonl", list(map(to_json, new)))
+        known[mode] |= {prompt.id: prompt for prompt in new}
         bar.update(task, advance=len(part), note=f"{mode}, {found.accepted_length:.2f} tokens per round")
   return {mode: [known[mode][name] for name, _ in prompts] for mode in modes}
 
 
-def record(name: str, found: Generation, row: int) -> dict:
-  """The rounds of one prompt as a JSON object."""
-  return {"id": name, "n_accept": found.n_accept[row], "n_verify": found.n_verify[row],
-          "confidence": found.confidence[row].tolist()}
+def read_rounds(path: Path, block: int) -> dict[str, Prompt]:
+  """What is in a file of rounds, by id. ValueError for a damaged line, and for blocks of another length."""
+  def keyed(record):
+    prompt = from_json(Prompt, record, "no rounds of a prompt")
+    if any(len(row) != block for row in prompt.confidence):
+      raise ValueError(f"confidences of other blocks than {block} drafts")
+    return prompt.id, prompt
 
-
-def read_rounds(path: Path) -> dict[str, dict]:
-  """Records by id."""
-  keyed = lambda record: (record["id"], record)
   return dict(run_folder.read_lines(path, keyed, remedy="delete the line, its prompt is decoded again then"))
 
 
-def fit_and_report(mode: str, records: list[dict], block: int) -> dict:
+def fit_and_report(mode: str, prompts: list[Prompt], block: int) -> dict:
   """Temperatures from every other prompt, and the reliability before and after on the ones between."""
-  halves = {half: records[first::2] for half, first in HALVES.items()}
+  halves = {half: prompts[first::2] for half, first in HALVES.items()}
   rounds = {half: Rounds.of(rows, block) for half, rows in halves.items()}
   for half, r in rounds.items():
     if not r.counts()[0]:
@@ -223,17 +242,19 @@ def fit_and_report(mode: str, records: list[dict], block: int) -> dict:
                        f"end at once: give others with --questions, or raise --samples")
   temperatures = fit(mode, rounds["fit"])
   before, after = rounds["report"].reliability(), rounds["report"].reliability(temperatures)
+  # A fit of few rounds can be worse than none. It is stored all the same: half of the prompts cannot tell for sure.
   if after.summary()["ece_mean"] > before.summary()["ece_mean"]:
     shell.say(f"{mode}: on the prompts that report, the calibration error rose from "
               f"{before.summary()['ece_mean']:.2%} to {after.summary()['ece_mean']:.2%}: raise --samples")
   return dict(temperatures=temperatures, before=before, after=after,
               observations={half: r.counts().tolist() for half, r in rounds.items()},
-              prompts={half: [r["id"] for r in rows] for half, rows in halves.items()})
+              prompts={half: [prompt.id for prompt in rows] for half, rows in halves.items()})
 
 
 def fit(mode: str, rounds: Rounds) -> list[float]:
   """One temperature per position; 1 from the first position on that too few rounds observed."""
   counts = rounds.counts()
+  # Positions are fitted left to right, each under those before it: past a gap there is nothing to stand on.
   block, enough = len(counts), int((counts >= MIN_OBSERVATIONS).sum())  # counts fall: the positions form a prefix
   for k in range(enough, block):
     shell.say(f"{mode}: position {k + 1} was observed {counts[k]} times in the prompts that fit, expected at least "

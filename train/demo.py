@@ -25,7 +25,6 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import generate as gen
-from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import read_config
@@ -46,9 +45,9 @@ class Settings:
 def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
-  with shell.stderr.status("loading SmolLM2-135M-Instruct"):
-    tokenizer = chat.load_tokenizer(locate_target(config.target))
-    target = dspark_jax.load_target(config.target)
+  # In float32 greedy text is the same token for token, whatever wrote it; for training it is cast as the config says.
+  target, tokenizer = shell.load(config.target, "float32")
+  # 192: with the longest question (64 tokens) an answer fills a training row. 64 rows read each weight once for all.
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
   if not run_folder.is_begun(settings.out):  # a run that began keeps its data
     shell.say("the target answers questions about Python's standard library")
@@ -77,6 +76,7 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
   with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(questions), note="compiling")
     for prompt in questions:
+      # In turn, question by question: what else the machine does falls on both.
       for name, chosen in (("plain", None), ("speculative", drafter)):
         args, static = gen.prepare(target, chosen, [prompt], max_new_tokens=settings.new_tokens, stop_token_ids=stops)
         key = (name, args[2].prompts.shape, static["capacity"])
@@ -92,6 +92,7 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
       bar.update(task, advance=1, note="")
   count = sum(map(len, text["plain"]))
   kept = np.asarray(kept)
+  # Position k is reached where k drafts were kept, so the rates are of neighbours in this list.
   reached = [int((kept >= k).sum()) for k in range(drafter.block_size + 1)]
   return dict(identical=text["plain"] == text["speculative"], tokens=count, rounds=len(kept),
               plain_tokens_per_second=count / seconds["plain"],

@@ -1,7 +1,7 @@
 """Train a drafter on a frozen target, which runs inside the training step: no hidden-state files.
 
-When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and data of your own. A run that is killed, or stopped
-by SIGTERM, goes on exactly where it was when the same command is given again.
+When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and data of your own. A run that is killed,
+or stopped by SIGTERM, goes on exactly where it was when the same command is given again.
 
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b
@@ -35,7 +35,6 @@ from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.dspark import init_from_bigrams
 from dspark_jax.drafters.model import DrafterSettings, init_from_target
-from dspark_jax.loading import locate_target
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.training import lens
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
@@ -43,6 +42,8 @@ from train.config import TrainConfig, read_config
 
 LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
+TIMED = 4             # steps whose median says how long one takes: the first of them may compile
+FEWEST = 8            # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
 
 
 def main(config: TrainConfig) -> dict:
@@ -50,10 +51,7 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
-  with shell.stderr.status("loading"):
-    target = dspark_jax.load_target(config.target, dtype=config.target_dtype)
-    tokenizer = chat.load_tokenizer(locate_target(config.target))
-  return train(config, target, tokenizer)
+  return train(config, *shell.load(config.target, config.target_dtype))
 
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
@@ -61,16 +59,18 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length,
                                        encode_conversation=chat.encode_conversation)
   packed = pipeline.pack(source.documents, config.row_length)
-  shell.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
-            f"{config.row_length}, {packed.fill:.0%} full")
+  shell.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows "
+            f"of {config.row_length}, {packed.fill:.0%} full")
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
   batch_of = lambda step: jax.device_put(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
+  # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 1000)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   record = describe(config, packed)
+  # Without a checkpoint nothing would be mixed: the run begins anew, under whatever settings.
   run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if saved.latest is not None else None
   if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
     saved.close()
@@ -108,13 +108,17 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 def build_drafter(config: TrainConfig, target, documents, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
-  words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
+  words = None
+  if s.draft_vocab_size:
+    words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops)
   drafter = dspark_jax.new_drafter(drafter_config(s, target), words=words, seed=config.seed)
   if s.from_target:
     drafter = init_from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
     factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
-    drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)  # a lens knows the bigrams' first draft too
+    # A lens predicts from the anchor, too, and so knows most of what bigrams say of the first draft: counted in full
+    # they would count twice.
+    drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)
   return drafter
 
 
@@ -126,6 +130,8 @@ def drafter_config(settings: DrafterSettings, target):
 def describe(config: TrainConfig, packed) -> dict:
   """What must be the same for a run to go on: settings that matter to the result, and the data."""
   settings = run_folder.plain(dataclasses.asdict(config))
+  # These change where and how often something is written, and how the number of steps is found: no step of it. Data
+  # count by content, so that files may be moved or split.
   settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
   return {"config": settings, "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
 
@@ -134,7 +140,7 @@ def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
   run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
   run_folder.write_record(config.out, run)
-  (config.out / LOG).unlink(missing_ok=True)
+  (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
   return run
 
 
@@ -152,6 +158,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
+      # Blocked on, or the clock below would be that of the queue.
       moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
       if (len(said) + 1) * sum(x.nbytes for x in jax.tree.leaves(encoded)) <= SAID_BYTES:
         said[index] = encoded
@@ -165,12 +172,12 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
 def steps_in(left: float, state, advance, known: int) -> int:
   """How many steps fit into the seconds that are left, from timing a few on a copy of the state. The first `known` are
   quicker than those that follow: the target has already run."""
-  state = jax.tree.map(jnp.copy, state)
+  state = jax.tree.map(jnp.copy, state)  # the steps are donated their state, and the run begins from this one
 
   def seconds(first):
     nonlocal state
     times = []
-    for index in range(first, first + 4):
+    for index in range(first, first + TIMED):
       began = time.perf_counter()
       state, _ = jax.block_until_ready(advance(state, index))
       times.append(time.perf_counter() - began)
@@ -178,12 +185,12 @@ def steps_in(left: float, state, advance, known: int) -> int:
 
   slow = seconds(known)
   quick = seconds(0) if known else slow
-  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), 8)
+  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST)
 
 
 def loop(config: TrainConfig, advance, state, saved, total_steps: int):
   """Runs the remaining steps; SIGTERM ends them early, after a save."""
-  stop = []
+  stop = []  # a handler may run in the middle of a step: it leaves a note, and the loop ends the run
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   first, window, result, began = int(state.step), [], {}, time.perf_counter()
   try:
@@ -193,12 +200,13 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int):
         state, metrics = advance(state, index)
         window.append(metrics)
         finished = bool(stop) or index + 1 == total_steps
+        # Also when it saves: a run that goes on from there must not lack a line for the steps before.
         if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
           result = summarise(window)
           window = []
           if result["loss"] is None or result["grad_norm"] is None:  # before a broken state could be saved
-            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last checkpoint "
-                             f"is whole")
+            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last "
+                             f"checkpoint is whole")
           rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
           run_folder.append(config.out / LOG, [{"step": index + 1, **result, "tokens_per_second": rate}])
           bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
@@ -209,7 +217,7 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int):
           shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
           break
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    signal.signal(signal.SIGTERM, previous)  # train.demo and train.compare go on after this
   return state, result or summarise_saved(config)
 
 
@@ -227,6 +235,7 @@ def summarise_saved(config: TrainConfig) -> dict:
 
 
 if __name__ == "__main__":
+  # The file gives the defaults that tyro then overrides, so it is read, and its two words taken out, before.
   words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
   if "--config" not in words[:-1]:
     shell.stderr.print(__doc__, markup=False, highlight=False)

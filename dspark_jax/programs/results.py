@@ -1,4 +1,4 @@
-"""What infer.evaluate and infer.head_cost measured: they write these records, infer.plots and train.compare read them."""
+"""What infer.evaluate and infer.head_cost measured: records that they write, and infer.plots and train.compare read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Decoded:
   n_accept: tuple[int, ...]   # per round, as in acceptance.Rounds
   n_verify: tuple[int, ...]
   n_commit: tuple[int, ...]
-  confidence: tuple[tuple[float, ...], ...] | None = None  # per round and draft position; None without a confidence head
+  confidence: tuple[tuple[float, ...], ...] | None = None  # per round and draft position, where the drafter has one
 
   def __post_init__(self):
     if not len(self.n_accept) == len(self.n_verify) == len(self.n_commit):
@@ -135,7 +135,8 @@ class Result:
             number(self.accepted_length), "-".join(map(number, self.accepted_length_interval or [])),
             " ".join("-" if a is None else f"{100 * a:.0f}" for a in self.acceptance or []),
             number(self.verify_rate), number(self.drafts_per_round), number(self.tokens_per_second, 1),
-            *(number(after.get(f"{key}_mean"), 3) for key in ("ece", "auc", "brier")), number(before.get("ece_mean"), 3)]
+            *(number(after.get(f"{key}_mean"), 3) for key in ("ece", "auc", "brier")),
+            number(before.get("ece_mean"), 3)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The folder of a run that can be killed: run.json says what made it, and finished work is appended as lines of JSON."""
+"""The folder of a run that may be killed: run.json says what made it, finished work is appended as lines of JSON."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(),
       differ += [f"{name}: {key} has changed since" for key, value in part.items() if old.get(key, value) != value]
       out[name] = old | part
     elif isinstance(part, dict):
+      # Only what is asked for now: a setting of an older version, gone since, is no reason to refuse its run.
       fixed = {key: value for key, value in part.items() if key not in free}
       differ += _differences({key: known[name].get(key) for key in fixed}, fixed, shrunk)
     elif known[name] != part:
@@ -127,6 +128,7 @@ def read_lines(path: Path, parse: Callable[[dict], Any] = lambda record: record,
 
 def forget_after(path: Path, step: int) -> None:
   """Drops the lines of steps that a kill took back and that will be run again."""
+  # Whole or not at all, as the log of hours is rewritten here.
   kept = read_lines(path, lambda record: record if record["step"] <= step else None)
   if path.exists():
     shell.write(path, "".join(json.dumps(record) + "\n" for record in kept if record is not None))
