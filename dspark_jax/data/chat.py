@@ -96,8 +96,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, **vari
   """Tokens of `messages` up to where the next reply begins.
 
   Past replies are tokenized apart from what precedes them, as they were generated. `variables` go to the template;
-  enable_thinking is False unless given: drafters are trained on, and measured with, replies without thinking (DSpark,
-  4.1).
+  enable_thinking is False unless given: drafters are trained and measured on replies without thinking (DSpark, 4.1).
   """
   text = render(tokenizer, messages, add_generation_prompt=True, **variables)
   return encode(tokenizer, messages, text, variables)[0]
