@@ -35,6 +35,7 @@ def to_json(config) -> dict[str, Any]:
   A field that is None by default is left out while it is None: adding one changes no file, and no hash of one.
   """
   values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+  # A chain: value is its default, and that is None.
   return {field.name: _plain(value) for field, value in values.items() if not value is field.default is None}
 
 
@@ -95,6 +96,7 @@ def _read_object(cls, data, path):
   problems = [f"unknown key {at + k!r}" for k in sorted(set(data) - set(fields))]
   problems += [f"key {at + k!r} is missing" for k in sorted(required - set(data))]
   problems += [problem for _, found in read.values() for problem in found]
+  # Built of right values alone: of others, a __post_init__ that compares or counts would make a TypeError.
   try:
     return (None if problems else cls(**{name: value for name, (value, _) in read.items()})), problems
   except ValueError as error:  # of __post_init__
@@ -124,9 +126,9 @@ def _fits(kind, value):
   if origin is typing.Annotated:
     return _fits(args[0], value) and args[1].low <= value <= args[1].high
   if origin is typing.Literal:
-    return any(type(value) is type(choice) and value == choice for choice in args)
+    return any(type(value) is type(choice) and value == choice for choice in args)  # True == 1 == 1.0
   if kind is float:
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    return type(value) in (int, float) and -math.inf < value < math.inf  # json reads NaN and Infinity
   return kind is Any or type(value) is kind  # bool is an int to isinstance
 
 

@@ -29,7 +29,7 @@ DRAFTER = DSparkConfig(spec=SPEC, num_layers=2, vocab_size=512, num_target_layer
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_windows_are_written_where_they_belong(layout, stacked, batch):
-  """Kills: a window at another row's length, in another layer, or in the neighbour's axis; keys that lie like values."""
+  """Kills: a window at another row's length, in another layer, or in the next axis; keys that lie like values."""
   rng = np.random.default_rng(0)
   cache = Full.empty(batch, 2, 8, 4, jnp.float32, layout=layout, stacked=stacked)
   fill = lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32)
@@ -112,8 +112,8 @@ def copied(text):
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("capacity", [2048, 2240])
 def test_the_tpu_compiler_writes_in_place(topology, rows, capacity):
-  """Kills: a cache that is laid out anew in every layer (keys as columns, at multiples of 128 slots), an index per element
-  of what is written, and donated caches that are copied at the end of a round."""
+  """Kills: a cache that is laid out anew in every layer (keys as columns, at multiples of 128 slots), an index per
+  element of what is written, and donated caches that are copied at the end of a round."""
   place = absent_tpu(topology)
   on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype, sharding=place), tree)
@@ -127,11 +127,13 @@ def test_the_tpu_compiler_writes_in_place(topology, rows, capacity):
     state = drafter.absorb(target, state, Committed(out, tokens, n))
     return (target.commit(cache, n), state), target.head()(out.hidden).argmax(-1), hidden
 
-  caches = on(jax.eval_shape(lambda t, d: (t.init_cache(rows, capacity), d.init_state(t, rows, capacity)), target, drafter))
+  caches = on(jax.eval_shape(lambda t, d: (t.init_cache(rows, capacity), d.init_state(t, rows, capacity)),
+                             target, drafter))
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
   compiled = jax.jit(one_round, donate_argnums=2).lower(target, drafter, caches, ints(rows, 8), ints(rows)).compile()
   layer = rows * SPEC.num_kv_heads * capacity * SPEC.head_dim
   assert max(copied(compiled.as_text()), default=0) < layer
-  assert not re.findall(r" scatter\(", compiled.as_text())  # windows become updates in place, a scatter of elements stays
+  # A scatter of windows becomes updates in place, one of elements stays.
+  assert not re.findall(r" scatter\(", compiled.as_text())
   sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(caches)]
   assert compiled.memory_analysis().alias_size_in_bytes >= sum(sizes)

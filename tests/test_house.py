@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "dspark_jax").rglob("*.py"))
 PROGRAMS = sorted(p for part in ("infer", "train") for p in (ROOT / part).glob("*.py"))
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
+SOURCES = sorted(p for part in ("dspark_jax", "train", "infer", "configs", "tests")
+                 for p in (ROOT / part).rglob("*.py"))
 # A file imports from earlier lines and from its own folder. Folders that share a line are siblings: strangers.
 ORDER = [["types"], ["config"], ["metrics"], ["sampling"], ["nn"], ["targets", "drafters"], ["decoding", "training"],
          ["data"], ["checkpoints"], ["loading"], ["__init__"], ["programs"]]
@@ -64,8 +66,9 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("source, part", [
     ("from dspark_jax.targets import qwen3", "drafters"), ("import dspark_jax.loading", "data"),
-    ("def f():\n  from dspark_jax.checkpoints.hf import names", "training"), ("from dspark_jax import load_target", "nn"),
-    ("from dspark_jax.training import step", "decoding"), ("from dspark_jax import sampling", "types")])
+    ("def f():\n  from dspark_jax.checkpoints.hf import names", "training"),
+    ("from dspark_jax import load_target", "nn"), ("from dspark_jax.training import step", "decoding"),
+    ("from dspark_jax import sampling", "types")])
 def test_wrong_imports_are_seen(source, part):
   """Kills: a check of imports that never finds anything."""
   assert wrong_imports(source, part)
@@ -109,6 +112,13 @@ def test_sizes(path):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
       length = node.end_lineno - node.lineno + 1
       assert length <= 60, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_widths(path):
+  """Kills: lines over 120 columns, whose ends nobody sees where two files stand side by side."""
+  lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+  assert [f"line {number}: {len(line)}" for number, line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("path", LIBRARY + PROGRAMS, ids=name_of)

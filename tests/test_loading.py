@@ -1,4 +1,4 @@
-"""Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, our own folders. Nothing is lost on the way."""
+"""Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, own folders. Nothing is lost on the way."""
 
 import json
 import re
@@ -19,12 +19,12 @@ import dspark_jax
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
 from dspark_jax.targets import TARGETS
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3, sharded,
-                     target_of, words)
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3,
+                     sharded, target_of, words)
 
-DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "drafter_dspark_qwen3_vanilla",
-            "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn", "drafter_dflash_qwen3",
-            "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
+DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original",
+            "drafter_dspark_qwen3_vanilla", "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn",
+            "drafter_dflash_qwen3", "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
 KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
          "dflash": {"markov_rank": 0, "confidence": "none"}}
 
@@ -106,7 +106,8 @@ def test_trained_here_exports(kind, tmp_path):
   np.testing.assert_array_equal(stored["embed_tokens.weight"], qwen3().embed_tokens.weight[...])
 
 
-@pytest.mark.parametrize("differs, complaint", [(dict(words=words()), "reduced draft vocabulary"), (dict(lens=True), "a lens")])
+@pytest.mark.parametrize("differs, complaint", [(dict(words=words()), "reduced draft vocabulary"),
+                                                (dict(lens=True), "a lens")])
 def test_what_has_no_deepspec_form(tmp_path, differs, complaint):
   """Kills: writing the W-row head as if W were the vocabulary, or no lens, for another engine to misread."""
   dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(**differs), qwen3())
@@ -207,7 +208,8 @@ def test_parameters_stored_in_parts():
   filled = hf.fill(Experts, parts, "experts", stored=stored)
   np.testing.assert_array_equal(filled.up[:, 0, 0], [0, 1, 2])
   np.testing.assert_array_equal(filled.gate[...], [1, 1])
-  spoiled_parts = {k: v for k, v in parts.items() if k != "experts.1.up"} | {"experts.2.up": np.ones((4, 2), np.float32)}
+  spoiled_parts = parts | {"experts.2.up": np.ones((4, 2), np.float32)}
+  del spoiled_parts["experts.1.up"]
   with complains("experts.1.up is missing", "experts.2.up is float32[4, 2], expected floating point [2, 4]"):
     hf.fill(Experts, spoiled_parts, "experts", stored=stored)
 

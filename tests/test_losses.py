@@ -101,7 +101,7 @@ def test_loss_and_metrics(case):
 
 
 def test_eagle3_blocks_forward_and_loss():
-  """Kills a RoPE offset left out, own keys of other columns, a normaliser of supervised positions, a shifted teacher."""
+  """Kills a RoPE offset left out, keys of other columns, a normaliser of supervised positions, a shifted teacher."""
   expected, ours = golden("eagle3_qwen3")
   supervised = np.moveaxis(np.asarray(ours["blocks"].supervised), 2, 0)
   np.testing.assert_array_equal(supervised, expected["train/position_masks"] > 0)

@@ -22,20 +22,20 @@ from dspark_jax.types import Target
 FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...],
           "lm_head.weight": lambda target: target.head().weight}
 
-
 ORIGINAL = "DFlashDraftModel"
-# (kind of drafter, reader of its layers) by architecture: DeepSpec's say which family's layers the drafter repeats.
+# (kind of drafter, reader of its layers) by architecture: DeepSpec's say which family's layers the drafter repeats, the
+# original's are Qwen3's.
 ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family in TARGETS.values()
                  for name, kind in (("DSpark", "dspark"), ("Eagle3", "eagle3"))}
 ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
 
 
 def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
-  """(name of the drafter, configuration) in a stored config.json; ValueError lists what is missing or not understood."""
+  """(name of the drafter, configuration) in a stored config.json; ValueError: all that is missing or not understood."""
   architecture = (hf.get("architectures") or ["none"])[0]
   if architecture not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)} "
-                              f"are")
+    raise NotImplementedError(f"drafter architecture {architecture!r} is not supported, only "
+                              f"{', '.join(ARCHITECTURES)} are")
   kind, block = ARCHITECTURES[architecture]
   return kind, (_eagle3 if kind == "eagle3" else _dspark)(hf, *block(hf))
 
@@ -46,22 +46,27 @@ def _eagle3(hf, spec, problems):
   layers = hf.get("draft_num_hidden_layers", hf.get("num_hidden_layers"))
   problems += [f"an Eagle3 drafter of {layers} layers is not supported, only of one"] if layers != 1 else []
   raise_all("drafter config", problems)
+  # As many drafts as it was unrolled for: the file names no other number.
   return Eagle3Config(spec=spec, vocab_size=hf["vocab_size"], num_target_layers=hf["num_target_layers"],
                       taps=tuple(hf["target_layer_ids"]), block_size=hf["ttt_length"])
 
 
 def _dspark(hf, spec, problems):
   original = hf["architectures"][0] == ORIGINAL
+  # Newer files of the original have these keys, block_size among them, in dflash_config alone.
   own = {**hf, **hf.get("dflash_config", {})} if original else hf
-  needed = ["block_size", "num_target_layers", "mask_token_id"] + ([] if original else ["target_layer_ids", "markov_rank"])
+  needed = ["block_size", "num_target_layers", "mask_token_id"]
+  needed += [] if original else ["target_layer_ids", "markov_rank"]
   problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]
   raise_all("drafter config", problems)
   common = dict(spec=spec, num_layers=hf["num_hidden_layers"], vocab_size=hf["vocab_size"],
                 num_target_layers=own["num_target_layers"], mask_token_id=own["mask_token_id"])
   if original:
+    # Its block_size counts the anchor's slot, which predicts nothing: one draft less than slots.
     taps = own.get("target_layer_ids") or default_taps(own["num_target_layers"], hf["num_hidden_layers"])
     return DSparkConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
                         sample_from_anchor=False)
+  # Keys about a head that is not there are absent, not false.
   confidence = "none" if not hf.get("enable_confidence_head") else (
       "markov" if hf.get("confidence_head_with_markov") else "hidden")
   return DSparkConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
@@ -77,18 +82,19 @@ def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ..
 
 
 def stores_frozen(config: DrafterConfig) -> bool:
-  """Whether the drafter's stored form holds copies of the target's embedding and head: all but the original DFlash's."""
-  return getattr(config, "sample_from_anchor", True)
+  """Whether a drafter's stored form holds copies of the target's embedding and head; the original DFlash's does not."""
+  return getattr(config, "sample_from_anchor", True)  # recurrent drafters have no such choice
 
 
 def check_frozen(tensors: Mapping, target: Target) -> list[str]:
-  """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser of both dtypes)."""
+  """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser dtype)."""
   problems = []
   for name, own in FROZEN.items():
     if name not in tensors:
       problems.append(f"tensor {name} is missing")
       continue
     stored, mine = tensors[name], own(target)
+    # Equal shapes prove nothing: another target's drafter would load, and no draft of it would be accepted.
     coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
     if stored.shape != mine.shape or not bool(jnp.array_equal(jnp.asarray(stored, coarse), mine.astype(coarse))):
       problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
@@ -102,13 +108,14 @@ def deepspec_config(kind: str, config: DrafterConfig) -> str:
             + (["a lens cannot be stored"] if getattr(config, "lens", False) else [])
             + ([] if stores_frozen(config) else ["the original DFlash's slots cannot be stored"])
             + ([] if kind in ("dspark", "eagle3") else [f"a drafter of the kind {kind} cannot be stored"]))
+  # Untied whatever the target is: both copies are stored.
   out = dict(num_target_layers=config.num_target_layers, target_layer_ids=list(config.taps), tie_word_embeddings=False,
              vocab_size=config.vocab_size)
   family, layers = _layers(config)
   out |= layers
   if kind == "eagle3":
     out |= dict(architectures=[f"{family}Eagle3Model"], draft_num_hidden_layers=1, num_hidden_layers=1,
-                ttt_length=config.block_size, step_loss_decay=0.8)
+                ttt_length=config.block_size, step_loss_decay=0.8)  # of the reference's training
     return json.dumps(out, indent=2, sort_keys=True) + "\n"
   out |= dict(architectures=[f"{family}DSparkModel"], block_size=config.block_size,
               enable_confidence_head=config.confidence != "none", markov_rank=config.markov_rank,
@@ -117,13 +124,14 @@ def deepspec_config(kind: str, config: DrafterConfig) -> str:
     out["confidence_head_with_markov"] = config.confidence == "markov"
   if config.markov_rank:
     out["markov_head_type"] = config.markov_head
+  # Indented and sorted as transformers writes its configs.
   return json.dumps(out, indent=2, sort_keys=True) + "\n"
 
 
 def _layers(config):
-  """(prefix of the architecture, what config.json says of the layers) of the family that reads these very layers back."""
+  """(prefix of the architecture, what config.json says of the layers) of the family that reads these layers back."""
   for name, family in TARGETS.items():
-    if type(config.spec) is family.spec:
+    if type(config.spec) is family.spec:  # not isinstance: a family's may extend another's
       keys = family.keys(config.spec)
       if family.block(keys | dict(num_hidden_layers=1, vocab_size=config.vocab_size)) == (config.spec, []):
         return family.prefix, keys | {"model_type": name}
@@ -134,6 +142,6 @@ def frozen_copies(target: Target, dtype) -> dict[str, jax.Array]:
   """The target's embedding and head under DeepSpec's names. ValueError when that would invent digits."""
   theirs = target.head().weight.dtype
   if jnp.finfo(theirs).bits < jnp.finfo(dtype).bits:
-    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and head "
-                     f"would be rounded: load the target in {dtype}")
+    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and "
+                     f"head would be rounded: load the target in {dtype}")
   return {name: own(target).astype(dtype) for name, own in FROZEN.items()}

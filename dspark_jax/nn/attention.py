@@ -51,15 +51,17 @@ def following(start: Array, positions: Array, segments: Array | None = None) -> 
   batch, length = positions.shape
   block = min(length, QUERY_BLOCK)
   if length % block:
-    raise ValueError(f"{length} tokens in a row: expected at most {QUERY_BLOCK} or a multiple of it; pad the prompt, or "
-                     f"choose another row length")
+    raise ValueError(f"{length} tokens in a row: expected at most {QUERY_BLOCK} or a multiple of it; pad the prompt, "
+                     f"or choose another row length")
   cut = lambda x: x.reshape(-1, length // block, block)
   steps = jnp.arange(length, dtype=jnp.int32)[None]
   own = jnp.tril(jnp.ones((block, block), bool))[None, None]
   if segments is not None:
     segments = cut(segments)
     own = own & (segments[..., :, None] == segments[..., None, :])
-  return Place(positions, cut(start[:, None] + steps - positions), cut(start[:, None] + steps // block * block), own, start)
+  # Of row t: lo is the slot of its document's position 0, hi that of the first row of its own block.
+  lo, hi = start[:, None] + steps - positions, start[:, None] + steps // block * block
+  return Place(positions, cut(lo), cut(hi), own, start)
 
 
 def at_once(positions: Array, lo: Array, hi: Array, keep: Array | None = None) -> Place:
@@ -73,22 +75,25 @@ def at_once(positions: Array, lo: Array, hi: Array, keep: Array | None = None) -
 
 def sequence(k: Array, v: Array) -> Context:
   """The context that keys and values f[B,S,K,h] of a whole sequence make: slot = place in the row."""
+  # Nobody writes into it later, so keys may lie as products read them fastest on CPU (nn/cache.py).
   return Context(jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2), "columns")
 
 
 def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Array:
   """Attention of query blocks over their context and their own block, in the shape of q. Rows that see nothing give 0.
 
-  q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Blocks are processed in chunks, each
-  recomputed in the backward pass, so that memory holds SCORE_BUDGET scores.
+  q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Blocks are processed in
+  chunks, each recomputed in the backward pass, so that memory holds SCORE_BUDGET scores.
   """
   shape, (batch, blocks, length) = q.shape, place.hi.shape
   cut = lambda x: x.reshape(batch, blocks, -1, *x.shape[-2:])
   q, k, v = cut(q), cut(k), cut(v)
   per_block = batch * length * q.shape[3] * context.v.shape[2]
+  # A divisor, so that chunks have one shape without padding: dummy blocks would cost what real ones do.
   chunk = max(c for c in range(1, blocks + 1) if blocks % c == 0 and (c == 1 or c * per_block <= SCORE_BUDGET))
   if chunk < blocks:
     split = lambda x: jnp.moveaxis(x.reshape(batch, blocks // chunk, chunk, *x.shape[2:]), 1, 0)
+    # A mask that all blocks share has A = 1, of which there are no parts.
     own = jnp.broadcast_to(place.own, (batch, blocks, *place.own.shape[2:]))
     parts = jax.tree.map(split, (q, k, v, Place(None, place.lo, place.hi, own, None)))
     out = jax.lax.map(jax.checkpoint(lambda part: attend(*part, context)), parts)
@@ -103,10 +108,13 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
   far = jnp.einsum(f"batkgh,{keys}->bkatgs", q, context.k, preferred_element_type=jnp.float32)
   near = jnp.einsum("batkgh,baskh->bkatgs", q, k, preferred_element_type=jnp.float32)
   far, near = jnp.where(visible, far, NEG), jnp.where(own, near, NEG)
+  # A softmax is the same whatever is subtracted: no gradient through the maximum.
   top = jax.lax.stop_gradient(jnp.maximum(far.max(-1, keepdims=True), near.max(-1, keepdims=True)))
+  # Masked again: where a row sees nothing, top is NEG too and exp(NEG - NEG) is 1.
   far, near = jnp.where(visible, jnp.exp(far - top), 0), jnp.where(own, jnp.exp(near - top), 0)
   total = far.sum(-1) + near.sum(-1)
   out = (jnp.einsum("bkatgs,bksh->bkatgh", far.astype(v.dtype), context.v, preferred_element_type=jnp.float32)
          + jnp.einsum("bkatgs,baskh->bkatgh", near.astype(v.dtype), v, preferred_element_type=jnp.float32))
+  # Divided last, h times a query instead of S + N times; tiny, so that nothing seen is 0 / tiny and not 0 / 0.
   out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
   return jnp.moveaxis(out, 1, 3).reshape(shape).astype(v.dtype)

@@ -17,7 +17,8 @@ from dspark_jax.nn.attention import Context, sequence
 from dspark_jax.types import Array
 
 # How keys lie. Along columns f[...,h,S] the CPU reads them twice as fast for its products. Rows f[...,S,h] are what an
-# accelerator writes in place: of a stack of caches with columns, the TPU compiler lays out all layers anew in every layer.
+# accelerator writes in place: a stack of caches with columns is laid out anew, all layers in every layer, by the TPU
+# compiler.
 Layout = Literal["rows", "columns"]
 
 
@@ -34,6 +35,7 @@ class Full:
             stacked: int = 0) -> Full:
     """The cache of a layer without a token; stacked: of so many layers."""
     lead = ((stacked,) if stacked else ()) + (batch, num_kv_heads)
+    # What is never read must be finite all the same: attention gives it weight 0, and 0 * NaN is NaN.
     rows = jnp.zeros((*lead, capacity, head_dim), dtype)
     keys = rows if layout == "rows" else jnp.zeros((*lead, head_dim, capacity), dtype)
     return cls(keys, rows, jnp.int32(0) if stacked else None, layout)
@@ -61,6 +63,7 @@ class Full:
       if self.layer is None:
         return jax.lax.dynamic_update_slice(old, new, at)
       return jax.lax.dynamic_update_slice(old, new[None], [self.layer, *at])
+    # for b in range(batch): old[layer, b, :, start[b]:start[b] + T] = new[b], where axis is 2
     # One index per row of the batch, and whole windows: with an index per element (what `old.at[layer, rows, :, slots]`
     # becomes) 16 rows of 8 tokens were 131,072 updates.
     where = [jnp.arange(batch, dtype=jnp.int32), start.astype(jnp.int32)]
@@ -68,6 +71,7 @@ class Full:
     if lead:
       where.insert(0, jnp.broadcast_to(self.layer, (batch,)))
     skip = len(lead)
+    # Rows are counted up, hence sorted and unique; in bounds by the promise that callers of `write` make.
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3), inserted_window_dims=(*lead, skip),
         scatter_dims_to_operand_dims=(*lead, skip, skip + axis))
@@ -76,12 +80,14 @@ class Full:
 
   def context(self) -> Context:
     """All slots, to be read up to a length."""
+    # XLA's own products read this slice in place on a TPU; a kernel would get a copy of it, and should take the stack.
     k, v = (self.k, self.v) if self.layer is None else (
         jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
     return Context(k, v, self.layout)
 
   def insert(self, row: Array, one: Full) -> Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
+    # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads.
     axis = 0 if self.layer is None else 1
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, axis)
     return self.replace(k=put(self.k, one.k), v=put(self.v, one.v))
@@ -98,6 +104,7 @@ class Cache:
     return self.layers[0].capacity
 
   def replace_layer(self, index: int, layer: Full) -> Cache:
+    """The cache with another layer in the place of number `index`."""
     return self.replace(layers=self.layers[:index] + (layer,) + self.layers[index + 1:])
 
   def commit(self, n: Array) -> Cache:

@@ -15,15 +15,15 @@ from dspark_jax.nn.cache import Full, Layout, extend
 from dspark_jax.types import Array
 
 # Below this many rows a matrix product is bound by reading its weight, and XLA's CPU backend is fast only when a
-# float32 weight is the left operand (measured at 8 rows: 25 ms a pass against 40 ms for the usual order), and when the rows
-# are a power of two (7 rows: 31 ms, 8 rows: 24 ms).
+# float32 weight is the left operand (measured at 8 rows: 25 ms a pass against 40 ms for the usual order), and when the
+# rows are a power of two (7 rows: 31 ms, 8 rows: 24 ms).
 SMALL_ROWS = 256
 
 
 def _few_rows(weight, x):
   rows = x.shape[0]
   x = jnp.pad(x, ((0, max(1 << (rows - 1).bit_length(), 4) - rows if rows <= 64 else 0), (0, 0)))
-  if x.dtype == jnp.bfloat16:  # the usual order, but never one row (8 rows: 12 ms against 40 ms; 1 row 67 ms, 4 rows 9 ms)
+  if x.dtype == jnp.bfloat16:  # the usual order (8 rows: 12 ms against 40 ms), but never one row (67 ms, 4 rows 9 ms)
     return _contract(x, weight, 1, 1)[:rows]
   # The barriers keep XLA from folding the transposes back into x @ weight.T, which is the slow order.
   x = jax.lax.optimization_barrier(x.T)
@@ -39,6 +39,7 @@ def _contract(a, b, a_axis, b_axis):
 def _product(weight, x):
   """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
   if x.shape[0] <= SMALL_ROWS and (x.shape[0] > 1 or x.dtype == jnp.bfloat16):
+    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.memory).
     return jax.lax.platform_dependent(weight, x, cpu=_few_rows, default=lambda w, x: _contract(x, w, 1, 1))
   return _contract(x, weight, 1, 1)
 
@@ -68,6 +69,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     y = linear(self.weight[...], x)
+    # Broadcast by hand, as everywhere: implicit ranks are refused (jax_numpy_rank_promotion=raise).
     return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -78,6 +80,7 @@ class WordHead:
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # logits stay within +-softcap
 
   def __call__(self, hidden: Array) -> Array:
+    # Not rounded to bfloat16 on the way, which would make ties of the largest.
     logits = linear(self.weight, hidden, jnp.float32)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
@@ -106,6 +109,7 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: Array) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    # Hugging Face rounds to x's dtype before it multiplies with the weight; in float32 that is the same.
     weight = self.weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (y * weight).astype(x.dtype)
 
@@ -124,6 +128,7 @@ def rope_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Ar
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
   """Rotary embedding in half rotation (Hugging Face order). x: f[...,heads,head_dim]; rope from `rope_table`."""
   cos, sin = rope
+  # In float32, rounded once at the end: Hugging Face rounds cos and sin to x's dtype before they meet x.
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -165,7 +170,9 @@ class Attention(nnx.Module):
   def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """(q f[...,H,h], scaled by h^-1/2, k f[...,K,h], v f[...,K,h]) of rows x f[...,D] at positions i32[...]."""
     q = self.q_proj(x).reshape(*x.shape[:-1], self.spec.num_heads, self.spec.head_dim)
+    # The norm goes before the rotation: its weights differ within a pair that is rotated.
     q = rotate(q if self.q_norm is None else self.q_norm(q), self._rope(positions))
+    # Scaled here and not in `attend`: other families scale by other numbers, kernels by their own or (splash) by none.
     return q * jnp.asarray(self.spec.head_dim ** -0.5, q.dtype), *self.keys_values(x, positions)
 
   def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
@@ -192,7 +199,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """A pre-norm transformer layer: `project`, attention, `close`. Drafters use the parts, with a context of their own."""
+  """A pre-norm transformer layer: `project`, attention, `close`. Drafters use the parts, with their own context."""
 
   def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs):
     self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)

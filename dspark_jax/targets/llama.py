@@ -17,6 +17,7 @@ def from_hf(hf: dict) -> TargetConfig:
 def decoder_config(family: str, hf: dict, spec: BlockSpec | None, problems: list[str]) -> TargetConfig:
   """What Llama-like families share of a Hugging Face config.json, around what `block_spec` gave."""
   raise_all(f"{family} config", problems)
+  # Where no limit is given, positions have that of their int32.
   return TargetConfig(family, spec, hf["num_hidden_layers"], hf["vocab_size"], bool(hf.get("tie_word_embeddings")),
                       hf.get("max_position_embeddings") or 2 ** 31 - 1)
 
@@ -29,7 +30,9 @@ def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec 
   rope, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
   theta = rope.get("rope_theta", hf.get("rope_theta"))
   if theta is None:
-    problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently wrong)")
+    problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently "
+                    "wrong)")
+  # Refused, not ignored: most of what follows leaves no trace in the tensors, and would just compute something else.
   for part in (rope, scaling):
     kind = part.get("rope_type", part.get("type", "default"))  # `type` is the older spelling
     if kind != "default":
@@ -41,12 +44,14 @@ def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec 
       problems.append(f"{key} is true, but only layers without biases are supported")
   if hf.get("hidden_act", "silu") != "silu":
     problems.append(f"hidden_act is {hf['hidden_act']!r}, only 'silu' is supported")
+  # The switch before the number: Qwen's configs keep a window that use_sliding_window turns off.
   sliding = hf.get("use_sliding_window", hf.get("sliding_window"))
   if sliding or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
     problems.append("a sliding window is trained in, which is not supported")
   if problems:
     return None, problems
   heads = hf["num_attention_heads"]
+  # head_dim is a number of its own (128 where Qwen3-30B-A3B's D / H is 64); the quotient is for files without it.
   return BlockSpec(hf["hidden_size"], hf["intermediate_size"], heads, hf.get("num_key_value_heads") or heads,
                    hf.get("head_dim") or hf["hidden_size"] // heads, hf["rms_norm_eps"], float(theta), qk_norm), []
 
@@ -55,8 +60,9 @@ def block_keys(spec: BlockSpec) -> dict[str, Any]:
   """What a Hugging Face config.json says of these layers; `block_spec` reads them back."""
   return dict(
       attention_bias=False, head_dim=spec.head_dim, hidden_act="silu", hidden_size=spec.hidden_size,
-      intermediate_size=spec.intermediate_size, num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads,
-      rms_norm_eps=spec.rms_norm_eps, rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"})
+      intermediate_size=spec.intermediate_size, num_attention_heads=spec.num_heads,
+      num_key_value_heads=spec.num_kv_heads, rms_norm_eps=spec.rms_norm_eps,
+      rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"})
 
 
 FAMILY = Family(from_hf, block_spec, block_keys, "Llama")

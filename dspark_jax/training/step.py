@@ -159,7 +159,9 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
 
   def loss_of(params, part):
     batch, encoded, blocks = part
+    # Cast inside what is differentiated: gradients arrive in float32, at the masters.
     model = with_parameters(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
+    # In the target's dtype for the loss, where it is the teacher; only what the drafter reads is cast.
     seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
     outputs = model.train_outputs(target, batch, jax.tree.map(lambda x: x.astype(dtype), seen), blocks)
     return draft_loss(model, target, outputs, blocks=blocks, target_hidden=seen.hidden, config=config.loss,
