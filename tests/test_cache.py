@@ -51,6 +51,16 @@ def test_windows_are_written_where_they_belong(layout, stacked, batch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_caches_can_be_donated(layout):
+  """Kills: one array that stands for keys and values, or for two layers: a program that updates it in place refuses it."""
+  target = LAYOUTS[layout](small_target("qwen3"))
+  drafter = small_drafter(target)
+  caches = target.init_cache(2, 16), drafter.init_state(target, 2, 16)
+  moved = jax.jit(lambda caches: jax.tree.map(lambda x: x + 1, caches), donate_argnums=0)(caches)
+  assert jax.tree.structure(moved) == jax.tree.structure(caches) and all(x.is_deleted() for x in jax.tree.leaves(caches))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_inserted_row_goes_on_as_it_would_have_alone(layout):
   """Kills: a layer axis taken for rows, a length left behind, a neighbour that is touched."""
   target, tokens = LAYOUTS[layout](small_target("qwen3")), random_tokens(3, 10)

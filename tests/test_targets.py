@@ -226,6 +226,9 @@ def test_layers_of_two_kinds():
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
   with pytest.raises(ValueError, match="has 4"):
     scanned.last_layers(5)
+  odd = dataclasses.replace(config, num_layers=3)
+  with pytest.raises(ValueError, match="3 layers cannot be scanned in periods of 2"):
+    stack_layers(nnx.eval_shape(lambda: Decoder(odd, rngs=nnx.Rngs(0))))
 
 
 def attention_case():

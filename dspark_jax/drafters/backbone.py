@@ -34,8 +34,8 @@ class Backbone(DraftModel):
 
   def empty_context(self, target: Target, batch: int, max_len: int) -> Cache:
     """The drafter's own cache: keys and values of the context, per draft layer."""
-    layer = self.config.spec.init_cache(batch, max_len, self.fc.weight.dtype, layout=target.cache_layout)
-    return Cache((layer,) * self.config.num_layers, jnp.zeros(batch, jnp.int32))
+    empty = lambda: self.config.spec.init_cache(batch, max_len, self.fc.weight.dtype, layout=target.cache_layout)
+    return Cache(tuple(empty() for _ in self.layers), jnp.zeros(batch, jnp.int32))
 
   def absorb_context(self, cache: Cache, features: Array, n: Array) -> Cache:
     """The cache with the first n: i32[B] of T newly verified rows committed. features: f[B,T,F]."""

@@ -36,9 +36,10 @@ class Full:
     """The cache of a layer without a token; stacked: of so many layers."""
     lead = ((stacked,) if stacked else ()) + (batch, num_kv_heads)
     # What is never read must be finite all the same: attention gives it weight 0, and 0 * NaN is NaN.
-    rows = jnp.zeros((*lead, capacity, head_dim), dtype)
-    keys = rows if layout == "rows" else jnp.zeros((*lead, head_dim, capacity), dtype)
-    return cls(keys, rows, jnp.int32(0) if stacked else None, layout)
+    rows, columns = (capacity, head_dim), (head_dim, capacity)
+    # An array each: of one that stands for two, only one could be donated.
+    keys, values = (jnp.zeros((*lead, *shape), dtype) for shape in (rows if layout == "rows" else columns, rows))
+    return cls(keys, values, jnp.int32(0) if stacked else None, layout)
 
   @property
   def capacity(self) -> int:
@@ -87,7 +88,8 @@ class Full:
 
   def insert(self, row: Array, one: Full) -> Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
-    # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads.
+    # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads. A NaN
+    # there would be read all the same (0 * NaN): a row that failed is filled whole before its seat is given away.
     axis = 0 if self.layer is None else 1
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, axis)
     return self.replace(k=put(self.k, one.k), v=put(self.v, one.v))
@@ -102,10 +104,6 @@ class Cache:
   @property
   def capacity(self) -> int:
     return self.layers[0].capacity
-
-  def replace_layer(self, index: int, layer: Full) -> Cache:
-    """The cache with another layer in the place of number `index`."""
-    return self.replace(layers=self.layers[:index] + (layer,) + self.layers[index + 1:])
 
   def commit(self, n: Array) -> Cache:
     """The cache after the first n: i32[B] of the rows just written have become final."""
