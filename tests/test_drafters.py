@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.config import TargetConfig
-from dspark_jax.drafters import DRAFTERS
+from dspark_jax.drafters import DRAFTERS, heads
 from dspark_jax.sampling import Sampling
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
+from folders import assert_same_weights
 from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target
 
 WORDS = (1, 2, 5, 7, 8, 11)
@@ -32,7 +34,8 @@ KINDS = {  # (name in DRAFTERS, what differs from a small default)
   "eagle3 words": ("eagle3", dict(draft_vocab_size=len(WORDS))),
   "mtp": ("mtp", {}),
 }
-KINDS |= {name: (name, {}) for name in DRAFTERS if name not in (of for of, _ in KINDS.values())}  # a new one is tested, too
+KINDS |= {name: (name, {}) for name in DRAFTERS if name not in (of for of, _ in KINDS.values())}  # new ones, too
+KINDS |= {name: ("dspark", dict(markov_head=name)) for name in heads.HEADS if name not in KINDS}
 NAMED = {name: next(kind for kind, (of, _) in KINDS.items() if of == name) for name in DRAFTERS}  # one kind of each
 GOLDENS = ("dspark_qwen3_vanilla", "dspark_qwen3_gated", "dspark_qwen3_rnn", "dflash_qwen3",
            "dflash_original")
@@ -205,6 +208,36 @@ def test_teacher_forced_equals_sampled(kind):
     assert np.all(proposal.confidence == 1)
   else:
     close(jax.nn.sigmoid(confidence), proposal.confidence)
+
+
+class Averaged(heads.MarkovHead):
+  """A head as one might add it: latent = gain * the mean of the embeddings so far, the anchor's too."""
+
+  def __init__(self, rank, vocab_size, words, hidden_size, *, rngs):
+    super().__init__(rank, vocab_size, words, hidden_size, rngs=rngs)
+    self.gain = nnx.Param(jnp.ones(rank))
+
+  def first(self, embedding):
+    return jnp.zeros_like(embedding), jnp.zeros(embedding.shape[0], jnp.int32)
+
+  def step(self, state, embedding, hidden):
+    total, count = state[0] + embedding, state[1] + 1
+    return (total, count), self.gain[...][None] * total / count[:, None].astype(total.dtype)
+
+
+def test_a_new_head_is_one_class_and_one_line(monkeypatch, tmp_path):
+  """Kills: scans that know the heads they serve, or whose state must be f[N,R]; a second list of heads, in a
+  configuration or a checkpoint."""
+  monkeypatch.setitem(heads.HEADS, "averaged", Averaged)
+  monkeypatch.setitem(KINDS, "averaged", ("dspark", dict(markov_head="averaged")))
+  proposal, args = sampled_and_forced.__wrapped__("averaged")
+  close(forced(*args)[0], proposal.logits)
+  drafter, target = args[:2]
+  assert "markov_head.gain" in hf.names(drafter)
+  changed = sampled_and_forced("vanilla")[0]
+  assert np.abs(changed.logits - proposal.logits)[:, 1:].max() > 1e-2
+  dspark_jax.save_drafter(tmp_path, drafter, target)
+  assert_same_weights(dspark_jax.load_drafter(tmp_path, target), drafter)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "original", "lens", "eagle3", "mtp"])

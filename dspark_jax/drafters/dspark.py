@@ -28,7 +28,7 @@ class DSparkChoices(DrafterChoices):
   num_layers: int = 5
   markov_rank: int = 256
   """R, of the sequential head; 0: none (DFlash)"""
-  markov_head: Literal[tuple(heads.STEPS)] = "vanilla"
+  markov_head: Literal[tuple(heads.HEADS)] = "vanilla"
   confidence: Literal["none", "hidden", "markov"] = "markov"
   """what the confidence head reads: the hidden state, and the sequential head's embedding too (markov)"""
   sample_from_anchor: bool = True
@@ -109,8 +109,8 @@ class DSpark(Backbone):
   def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width, rank = config.spec.hidden_size, config.markov_rank
-    self.markov_head = heads.MarkovHead(config.markov_head, rank, config.vocab_size, config.words, width,
-                                        rngs=rngs) if rank else None
+    self.markov_head = heads.HEADS[config.markov_head](rank, config.vocab_size, config.words, width,
+                                                       rngs=rngs) if rank else None
     self.confidence_head = None if config.confidence == "none" else ConfidenceHead(
         width + (rank if config.confidence == "markov" else 0), rngs=rngs)
     self.lens = Lens(width, len(config.taps), config.slots, rngs=rngs) if config.lens else None
@@ -179,7 +179,7 @@ def init_from_bigrams(drafter: DSpark, w1: Array, w2: Array, *, strength: float 
   training that the paper does not have: on 19,000 tokens it brought tau from 1.26 to 1.42.
   """
   new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
-  if getattr(getattr(new, "markov_head", None), "kind", None) != "vanilla":
+  if type(getattr(new, "markov_head", None)) is not heads.Vanilla:
     raise ValueError("only a vanilla sequential head can start from bigrams: set markov_head to vanilla and its rank")
   new.markov_head.markov_w1.weight.set_value(jnp.asarray(w1, new.norm.weight[...].dtype))
   new.markov_head.markov_w2.weight.set_value(strength * jnp.asarray(w2, new.norm.weight[...].dtype))
