@@ -252,9 +252,31 @@ def test_context_ends_before_the_anchor(kind):
   assert np.all(np.abs(last - logits(lambda x: x)).max((1, 2)) > 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["vanilla", "original", "lens"])
+def test_a_start_holds_what_training_reads(kind, target):
+  """Kills: a start that reads its neighbour's features where a document begins, the anchor's own, or rejected ones."""
+  start = small_drafter(target, kind).start
+  features = np.random.default_rng(0).normal(size=(1, 8, 32)).astype(np.float32)
+  batch, text = batch_of(random_tokens(1, 8), *packed((3, 4), 8)), jnp.asarray(features[:, 3:])
+  held = [start.init_held(1)]
+  for n in (1, 2):  # up to the anchors at 4 and 6; of each round's two rows n stay
+    rows = text[:, sum((1, 2)[:len(held) - 1]):][:, :2]
+    held.append(start.absorb(held[-1], rows, np.array([n], np.int32)))
+    assert jax.tree.structure(start.absorb(held[-1], rows, np.array([0], np.int32))) == jax.tree.structure(held[0])
+  anchors = np.array([[3, 4, 6]], np.int32)
+  read = start.held_at(batch, jnp.asarray(features), anchors)
+  for index, mine in enumerate(held):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:, index]), mine, read)
+  tokens = batch.tokens[:, [3, 4, 6]]
+  whole = start(target, tokens, read)
+  assert whole.shape == (1, 3, start.positions, 16)
+  for index, mine in enumerate(held):
+    close(start(target, tokens[:, index], mine), whole[:, index])
+
+
 def test_anchor_slot_predicts_in_one_convention_only():
   """Kills: the two slot conventions mixed up: the original DFlash runs one slot more than it drafts."""
-  kinds = {kind: small_drafter(small_target("qwen3"), kind).config.slots for kind in ("dflash", "original")}
+  kinds = {kind: small_drafter(small_target("qwen3"), kind).config.block_positions for kind in ("dflash", "original")}
   assert kinds == {"dflash": 3, "original": 4}
 
 
@@ -304,8 +326,7 @@ def test_golden_rounds(case):
   @jax.jit
   def one_round(drafter, target, state, features, n, anchor):
     state = absorb.__wrapped__(drafter, target, state, features, n)
-    block = jnp.full((1, config.slots), config.mask_token_id, jnp.int32).at[:, 0].set(anchor)
-    hidden = drafter.draft(target.embed(block), state.cache)
+    hidden = drafter.draft(drafter.start(target, anchor, state.held), state.cache)
     return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), Sampling.of(0.0))
 
   state = drafter.init_state(target, 1, 64)

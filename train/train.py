@@ -37,10 +37,9 @@ from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
-from dspark_jax.drafters.dspark import init_from_bigrams
-from dspark_jax.drafters.model import DrafterSettings, init_from_target
+from dspark_jax.drafters.model import DrafterSettings
 from dspark_jax.loading import locate_target
-from dspark_jax.training import lens
+from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from infer import program
 from train.config import TrainConfig, read_config
@@ -114,10 +113,10 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
   drafter = dspark_jax.new_drafter(drafter_config(s, target), words=words, seed=config.seed)
   if s.from_target:
-    drafter = init_from_target(drafter, target)
+    drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
     factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
-    drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)  # a lens knows the bigrams' first draft too
+    drafter = starts.from_bigrams(drafter, *factors)
   return drafter
 
 
@@ -169,7 +168,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   """(the drafter with its lens fitted to the first batches, in at most half of the minutes; what the target said of
   them by index of the batch, up to SAID_BYTES: the first steps of training need not ask it again)."""
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
-  observe, moments, said = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter), {}
+  observe, moments, said = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter), {}
   began = time.monotonic()
   with program.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
@@ -181,7 +180,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
       if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
   program.say(f"lens: fitted to {int(moments.count)} positions")
-  return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments)), said
+  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), said
 
 
 def steps_in(left: float, state, advance, known: int) -> int:

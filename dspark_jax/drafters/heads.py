@@ -1,7 +1,7 @@
 """Sequential heads: what makes a parallel block aware of its own earlier tokens (DSpark, 3.1).
 
 p_k(v | x_<k) = softmax(U_k + W2 . latent_k), where latent_k f[R] comes from one `step` of the head. A head is one class
-(its parameters, its first state, its step) and one line of HEADS; the teacher-forced and the drawing scan serve them all.
+(its parameters, its first state and its step) and one line of HEADS. Two scans, teacher-forced and drawing, serve all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dspark_jax.types import Array, Head, Proposal
 
 
 class MarkovHead(nnx.Module):
-  """What all heads have: W1 f[V,R], over the whole vocabulary (any token may precede), W2 f[W,R], over the draft words."""
+  """What all heads have: W1 f[V,R], as any word of the vocabulary may precede, and W2 f[W,R] over the draft words."""
 
   def __init__(self, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
     self.markov_w1 = Embedding(vocab_size, rank, rngs=rngs)
