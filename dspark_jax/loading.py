@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import typing
 from pathlib import Path
 
 import jax
@@ -21,8 +22,10 @@ from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.types import Array, Drafter, Target
+
+LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
 
 def locate_target(name: str | os.PathLike) -> Path:
@@ -53,12 +56,13 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
   family = config.get("model_type")
   if family not in TARGETS:
     raise NotImplementedError(f"target {path} is of family {family!r}, supported are {', '.join(sorted(TARGETS))}")
-  config = TARGETS[family](config)
+  family = TARGETS[family]
+  config = family.config(config)
   # Tied heads are sometimes stored twice, and old exporters store the rotary frequencies, which follow from theta.
   unused = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
   unused |= {"lm_head.weight"} if config.tie_word_embeddings else set()
-  target = hf.fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
-                   prefix=lambda name: name if name.startswith("lm_head") else f"model.{name}", extra_ok=unused)
+  target = hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
+                   stored=family.stored, extra_ok=unused)
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
   return stack_layers(target) if scanned else target
@@ -124,7 +128,10 @@ def _read_ours(path, target):
   if kind not in list(DRAFTERS):  # a list: what a damaged file holds may not be hashable
     raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
                      f"load it with the version that wrote it")
-  config = from_json(DRAFTERS[kind].Config, sidecar["config"], f"{path / 'drafter.json'}, config")
+  data, where = sidecar["config"], f"{path / 'drafter.json'}, config"
+  if isinstance(data, dict) and "spec" in data:  # of one of the families, whichever reads it
+    data = data | {"spec": from_json(LAYERS, data["spec"], f"{where}, spec")}
+  config = from_json(DRAFTERS[kind].Config, data, where)
   problems = _words_problems(config, tensors)
   if sidecar["target"] != target_id(target):
     problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target it "

@@ -17,11 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.data import chat
 from dspark_jax.drafters.dspark import DSparkConfig
-from dspark_jax.targets.decoder import Decoder
-from infer import program
+from dspark_jax.programs import shell
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
@@ -151,7 +150,7 @@ def called(capsys, main, settings, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
   capsys.readouterr()
   try:
-    program.run(main, settings, args=[str(a) for a in args])
+    shell.run(main, settings, args=[str(a) for a in args])
     got = 0
   except SystemExit as exit_:
     got = exit_.code

@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from dspark_jax.config import from_json
 from dspark_jax.decoding.acceptance import Rounds, difference, interval
-from infer import program
+from dspark_jax.programs import shell
+from dspark_jax.programs.results import Result
 from train import compare, train
 from folders import LLAMA, complains, with_tokenizer
 
@@ -93,15 +95,19 @@ def test_seeds_are_taken_together(folder, one_seed, monkeypatch):
 def test_a_seed_is_compared_with_its_own(tmp_path):
   """Kills: a drafter compared with the first drafter of another seed, or one seed's samples taken for all."""
   kept = {"a-seed0": 1, "a-seed1": 2, "b-seed0": 3, "b-seed1": 0}  # drafts in each of four rounds
-  results = [dict(target="t", drafter=run, dataset="d", mode="greedy", threshold=0.0, block_size=3, tokens=4 * (n + 1),
-                  tokens_per_second=1.0, accepted_length=n + 1.0) for run, n in kept.items()]
+  empty = dict.fromkeys(f.name for f in dataclasses.fields(Result)) | dict(
+      target="t", kind="dspark", dataset="d", mode="greedy", threshold=0.0, block_size=3, samples=1, rounds=4,
+      accepted_tokens=0, rejected_tokens=0, tokens_per_second=1.0)
+  results = [from_json(Result, empty | dict(drafter=run, tokens=4 * (n + 1), accepted_length=n + 1.0), run)
+             for run, n in kept.items()]
   (tmp_path / "samples").mkdir()
   for run, n in kept.items():
-    record = dict(id="1", n_accept=[n] * 4, n_verify=[3] * 4, n_commit=[n + 1] * 4)
+    record = dict(id="1", turns=1, tokens=4 * (n + 1), seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
+                  n_commit=[n + 1] * 4)
     (tmp_path / "samples" / f"t--{run}--d--greedy--threshold=0.jsonl").write_text(json.dumps(record) + "\n")
   rows, (gap,) = compare.pool(tmp_path, results, {run: run[0] for run in kept})
   assert (gap["drafter"], gap["less"], gap["by_run"], gap["difference"]) == ("b", "a", [2, -2], 0)
-  assert [(r["drafter"], r["accepted_length"], r["by_seed"]) for r in rows] == [("a", 2.5, [2, 3]), ("b", 2.5, [4, 1])]
+  assert [(r.drafter, r.accepted_length, r.by_seed) for r in rows] == [("a", 2.5, (2, 3)), ("b", 2.5, (4, 1))]
 
 
 def test_differences_are_paired():
@@ -157,8 +163,8 @@ def test_mistakes(folder, capsys):
   for words, parts in ((("--config", "configs/demo.py"), ("CompareConfig",)),
                        (("--config", folder / "config.py", "--seeds", 1, 1), ("each once",))):
     with pytest.raises(SystemExit) as exit_:
-      program.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
-                                                        str(folder / "no")])
+      shell.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
+                                                      str(folder / "no")])
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert all(part in err for part in parts) and "Traceback" not in err

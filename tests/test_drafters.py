@@ -11,11 +11,10 @@ from flax import nnx
 
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.drafters import DRAFTERS, heads
 from dspark_jax.sampling import Sampling
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
 from folders import assert_same_weights

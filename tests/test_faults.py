@@ -240,7 +240,7 @@ def save_ours(folder, drafter, *, sidecar=None, weights=None) -> None:
     (lambda s: s | {"config": s["config"] | {"depth": 3, "taps": None, "block_size": "7"}}, ["unknown key 'depth'"]),
     (lambda s: s | {"config": {k: v for k, v in s["config"].items() if k != "taps"}}, ["key 'taps' is missing"]),
     (lambda s: s | {"config": s["config"] | {"taps": None, "block_size": "7"}}, ["'taps' is None", "'block_size' is '7'"]),
-    (lambda s: s | {"config": s["config"] | {"spec": {"hidden_size": 48}}}, ["key 'num_heads' is missing"]),
+    (lambda s: s | {"config": s["config"] | {"spec": {"hidden_size": 48}}}, ["key 'spec.num_heads' is missing"]),
     (lambda s: s | {"config": s["config"] | {"taps": [0, 5]}}, ["taps [5] are out of range"])])
 def test_sidecar_at_fault(change, parts, tmp_path):
   """Kills: a newer format read as if it were ours; a misspelt key ignored; a KeyError for a damaged file."""

@@ -10,13 +10,19 @@ import pytest
 from flax import nnx
 
 from dspark_jax import sampling as sp
-from dspark_jax.config import BlockSpec, TargetConfig
+from dspark_jax.config import to_json
 from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import TargetConfig
 from infer import head_cost, plots
 from folders import QWEN3, called, qwen3
 
 TINY = TargetConfig("qwen3", BlockSpec(16, 32, 2, 1, 8, 1e-6, 1e4, qk_norm=True), 4, 200, False, 4096)
 SETTINGS = head_cost.Settings("tiny", None, layers=1, rank=4)
+MEASURED = {"device", "block_size", "percent", "percent_quartiles", "round_seconds", "round_seconds_without",
+            "head_seconds_alone", "percent_alone"}
+COUNTED = {"device", "block_size", "percent", "round_bytes", "compiler", "percent_bytes_reported", "percent_flops",
+           "round_bytes_reported", "round_flops"}
 
 
 def test_percent_is_of_the_round_that_has_the_head():
@@ -64,10 +70,11 @@ def test_layers_are_counted_each(monkeypatch):
   monkeypatch.setattr(head_cost, "CONTEXT", 128)
   monkeypatch.setattr(head_cost, "FEW", 2)
   row, whole = head_cost.counted(SETTINGS, None, 2, TINY), head_cost.round_cost(SETTINGS, TINY, 2, 4, None)
-  assert row["round_bytes_reported"] == pytest.approx(whole["bytes"], rel=0.02) and 0 < row["percent"] < 100
+  assert row.round_bytes_reported == pytest.approx(whole["bytes"], rel=0.02) and 0 < row.percent < 100
   multiply_adds = 2 * TINY.vocab_size * 4  # W2 . latent in both slots
-  assert row["percent_flops"] * whole["flops"] / 100 >= 2 * multiply_adds
-  assert row["round_flops"] == pytest.approx(whole["flops"], rel=0.02) and row["block_size"] == 2
+  assert row.percent_flops * whole["flops"] / 100 >= 2 * multiply_adds
+  assert row.round_flops == pytest.approx(whole["flops"], rel=0.02) and row.block_size == 2
+  assert set(to_json(row)) == COUNTED
 
 
 def test_bytes_that_must_be_read():
@@ -92,7 +99,9 @@ def test_program(capsys, tmp_path):
   for r in rows:
     assert r["percent"] == pytest.approx(head_cost.percent(r["round_seconds"], r["round_seconds_without"]))
     assert r["percent_quartiles"][0] <= r["percent_quartiles"][1] and str(QWEN3.parent) not in r["device"]
-  assert plots.read([out]) == ([], rows)
+  assert [set(r) for r in rows] == [MEASURED]
+  results, costs = plots.read([out])
+  assert results == [] and [to_json(cost) for cost in costs] == rows
 
 
 @pytest.mark.parametrize("flag, value, part", [

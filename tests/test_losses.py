@@ -15,11 +15,10 @@ import pytest
 from flax import nnx
 
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import add, mean
 from dspark_jax.nn.layers import WordHead
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, gradients, parameters

@@ -17,7 +17,8 @@ import pytest
 import dspark_jax
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DSpark
-from infer import convert, generate, program
+from dspark_jax.programs import shell
+from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, files, llama,
@@ -382,7 +383,7 @@ def test_train_mistakes(args, part, folder, capsys, tmp_path):
   """Kills: an override that is ignored, or that fails in the middle of a run with a traceback."""
   capsys.readouterr()
   with pytest.raises(SystemExit) as exit_:
-    program.run(train.main, TrainConfig, default=lambda: experiment(folder, tmp_path / "run"), args=args)
+    shell.run(train.main, TrainConfig, default=lambda: experiment(folder, tmp_path / "run"), args=args)
   err = capsys.readouterr().err
   assert exit_.value.code == 2 and part in err and "Traceback" not in err
   assert not (tmp_path / "run" / "steps").exists() or not list((tmp_path / "run" / "steps").iterdir())

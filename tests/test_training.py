@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from dspark_jax.config import BlockSpec, TargetConfig
 from dspark_jax.drafters.dspark import DSpark, DSparkConfig
 from dspark_jax.metrics import mean
-from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training import starts
 from dspark_jax.training import step as subject
 from dspark_jax.training.anchors import blocks_at, candidates, sample_blocks

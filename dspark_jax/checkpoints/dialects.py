@@ -12,26 +12,32 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import hf_spec, raise_all
+from dspark_jax.config import raise_all
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.model import DrafterConfig
+from dspark_jax.targets import TARGETS
 from dspark_jax.types import Target
 
 FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...],
           "lm_head.weight": lambda target: target.head().weight}
 
 
-ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel", "Qwen3Eagle3Model", "LlamaEagle3Model", "DFlashDraftModel")
+ORIGINAL = "DFlashDraftModel"
+# (kind of drafter, reader of its layers) by architecture: DeepSpec's say which family's layers the drafter repeats.
+ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family in TARGETS.values()
+                 for name, kind in (("DSpark", "dspark"), ("Eagle3", "eagle3"))}
+ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
 
 
 def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   """(name of the drafter, configuration) in a stored config.json; ValueError lists what is missing or not understood."""
-  kind = (hf.get("architectures") or ["none"])[0]
-  if kind not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {kind!r} is not supported, only {', '.join(ARCHITECTURES)} are")
-  spec, problems = hf_spec(hf, qk_norm=not kind.startswith("Llama"))
-  return ("eagle3", _eagle3(hf, spec, problems)) if "Eagle3" in kind else ("dspark", _dspark(hf, spec, problems))
+  architecture = (hf.get("architectures") or ["none"])[0]
+  if architecture not in ARCHITECTURES:
+    raise NotImplementedError(f"drafter architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)} "
+                              f"are")
+  kind, block = ARCHITECTURES[architecture]
+  return kind, (_eagle3 if kind == "eagle3" else _dspark)(hf, *block(hf))
 
 
 def _eagle3(hf, spec, problems):
@@ -45,7 +51,7 @@ def _eagle3(hf, spec, problems):
 
 
 def _dspark(hf, spec, problems):
-  original = hf["architectures"][0] == "DFlashDraftModel"
+  original = hf["architectures"][0] == ORIGINAL
   own = {**hf, **hf.get("dflash_config", {})} if original else hf
   needed = ["block_size", "num_target_layers", "mask_token_id"] + ([] if original else ["target_layer_ids", "markov_rank"])
   problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]
@@ -96,13 +102,10 @@ def deepspec_config(kind: str, config: DrafterConfig) -> str:
             + (["a lens cannot be stored"] if getattr(config, "lens", False) else [])
             + ([] if stores_frozen(config) else ["the original DFlash's slots cannot be stored"])
             + ([] if kind in ("dspark", "eagle3") else [f"a drafter of the kind {kind} cannot be stored"]))
-  spec, family = config.spec, "Qwen3" if config.spec.qk_norm else "Llama"
-  out = dict(
-      attention_bias=False, head_dim=spec.head_dim, hidden_act="silu", hidden_size=spec.hidden_size,
-      intermediate_size=spec.intermediate_size, model_type=family.lower(), num_attention_heads=spec.num_heads,
-      num_key_value_heads=spec.num_kv_heads, num_target_layers=config.num_target_layers, rms_norm_eps=spec.rms_norm_eps,
-      rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"}, target_layer_ids=list(config.taps),
-      tie_word_embeddings=False, vocab_size=config.vocab_size)
+  out = dict(num_target_layers=config.num_target_layers, target_layer_ids=list(config.taps), tie_word_embeddings=False,
+             vocab_size=config.vocab_size)
+  family, layers = _layers(config)
+  out |= layers
   if kind == "eagle3":
     out |= dict(architectures=[f"{family}Eagle3Model"], draft_num_hidden_layers=1, num_hidden_layers=1,
                 ttt_length=config.block_size, step_loss_decay=0.8)
@@ -117,9 +120,20 @@ def deepspec_config(kind: str, config: DrafterConfig) -> str:
   return json.dumps(out, indent=2, sort_keys=True) + "\n"
 
 
+def _layers(config):
+  """(prefix of the architecture, what config.json says of the layers) of the family that reads these very layers back."""
+  for name, family in TARGETS.items():
+    if type(config.spec) is family.spec:
+      keys = family.keys(config.spec)
+      if family.block(keys | dict(num_hidden_layers=1, vocab_size=config.vocab_size)) == (config.spec, []):
+        return family.prefix, keys | {"model_type": name}
+  raise ValueError(f"export to DeepSpec: no family there has layers like {config.spec}")
+
+
 def frozen_copies(target: Target, dtype) -> dict[str, jax.Array]:
   """The target's embedding and head under DeepSpec's names. ValueError when that would invent digits."""
   theirs = target.head().weight.dtype
   if jnp.finfo(theirs).bits < jnp.finfo(dtype).bits:
-    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and head would be rounded: load the target in {dtype}")
+    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and head "
+                     f"would be rounded: load the target in {dtype}")
   return {name: own(target).astype(dtype) for name, own in FROZEN.items()}

@@ -83,25 +83,30 @@ def names(module: nnx.Module) -> dict[str, nnx.Variable]:
   return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-def fill(build, tensors: Mapping, what: str, *, dtype=None, prefix=lambda name: name, extra_ok=(),
+def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: (name,), extra_ok=(),
          problems=()) -> nnx.Module:
   """The module build() with its parameters taken from `tensors`, in `dtype` (default: as stored).
 
-  Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found before. prefix
-  maps a parameter's path to its stored name; stored names in extra_ok may stay unused.
+  Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found before. stored
+  gives the names of the tensors that make a parameter, by its path: one, or several that are stacked along a new first
+  axis (experts). Stored names in extra_ok may stay unused.
   """
   module = nnx.eval_shape(build)
-  wanted = {prefix(name): v for name, v in names(module).items()}
-  problems = [*problems, *(f"tensor {n} is missing" for n in wanted if n not in tensors)]
-  problems += [f"tensor {n} is not part of this model" for n in tensors if n not in wanted and n not in extra_ok]
-  for name, variable in wanted.items():
-    if name in tensors:
-      array = tensors[name]
-      if tuple(array.shape) != tuple(variable.shape) or not jnp.issubdtype(array.dtype, jnp.floating):
-        problems.append(f"tensor {name} is {array.dtype}{list(array.shape)}, expected floating point "
-                        f"{list(variable.shape)}")
-      elif not problems:
-        variable.set_value(jnp.asarray(array, dtype))
+  wanted = {stored(name): v for name, v in names(module).items()}
+  known = [part for parts in wanted for part in parts]
+  problems = [*problems, *(f"tensor {n} is missing" for n in known if n not in tensors)]
+  problems += [f"tensor {n} is not part of this model" for n in tensors if n not in known and n not in extra_ok]
+  for parts, variable in wanted.items():
+    arrays, shape = [], variable.shape[len(parts) > 1:]
+    for name in parts:
+      if name in tensors:
+        array = tensors[name]
+        if tuple(array.shape) != tuple(shape) or not jnp.issubdtype(array.dtype, jnp.floating):
+          problems.append(f"tensor {name} is {array.dtype}{list(array.shape)}, expected floating point {list(shape)}")
+        arrays.append(array)
+    if not problems:
+      arrays = [jnp.asarray(array, dtype) for array in arrays]
+      variable.set_value(jnp.stack(arrays) if len(parts) > 1 else arrays[0])
   raise_all(what, problems)
   return module
 

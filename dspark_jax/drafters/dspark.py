@@ -13,7 +13,7 @@ from dspark_jax.drafters import heads
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
 from dspark_jax.drafters.starts import Lens, Masks
-from dspark_jax.nn import cache as kv
+from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Linear, WordHead
 from dspark_jax.sampling import Sampling
 from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
@@ -85,7 +85,7 @@ class DSparkSettings(DSparkChoices, DrafterSettings):
 
 @flax.struct.dataclass
 class DSparkState:
-  cache: kv.Cache     # of the context, per draft layer
+  cache: Cache        # of the context, per draft layer
   held: Array | None  # what the start of a block reads: with a lens f[B,F], the features of the newest column
 
 
@@ -128,7 +128,7 @@ class DSpark(Backbone):
                      None if self.markov_head is None else WordHead(self.markov_head.markov_w2.weight[...]))
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
-    return DSparkState(self.empty_context(batch, max_len), self.start.init_held(batch))
+    return DSparkState(self.empty_context(target, batch, max_len), self.start.init_held(batch))
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
     features, n = committed.encoded.features, committed.n

@@ -8,10 +8,9 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import BlockSpec
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings, last_of
 from dspark_jax.drafters.recurrent import Recurrent
-from dspark_jax.nn.layers import MLP, Attention, Block, Linear, RMSNorm
+from dspark_jax.nn.layers import MLP, Attention, Block, BlockSpec, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
 
 
@@ -45,9 +44,13 @@ class Eagle3Block(nnx.Module):
     self.self_attn = Attention(spec, rngs=rngs, inputs=2 * spec.hidden_size)
     self.mlp = MLP(spec, rngs=rngs)
 
-  def __call__(self, embedding: Array, hidden: Array, rope, attend) -> Array:
+  def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array]:
+    """(q f[...,H,h], k f[...,K,h], v f[...,K,h])"""
     both = jnp.concatenate([self.input_layernorm(embedding), self.hidden_norm(hidden)], axis=-1)
-    out = attend(self.self_attn.queries(both, rope), *self.self_attn.keys_values(both, rope))
+    return self.self_attn.project(both, positions)
+
+  def close(self, hidden: Array, out: Array) -> Array:
+    """f[...,D]: the next hidden state, of the one before and what attention found, f[...,H,h]."""
     x = hidden + self.self_attn.o_proj(out.reshape(*hidden.shape[:-1], -1))
     return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -79,5 +82,5 @@ class Eagle3(Recurrent):
     mine.post_attention_layernorm = theirs.post_attention_layernorm
     self.fc.weight.set_value(last_of(self.fc.weight[...]))
 
-  def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
-    return self.layers[0](embedding, hidden, rope, attend)
+  def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
+    return hidden, *self.layers[0].project(embedding, hidden, positions)

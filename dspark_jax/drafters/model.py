@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import BlockSpec, raise_all, wrong_choices
-from dspark_jax.nn.layers import Block
+from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.nn.cache import insert_row
+from dspark_jax.nn.layers import Block, BlockSpec
 from dspark_jax.types import Array, DraftHead, Target
 
 
@@ -104,6 +106,9 @@ class DraftModel(nnx.Module):
 
   def head(self, target: Target) -> DraftHead:
     return DraftHead(target.head(self.words), None)
+
+  def insert(self, state: Any, row: Array, one: Any) -> Any:
+    return insert_row(state, row, one)
 
   def start_from(self, layers: list[Block]) -> None:
     """Sets the draft layers, and what feeds them, from as many layers of the target."""

@@ -47,7 +47,7 @@ class MTP(Recurrent):
     self.enorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     self.hnorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     self.eh_proj = Linear(2 * spec.hidden_size, spec.hidden_size, rngs=rngs)
-    self.layers = nnx.List([Block(spec, rngs=rngs)])
+    self.layers = nnx.List([spec.build(rngs=rngs)])
 
   def first(self, encoded: TargetOutput) -> Array:
     return encoded.hidden
@@ -58,6 +58,6 @@ class MTP(Recurrent):
     weight, half = self.eh_proj.weight, self.config.spec.hidden_size
     weight.set_value(last_of(weight[...]).at[:, :half].set(weight[:, :half]))
 
-  def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
-    both = jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1)
-    return self.layers[0](self.eh_proj(both), rope, attend)
+  def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
+    x = self.eh_proj(jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1))
+    return x, *self.layers[0].project(x, positions)
