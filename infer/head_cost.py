@@ -196,8 +196,7 @@ class Slots(DSpark):
   """The same drafter with the slots of a block as a Python loop; for a vanilla head or none, which carry no state."""
 
   def propose(self, target, head, state, anchor, keys, sampling):
-    tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
-    hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
+    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
     base, parts = head.base(hidden), []
     for k in range(self.block_size):
       at = slice(k, k + 1)

@@ -208,7 +208,7 @@ def test_training_settings_at_fault():
   with complains("kind is 'eagle', expected dspark", "expected draft_vocab_size 1..16384, got 0",
                  "set markov_head to vanilla"):
     DSpark.Settings(taps=(1,), from_bigrams=True, kind="eagle", markov_head="rnn")
-  with complains("a lens predicts a draft in every slot: sample_from_anchor must be true"):
+  with complains("a lens predicts a draft at every position of its block: sample_from_anchor must be true"):
     fresh_drafter(lens=True, sample_from_anchor=False)
 
 

@@ -10,9 +10,9 @@ import pytest
 import dspark_jax
 from dspark_jax.checkpoints import hf
 from dspark_jax.drafters import DRAFTERS
-from dspark_jax.drafters.model import init_from_target
 from dspark_jax.metrics import mean
 from dspark_jax.targets.decoder import stack_layers
+from dspark_jax.training import starts
 from dspark_jax.training import step as training
 from dspark_jax.training.anchors import all_blocks
 from dspark_jax.training.losses import EAGLE3, draft_loss
@@ -80,9 +80,9 @@ def test_started_from_the_target(kind):
   """Kills a start from another layer, one that depends on stacking, and one that changes the drafter it was given."""
   target, drafter = small_target("qwen3"), small_drafter(small_target("qwen3"), kind)
   before = jax.tree.map(np.array, drafter)
-  started = init_from_target(drafter, target)
+  started = starts.from_target(drafter, target)
   jax.tree.map(np.testing.assert_array_equal, drafter, before)
-  jax.tree.map(np.testing.assert_array_equal, started, init_from_target(drafter, stack_layers(target)))
+  jax.tree.map(np.testing.assert_array_equal, started, starts.from_target(drafter, stack_layers(target)))
   assert jax.tree.structure(started) == jax.tree.structure(drafter)
   last, mine = target.layers[-1], started.layers[0]
   jax.tree.map(np.testing.assert_array_equal, mine.mlp, last.mlp)

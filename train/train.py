@@ -33,10 +33,9 @@ from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
-from dspark_jax.drafters.dspark import init_from_bigrams
-from dspark_jax.drafters.model import DrafterSettings, init_from_target
+from dspark_jax.drafters.model import DrafterSettings
 from dspark_jax.programs import run_folder, shell
-from dspark_jax.training import lens
+from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train.config import TrainConfig, read_config
 
@@ -113,12 +112,10 @@ def build_drafter(config: TrainConfig, target, documents, stops):
     words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops)
   drafter = dspark_jax.new_drafter(drafter_config(s, target), words=words, seed=config.seed)
   if s.from_target:
-    drafter = init_from_target(drafter, target)
+    drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
     factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
-    # A lens predicts from the anchor, too, and so knows most of what bigrams say of the first draft: counted in full
-    # they would count twice.
-    drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)
+    drafter = starts.from_bigrams(drafter, *factors)
   return drafter
 
 
@@ -153,7 +150,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   """(the drafter with its lens fitted to the first batches, in at most half of the minutes; what the target said of
   them by index of the batch, up to SAID_BYTES: the first steps of training need not ask it again)."""
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
-  observe, moments, said = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter), {}
+  observe, moments, said = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter), {}
   began = time.monotonic()
   with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
@@ -166,7 +163,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
       if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
-  return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments)), said
+  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), said
 
 
 def steps_in(left: float, state, advance, known: int) -> int:

@@ -115,24 +115,6 @@ class DraftModel(nnx.Module):
     raise NotImplementedError
 
 
-def init_from_target(drafter: DraftModel, target: Target) -> DraftModel:
-  """The drafter with layers and final norm started from the target's last layers; a start for training.
-
-  What projects the taps starts as the last tap alone: the residual stream that is nearest to what those layers read in
-  the target. ValueError when the drafter's block is not the target's.
-  """
-  config, count = drafter.config, len(drafter.layers)
-  if config.spec != target.config.spec or count > target.config.num_layers:
-    raise ValueError(f"{count} draft layers {config.spec} cannot start from the target's "
-                     f"{target.config.num_layers} layers {target.config.spec}: use the target's own block")
-  layers = target.last_layers(count)
-  dtype = drafter.norm.weight[...].dtype
-  new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
-  new.start_from([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
-  new.norm.weight.set_value(target.norm.weight[...].astype(dtype))
-  return new
-
-
 def newest(rows: Array, n: Array, before: Array) -> Array:
   """f[B,D]: row n - 1 of rows f[B,T,D], n: i32[B]; `before` f[B,D] where n is 0."""
   last = jnp.take_along_axis(rows, jnp.maximum(n - 1, 0)[:, None, None], axis=1)[:, 0]
