@@ -252,7 +252,7 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
   rows = settings.rows
   requests = on(jax.eval_shape(lambda: gen.Requests(
       jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
-      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.Sampling.of(0.0))))
+      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.make_sampling(0.0))))
   state = on(jax.eval_shape(lambda t, d, r: gen.start(t, d, r, 128, CONTEXT), target, drafter, requests))
   heads = jax.eval_shape(gen.Heads.of, target, drafter)
   compiled = jax.jit(gen.one_round, donate_argnums=4).lower(target, drafter, on(heads), requests, state).compile()

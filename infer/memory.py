@@ -95,7 +95,7 @@ def decoding(settings: Settings, target, drafter, on) -> dict:
   rows, block = settings.rows, drafter.block_size if drafter else 0
   requests = on(jax.eval_shape(lambda: gen.Requests(
       jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
-      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.Sampling.of(0.0))))
+      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.make_sampling(0.0))))
   capacity = -(-(128 + settings.new_tokens + 2 * (block + 1)) // gen.CACHE_BUCKET) * gen.CACHE_BUCKET
   static = dict(max_new_tokens=settings.new_tokens, capacity=capacity)
   begun = jax.eval_shape(lambda t, d, r: gen.start(t, d, r, settings.new_tokens, capacity), target, drafter, requests)

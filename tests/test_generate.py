@@ -12,7 +12,7 @@ from scipy import stats
 from dspark_jax.checkpoints import hf
 from dspark_jax.decoding import generate as subject
 from dspark_jax.decoding.generate import Heads, collect, decode, generate, one_round, prepare, start
-from dspark_jax.sampling import Sampling
+from dspark_jax.sampling import make_sampling
 from dspark_jax.types import Proposal
 from test_drafters import KINDS, golden_drafter, small_drafter
 from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens, small_target, stack_layers
@@ -238,7 +238,7 @@ def test_a_round_keeps_the_type_of_the_state(kind, sampling):
   half = lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
   models = jax.tree.map(half, (target(), kind and drafter(kind)))  # where a stray float32 shows
   (*_, requests), _ = prepare(*models, PROMPTS, max_new_tokens=NEW)
-  requests = requests.replace(sampling=Sampling.of(*sampling))
+  requests = requests.replace(sampling=make_sampling(*sampling))
   state = jax.eval_shape(functools.partial(start, max_new_tokens=NEW, capacity=64), *models, requests)
   after = jax.eval_shape(one_round, *models, jax.eval_shape(Heads.of, *models), requests, state)
   assert jax.tree.structure(after) == jax.tree.structure(state)

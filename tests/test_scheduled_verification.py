@@ -15,7 +15,7 @@ from scipy import stats
 from dspark_jax.decoding.generate import proposal_lengths
 from dspark_jax.decoding.scheduler import best_prefix, early_stop, survival, top_k
 from dspark_jax.decoding.verify import verify
-from dspark_jax.sampling import Sampling, draw, split_keys
+from dspark_jax.sampling import draw, make_sampling, split_keys
 from dspark_jax.types import Proposal
 
 TRIALS, ROWS, BLOCK, WORDS, ALARM = 40_000, 2, 2, 3, 1e-6
@@ -54,7 +54,7 @@ def two_tokens(seed, policy):
     before = jnp.concatenate([anchor[:, None], drafts], axis=1)
     lengths = policy(now, old)
     verdict = verify(jnp.log(jnp.asarray(TARGET)[before]), Proposal(drafts, jnp.log(probs), probs, now, None),
-                     Sampling.of(1.0), accept_keys=accept_key, bonus_keys=bonus_key, lengths=lengths)
+                     make_sampling(1.0), accept_keys=accept_key, bonus_keys=bonus_key, lengths=lengths)
     one = jnp.where(verdict.n_accept > 0, first, verdict.next_token)
     more = draw(more_key, jnp.asarray(TARGET)[one])  # the next round's, where this one gave a single token
     two = jnp.select([verdict.n_accept > 1, verdict.n_accept == 1], [second, verdict.next_token], more)

@@ -34,7 +34,7 @@ from dspark_jax.decoding import calibration
 from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
-from dspark_jax.sampling import Sampling
+from dspark_jax.sampling import make_sampling
 from infer import program
 from train import answers, train
 
@@ -134,7 +134,7 @@ def check(settings: Settings) -> dict[str, float]:
   if settings.dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
   for temperature in settings.temperatures:
-    Sampling.of(temperature)
+    make_sampling(temperature)
   modes = {calibration.mode_name(t): t for t in settings.temperatures}
   if not modes or len(modes) != len(settings.temperatures):
     raise ValueError(f"temperatures are {', '.join(map(str, settings.temperatures)) or 'none'}, expected one or more, "

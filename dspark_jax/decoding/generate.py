@@ -18,7 +18,7 @@ from dspark_jax import sampling as sp
 from dspark_jax.decoding.calibration import calibrate
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.decoding.verify import cut_at_stop, verify
-from dspark_jax.types import Array, Committed, Drafter, DraftHead, Head, Proposal, Target
+from dspark_jax.types import Array, Committed, Drafter, DraftHead, Head, Proposal, Sampling, Target
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, or of 128 above 128: one compilation per bucket
 CACHE_BUCKET = 64
@@ -33,7 +33,7 @@ class Requests:
   stop_ids: Array        # i32[M]    -1 is padding
   temperatures: Array    # f32[G]    of the confidences; 1 leaves them as they are
   threshold: Array       # f32[2]    drafts from the first one whose confidence, or survival, is below are not verified
-  sampling: sp.Sampling
+  sampling: Sampling
 
 
 @flax.struct.dataclass
@@ -217,7 +217,7 @@ def prepare(target: Target, drafter: Drafter | None, prompts: list[list[int]], *
       jnp.asarray(padded), jnp.asarray([len(p) for p in prompts], jnp.int32),
       jnp.asarray([s % 2 ** 32 for s in seeds], jnp.uint32), jnp.asarray(stops),
       jnp.ones(block) if temperatures is None else jnp.asarray(temperatures, jnp.float32),
-      jnp.asarray([confidence_threshold, survival_threshold], jnp.float32), sp.Sampling.of(temperature, top_k, top_p))
+      jnp.asarray([confidence_threshold, survival_threshold], jnp.float32), jax.tree.map(jnp.asarray, sp.make_sampling(temperature, top_k, top_p)))
   # A row that is done still writes G + 1 scratch rows after up to G tokens past the limit.
   capacity = _round_up(max(padded.shape[1], longest + max_new_tokens + 2 * (block + 1)), CACHE_BUCKET)
   return (target, drafter, requests), dict(max_new_tokens=max_new_tokens, capacity=capacity)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.sampling import Sampling, argmax, draw, probabilities
-from dspark_jax.types import Array, Proposal, Verdict
+from dspark_jax.sampling import argmax, draw, probabilities
+from dspark_jax.types import Array, Proposal, Sampling, Verdict
 
 
 @jax.named_scope("verify")

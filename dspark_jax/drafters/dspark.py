@@ -14,8 +14,8 @@ from dspark_jax.drafters.lens import Lens
 from dspark_jax.drafters.model import newest
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.layers import Linear, WordHead
-from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
+from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
+                              TargetOutput)
 
 
 @flax.struct.dataclass

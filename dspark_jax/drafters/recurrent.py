@@ -19,8 +19,8 @@ from dspark_jax.drafters.model import DraftModel, newest
 from dspark_jax.nn import cache as kv
 from dspark_jax.nn.attention import Context, attend, attend_causally, causal, sequence
 from dspark_jax.nn.layers import RMSNorm, rope_table
-from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
+from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
+                              TargetOutput)
 
 QUERY_BLOCK = 128  # rows of a prompt that are absorbed as one causal block
 
