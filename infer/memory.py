@@ -1,4 +1,4 @@
-"""What the TPU compiler says of the memory of training and decoding at the size of Qwen3-4B, on a machine without a TPU.
+"""What the TPU compiler says of the memory of training and decoding at Qwen3-4B size, on a machine without a TPU.
 
 When to use it: to see that a training step or the decode loop fits before a pod is booked. Needs the extra
 `tpu-compiler`; nothing is run and no weights exist.
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from dspark_jax import sampling as sp
 from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
-from dspark_jax.decoding import generate as gen
+from dspark_jax.decoding.generate import decode, start
+from dspark_jax.decoding.round import Models
+from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.training.losses import LossConfig
@@ -92,14 +93,11 @@ def training(settings: Settings, target, drafter, on) -> dict:
 
 def decoding(settings: Settings, target, drafter, on) -> dict:
   """The whole of `decode` for prompts of 128 tokens; its temporaries hold the caches, which are counted apart."""
-  rows, block = settings.rows, drafter.block_size if drafter else 0
-  requests = on(jax.eval_shape(lambda: gen.Requests(
-      jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
-      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.make_sampling(0.0))))
-  capacity = -(-(128 + settings.new_tokens + 2 * (block + 1)) // gen.CACHE_BUCKET) * gen.CACHE_BUCKET
-  static = dict(max_new_tokens=settings.new_tokens, capacity=capacity)
-  begun = jax.eval_shape(lambda t, d, r: gen.start(t, d, r, settings.new_tokens, capacity), target, drafter, requests)
-  out = memory(gen.decode.lower(target, drafter, requests, **static).compile())
+  prompts = [[0] * 128] * settings.rows
+  (batch,) = Session(target, drafter, budget=None).prepare(prompts, max_new_tokens=settings.new_tokens)
+  args = *batch.args[:2], *on(batch.args[2:])
+  begun = jax.eval_shape(lambda t, d, r: start(Models.of(t, d), r, batch.static["capacity"]), *args[:3])
+  out = memory(decode.lower(*args, **batch.static).compile())
   caches = size((begun.cache, begun.draft))
   return {**out, "caches_gb": caches, "temporaries_beyond_caches_gb": out["temporaries_gb"] - caches}
 

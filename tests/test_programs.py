@@ -80,9 +80,11 @@ def test_generate_as_a_process(folder, compiled_once):
 
 
 def test_generate_without_a_drafter(folder, capsys):
-  """Kills: a plain path that needs a drafter, or that counts its rounds in another way."""
-  result, _ = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", "none",
-                     "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 32)
+  """Kills: a plain path that needs a drafter, or that counts its rounds in another way; batches that mix up prompts."""
+  common = ("--target", QWEN3, "--drafter", "none", "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 32)
+  result, _ = called(capsys, generate.main, generate.Settings, *common)
+  split, _ = called(capsys, generate.main, generate.Settings, *common, "--budget-gb", 1e-9)  # a batch for each prompt
+  assert split["tokens"] == result["tokens"]
   assert set(result) == GENERATED and result["tokens"] == read(folder / "wanted.json")
   assert result["accepted_length"] == 1 and result["rounds"] == 2 * 31  # the prompt pass brings the first token
 

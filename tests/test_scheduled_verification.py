@@ -5,6 +5,7 @@ on the one before. Confidences are adversarial: the second draft's is high or ze
 """
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dspark_jax.decoding.generate import proposal_lengths
+from dspark_jax.decoding.policy import Threshold
 from dspark_jax.decoding.scheduler import best_prefix, early_stop, survival, top_k
 from dspark_jax.decoding.verify import verify
 from dspark_jax.sampling import draw, make_sampling, split_keys
@@ -28,11 +29,16 @@ def stale(now, old):
   return top_k(survival(now), best_prefix(survival(old), SPS).capacity)
 
 
+def above(now, *thresholds):
+  settings = SimpleNamespace(thresholds=jnp.broadcast_to(jnp.asarray(thresholds), (ROWS, 2)))
+  return Threshold().lengths(now, SimpleNamespace(settings=settings))
+
+
 POLICIES = {  # lengths from this round's confidences and those of an earlier one
   "early stop": lambda now, old: early_stop(survival(now), SPS).lengths,
   "stale capacity": stale,
-  "confidence threshold": lambda now, old: proposal_lengths(now, jnp.array([0.4, 0.0])),
-  "survival threshold": lambda now, old: proposal_lengths(now, jnp.array([0.0, 0.5])),
+  "confidence threshold": lambda now, old: above(now, 0.4, 0.0),
+  "survival threshold": lambda now, old: above(now, 0.0, 0.5),
 }
 BIASED = {"without the stop": lambda now, old: best_prefix(survival(now), SPS).lengths}
 

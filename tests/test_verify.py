@@ -59,13 +59,12 @@ def golden_pieces(inputs, target_probs, draft_probs, sampling):
   p, q = drafted_probs(p_all, proposal_of(inputs["draft_tokens"], q_all))
   lengths = jnp.full(p.shape[0], p.shape[1], jnp.int32)
   n_accept = accepted_prefix(inputs["uniforms"] * q < p, lengths)
-  cut_row = lambda tokens, n, stops: cut_at_stop(tokens[None], n[None], stops)
-  kept, stopped = jax.vmap(cut_row)(inputs["draft_tokens"], n_accept, inputs["stop_token_ids"])
+  kept, stopped = cut_at_stop(inputs["draft_tokens"], n_accept, inputs["stop_token_ids"])
   # From the golden's own p and q: a residual of small mass magnifies the last bits of a softmax.
-  following = next_probs(target_probs, proposal_of(inputs["draft_tokens"], draft_probs), kept[:, 0], lengths)
+  following = next_probs(target_probs, proposal_of(inputs["draft_tokens"], draft_probs), kept, lengths)
   return dict(target_probs=p_all, draft_probs=q_all, accept_prob=accept_prob(p, q), n_accept=n_accept,
-              accepted=kept[:, 0], terminated_by_stop_token=stopped[:, 0], next_token_dist=following,
-              effective_proposal_length=jnp.where(stopped[:, 0], kept[:, 0], lengths))
+              accepted=kept, terminated_by_stop_token=stopped, next_token_dist=following,
+              effective_proposal_length=jnp.where(stopped, kept, lengths))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -181,20 +180,23 @@ def test_an_empty_block_is_plain_decoding(setting):
   logits, keys = logits[:, :1], jax.random.split(jax.random.key(9), 64)
   empty = proposal_of(np.zeros((64, 0), np.int32), np.zeros((64, 0, VOCABULARY), np.float32))
   verdict = verify(logits, empty, make_sampling(*setting), accept_keys=keys, bonus_keys=keys)
-  kept, stopped = jax.jit(cut_at_stop)(empty.tokens, verdict.n_accept, np.int32([3]))
+  kept, stopped = jax.jit(cut_at_stop)(empty.tokens, verdict.n_accept, np.full((64, 1), 3, np.int32))
   from_p = draw(keys, probabilities(logits, make_sampling(*setting))[:, 0])
   np.testing.assert_array_equal(verdict.next_token, from_p)
   assert not np.asarray(kept).any() and not np.asarray(stopped).any()
 
 
-@pytest.mark.parametrize("stop_ids, expected", [
-  ((9, 8, -1), [2, 1, 3, 1]), ((-1,), [3, 1, 3, 2]), ((), [3, 1, 3, 2])])
-def test_stop_tokens(stop_ids, expected):
-  """Kills: a stop token among rejected drafts ending the row, -1 that matches, the last of several stops."""
-  tokens = np.int32([[4, 9, 9], [4, 9, 9], [4, -1, 5], [8, 9, 1]])
-  kept, stopped = jax.jit(cut_at_stop)(tokens, np.int32([3, 1, 3, 2]), np.array(stop_ids, np.int32))
-  np.testing.assert_array_equal(kept, expected)
-  np.testing.assert_array_equal(stopped, [len(stop_ids) == 3, False, False, len(stop_ids) == 3])
+@pytest.mark.parametrize("stop_ids, kept, stopped", [
+  ([(9, 8, -1)] * 4, [2, 1, 3, 1], [True, False, False, True]), ([(-1,)] * 4, [3, 1, 3, 2], [False] * 4),
+  ([()] * 4, [3, 1, 3, 2], [False] * 4),
+  ([(-1, -1), (4, -1), (5, 9), (9, 1)], [3, 1, 3, 2], [False, True, True, True])])
+def test_stop_tokens(stop_ids, kept, stopped):
+  """Kills: a stop token among rejected drafts ending the row, -1 that matches, the last of several stops, a stop token
+  of another row."""
+  tokens, ids = np.int32([[4, 9, 9], [4, 9, 9], [4, -1, 5], [8, 9, 1]]), np.array(stop_ids, np.int32)
+  found = jax.jit(cut_at_stop)(tokens, np.int32([3, 1, 3, 2]), ids)
+  np.testing.assert_array_equal(found[0], kept)
+  np.testing.assert_array_equal(found[1], stopped)
 
 
 # The text's law: a random table from each token to the logits of the next; the draft's table is a noisy copy.

@@ -31,8 +31,9 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
-from dspark_jax.decoding.generate import PROMPT_BUCKET, Generation
+from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.scheduler import survival
+from dspark_jax.decoding.session import PROMPT_BUCKET
 from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
 from dspark_jax.sampling import make_sampling
 from infer import program
