@@ -39,7 +39,7 @@ class Bare:
 @flax.struct.dataclass
 class Chain:
   """A target whose next token depends on the one before, with nothing but the Protocol; its cache is a length."""
-  vocab_size, max_positions = WORDS, 64
+  vocab_size, max_positions = WORDS, 256
 
   def feature_width(self, taps):
     return 0

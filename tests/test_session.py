@@ -12,10 +12,10 @@ from test_generate import NEW, PROMPTS, STOPS, broken, cut, drafter, greedy_text
 from test_policy import Chain, Moody
 
 
-def short_prompts(n):
-  """n prompts for the chain of test_policy, of 1 to 9 tokens."""
+def many_prompts(n):
+  """n prompts for the chain of test_policy, of 1 to 9 tokens, but for the last two, which are of another bucket."""
   rng = np.random.default_rng(0)
-  return [rng.integers(0, 3, rng.integers(1, 10)).tolist() for _ in range(n)]
+  return [rng.integers(0, 3, rng.integers(1, 10) if row < n - 2 else 70).tolist() for row in range(n)]
 
 
 def room_for(rows, session, longest=1, new=6):
@@ -26,21 +26,23 @@ def room_for(rows, session, longest=1, new=6):
 def test_many_prompts_under_a_small_budget():
   """Kills: one cache for 2,000 prompts; a last batch of another shape; texts in the order in which they finish, or that
   depend on their batch; seeds counted anew in every batch."""
-  prompts, settings = short_prompts(2000), dict(max_new_tokens=6, temperature=1.0, seed=3)
-  small, before = Session(Chain(), Moody(), budget=room_for(128, Session(Chain(), Moody()))), decode._cache_size()
-  batches = small.prepare(prompts, **settings)
-  assert [len(batch.args[2].prompts) for batch in batches] == [125] * 16
-  batches = small.prepare(prompts[:1990], **settings)
-  assert [len(batch.args[2].prompts) for batch in batches] == [125] * 16  # the last is filled up
+  prompts, settings = many_prompts(2000), dict(max_new_tokens=6, temperature=1.0, seed=3)
+  session = Session(Chain(), Moody())
+  session.budget, before = room_for(128, session, 70), decode._cache_size()
+  shapes = [batch.args[2].prompts.shape for batch in session.prepare(prompts, **settings)]
+  assert shapes == [(125, 128)] + [(125, 64)] * 15
+  batches = session.prepare(prompts[10:], **settings)
+  assert [batch.args[2].prompts.shape for batch in batches] == shapes  # the last is filled up
   assert sorted(sum((batch.indices for batch in batches), ())) == list(range(1990))
-  texts = generate(Chain(), Moody(), prompts, budget=small.budget, **settings).tokens
-  assert decode._cache_size() == before + 1
-  finished = [index for index, _ in small.stream(prompts, **settings)]
-  assert sorted(finished) == list(range(2000)) != finished
-  one = dict(Session(Chain(), Moody(), batch=1).stream(prompts[:50], **settings))
-  assert texts[:50] == [one[row].tokens for row in range(50)]
+  texts = generate(Chain(), Moody(), prompts, budget=session.budget, **settings).tokens
+  finished = [index for index, _ in session.stream(prompts, **settings)]
+  assert sorted(finished) == list(range(2000)) and finished[123:126] == [1998, 1999, 123]
+  assert decode._cache_size() == before + 2
+  some = [0, 1, 122, 123, 1000, 1997, 1998, 1999]
+  alone = dict(Session(Chain(), Moody(), batch=1).stream(
+      [prompts[row] for row in some], seeds=[3 + row for row in some], max_new_tokens=6, temperature=1.0))
+  assert [texts[row] for row in some] == [alone[row].tokens for row in range(len(some))]
   assert texts == generate(Chain(), Moody(), prompts, **settings).tokens
-  assert decode._cache_size() == before + 3  # 125 rows, one row, 2,000 rows
 
 
 def test_rows_of_similar_length_go_together():

@@ -72,7 +72,7 @@ class Session:
 
   def prepare(self, prompts: Sequence[Sequence[int]], *, max_new_tokens=128, seed: int = 0, seeds=None,
               policy: Policy | None = None, **settings) -> list[PromptBatch]:
-    """The batches that these prompts make, the longest first, since they need the most memory. Nothing has run yet.
+    """The batches that these prompts make, the longest bucket first, as it needs the most memory. Nothing has run yet.
 
     Settings as for `generate`. ValueError for whatever is wrong with prompts or settings.
     """
@@ -118,14 +118,15 @@ class Session:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(row, self.target, self.drafter)))
 
   def _plan(self, lengths, new):
-    """(places of its prompts, rows, padded length) of every batch."""
-    left, plan, sizes = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)), [], {}
+    """(places of its prompts, rows, padded length) of every batch: by bucket, in the order of the prompts."""
+    padded, plan, sizes = [padded_length(length) for length in lengths], [], {}
+    left = sorted(range(len(lengths)), key=lambda row: -padded[row])
     while left:
-      padded = padded_length(lengths[left[0]])
-      if padded not in sizes:
-        sizes[padded] = self._size(padded, new, len(left))
-      part, left = left[:sizes[padded]], left[sizes[padded]:]
-      plan.append((sorted(part), sizes[padded], padded))
+      longest = padded[left[0]]
+      if longest not in sizes:
+        sizes[longest] = self._size(longest, new, len(left))
+      part, left = left[:sizes[longest]], left[sizes[longest]:]
+      plan.append((sorted(part), sizes[longest], longest))
     return plan
 
   def _size(self, padded, new, rows):
