@@ -2,54 +2,53 @@
 
 from __future__ import annotations
 
-import math
-
-import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dspark_jax.types import Array
+from dspark_jax.types import Array, Sampling
 
 
-@flax.struct.dataclass
-class Sampling:
-  """How tokens are chosen. Only `mode` recompiles; within a mode the three numbers are traced."""
-  temperature: Array  # f32[]
-  top_k: Array        # i32[]  0 = off
-  top_p: Array        # f32[]  1 = off
-  mode: str = flax.struct.field(pytree_node=False)  # "greedy" | "full" | "truncated"
+def make_sampling(temperature, top_k=0, top_p=1.0) -> Sampling:
+  """Settings as a user gives them, each a number for all rows or one per row; its arrays are numpy's.
 
-  @classmethod
-  def of(cls, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampling:
-    """Settings as a user gives them; temperature 0 is greedy and ignores the other two."""
-    if not (temperature >= 0 and math.isfinite(temperature)):
-      raise ValueError(f"temperature is {temperature}, must be finite and >= 0: use 0 for greedy")
-    if top_k < 0 or top_k != int(top_k):
-      raise ValueError(f"top_k is {top_k}, must be an integer >= 0: use 0 to turn it off")
-    if not 0 < top_p <= 1:
-      raise ValueError(f"top_p is {top_p}, must be in (0, 1]: use 1 to turn it off")
-    mode = "greedy" if temperature == 0 else "full" if top_k == 0 and top_p == 1 else "truncated"
-    return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), mode)
+  Rows at temperature 0 are greedy and ignore the other two. ValueError for a value that means nothing.
+  """
+  temperature, top_k, top_p = np.broadcast_arrays(*map(np.atleast_1d, (temperature, top_k, top_p)))
+  for name, values, right, expected in (
+      ("temperature", temperature, (temperature >= 0) & np.isfinite(temperature), "finite and >= 0: use 0 for greedy"),
+      ("top_k", top_k, (top_k >= 0) & (top_k == np.floor(top_k)), "an integer >= 0: use 0 to turn it off"),
+      ("top_p", top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]: use 1 to turn it off")):
+    if not right.all():
+      row = int(np.argmin(right))
+      where = f" in row {row}" if right.size > 1 else ""
+      raise ValueError(f"{name} is {values[row]}{where}, must be {expected}")
+  sampled = temperature > 0
+  truncates = sampled & ((top_k > 0) | (top_p < 1))
+  mode = "truncated" if truncates.any() else "full" if sampled.any() else "greedy"
+  return Sampling(temperature.astype(np.float32), top_k.astype(np.int32), top_p.astype(np.float32), mode)
 
 
 def probabilities(logits: Array, sampling: Sampling) -> Array:
-  """Distribution that tokens are drawn from: f32[...,V], from logits f[...,V].
+  """Distribution that tokens are drawn from: f32[B,...,V], from logits f[B,...,V]; a row's settings hold for all of it.
 
   Temperature, then top-k, then top-p over what is left, as in Hugging Face; the token that crosses top_p is
   kept. Ties with the last token kept are all kept, so the order of the vocabulary plays no part (Hugging
   Face: same for top-k, arbitrary for top-p). Greedy: one-hot at the first maximum. Logit -inf gives exactly
   0. Rows that hold NaN, +inf or no finite logit become NaN (greedy: 0 where `argmax` finds no token);
-  `draw` then returns V.
+  `draw` then returns V. A row's numbers are the same in every mode that can hold it.
   """
   logits = logits.astype(jnp.float32)
+  tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  best = (tokens == argmax(logits)[..., None]).astype(jnp.float32)
   if sampling.mode == "greedy":
-    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return (tokens == argmax(logits)[..., None]).astype(jnp.float32)
+    return best
+  temperature = _over(sampling.temperature, logits)
   # The maximum goes first: a small temperature would overflow the raw logits.
-  scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+  scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1)
   if sampling.mode == "truncated":
     scaled = _truncate(scaled, sampling)
-  return jax.nn.softmax(scaled, axis=-1)
+  return jnp.where(temperature > 0, jax.nn.softmax(scaled, axis=-1), best)
 
 
 def draw(keys: Array, probs: Array) -> Array:
@@ -90,18 +89,23 @@ def split_keys(keys: Array, n: int) -> Array:
 
 
 def _truncate(scaled, sampling):
-  """scaled with -inf outside top-k and top-p. scaled: f32[...,V], maximum 0."""
+  """scaled with -inf outside top-k and top-p. scaled: f32[B,...,V], maximum 0."""
   size = scaled.shape[-1]
   distance = -scaled
-  rank_limit = jnp.where(sampling.top_k > 0, sampling.top_k, size).astype(jnp.float32)
-  rank_limit = jnp.broadcast_to(rank_limit, distance.shape[:-1])
+  top_k, top_p = (_over(x, distance)[..., 0] for x in (sampling.top_k, sampling.top_p))
+  rank_limit = jnp.broadcast_to(jnp.where(top_k > 0, top_k, size).astype(jnp.float32), distance.shape[:-1])
   # Comparisons are turned so that a NaN stays in and poisons its row.
   cut = distance > _threshold(distance, jnp.ones_like(distance), rank_limit)
   mass = jnp.where(cut, 0.0, jnp.exp(scaled))
   # Sums in float32 reach the total before the last token: at top_p = 1 they must cut nothing.
-  top_p = jnp.where(sampling.top_p < 1.0, sampling.top_p, jnp.inf)
+  top_p = jnp.where(top_p < 1.0, top_p, jnp.inf)
   cut |= distance > _threshold(distance, mass, top_p * jnp.sum(mass, axis=-1))
   return jnp.where(cut, -jnp.inf, scaled)
+
+
+def _over(setting, logits):
+  """A setting [B] as [B,1,...,1], to go with logits f[B,...,V]."""
+  return jnp.asarray(setting).reshape(-1, *[1] * (logits.ndim - 1))
 
 
 def _threshold(distance, weight, limit):

@@ -33,6 +33,15 @@ class Committed:
 
 
 @flax.struct.dataclass
+class Sampling:
+  """How each row's tokens are chosen; made, and checked, by `sampling.make_sampling`. Only `mode` recompiles."""
+  temperature: Array  # f32[B]  0 = greedy; [1] stands for all rows
+  top_k: Array        # i32[B]  0 = off
+  top_p: Array        # f32[B]  1 = off
+  mode: str = flax.struct.field(pytree_node=False)  # "greedy": all rows are; "full": no row truncates; "truncated"
+
+
+@flax.struct.dataclass
 class Proposal:
   """One block of drafts per row. Column w of `logits` stands for token `words[w]` (for token w when words is None)."""
   tokens: Array        # i32[B,G]    in the target's vocabulary
@@ -124,7 +133,7 @@ class Drafter(Protocol):
   def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...          # a pytree, every leaf per row
   def insert(self, state: Any, row: Array, one: Any) -> Any: ...                      # row i32[] becomes that of `one`
   def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...      # every verified row, prompts too
-  def propose(self, target: Target, head: DraftHead, state: Any, anchor: Array, keys: Array, sampling: Any
-              ) -> Proposal: ...                                                      # anchor i32[B], keys [B]
+  def propose(self, target: Target, head: DraftHead, state: Any, anchor: Array, keys: Array,
+              sampling: Sampling) -> Proposal: ...                                    # anchor i32[B], keys [B]
   def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs: ...
   def head(self, target: Target) -> DraftHead: ...

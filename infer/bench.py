@@ -22,7 +22,9 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
-from dspark_jax.decoding import generate as gen
+from dspark_jax.decoding.generate import Generation, start
+from dspark_jax.decoding.round import Models, Rows
+from dspark_jax.decoding.session import Session
 from dspark_jax.decoding.verify import verify
 from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
 from dspark_jax.programs import shell
@@ -85,47 +87,48 @@ def measure(settings: Settings, target, drafter, batch: int) -> dict:
   prompts = rng.integers(10, target.config.vocab_size, (batch, settings.prompt_tokens)).tolist()
   out = {"batch": batch}
   for name, chosen in (("plain", None), ("speculative", drafter)):
-    args, static = gen.prepare(target, chosen, prompts, max_new_tokens=settings.new_tokens)
-    compiled = gen.decode.lower(*args, **static).compile()
-    seconds, state = fastest(lambda: compiled(*args), settings.repeats)
-    first = args[2].replace(stop_ids=jnp.full_like(args[2].stop_ids, -1))
-    begin = jax.jit(gen.start, static_argnums=(3, 4)).lower(*args[:2], first, settings.new_tokens,
-                                                            static["capacity"]).compile()
-    prompt_seconds, begun = fastest(lambda: begin(*args[:2], first), settings.repeats)
+    (work,) = Session(target, chosen, budget=None).prepare(prompts, max_new_tokens=settings.new_tokens)
+    work.compile()
+    seconds, texts = fastest(work.run, settings.repeats)
+    models, requests, slots = Models.of(target, chosen), work.args[2], work.static["capacity"]
+    begin = jax.jit(start, static_argnums=2).lower(models, requests, slots).compile()
     # The prompt is timed apart: with it a step would seem dearer the fewer of them follow.
+    prompt_seconds, begun = fastest(lambda: begin(models, requests), settings.repeats)
+    rounds = max(len(text.n_accept) for text in texts)
     out[f"{name}_tokens_per_second"] = batch * settings.new_tokens / seconds
-    out["plain_step_seconds" if chosen is None else "round_seconds"] = (seconds - prompt_seconds) / int(state.rounds)
+    out["plain_step_seconds" if chosen is None else "round_seconds"] = (seconds - prompt_seconds) / rounds
     if chosen is not None:
-      out["accepted_length"] = gen.collect(state, settings.new_tokens).accepted_length
-      out |= parts(settings, target, drafter, args[2], begun)
+      out["accepted_length"] = Generation.of(texts).accepted_length
+      out |= parts(settings, models, begun)
   out["round_in_plain_steps"] = out["round_seconds"] / out["plain_step_seconds"]
   return out
 
 
-def parts(settings: Settings, target, drafter, requests, state) -> dict:
+def parts(settings: Settings, models: Models, rows: Rows) -> dict:
   """Seconds of one draft and of one verification, each repeated inside one program."""
   times = 8  # so that the start of a program, which a round inside the loop does not have, weighs an eighth
 
-  def draft(target, drafter, requests, state):
-    def body(_, anchor):  # each draft starts from the last one's token, or the compiler would draft once
-      head = drafter.head(target)
-      return drafter.propose(target, head, state.draft, anchor, state.keys, requests.sampling).tokens[:, -1]
-    return jax.lax.fori_loop(0, times, body, state.anchor)
+  def propose(models, rows, anchor):
+    return models.drafter.propose(models.target, models.draft_head, rows.draft, anchor, rows.keys,
+                                  rows.settings.sampling)
 
-  def check(target, drafter, requests, state):
-    proposal = drafter.propose(target, drafter.head(target), state.draft, state.anchor, state.keys, requests.sampling)
+  def draft(models, rows):
+    return jax.lax.fori_loop(0, times, lambda _, anchor: propose(models, rows, anchor).tokens[:, -1], rows.anchor)
+
+  def check(models, rows):
+    proposal = propose(models, rows, rows.anchor)
     def body(_, carry):
       anchor, cache = carry
-      out, cache = target(jnp.concatenate([anchor[:, None], proposal.tokens], 1), cache, drafter.taps)
-      verdict = verify(target.head()(out.hidden), proposal, requests.sampling, accept_keys=state.keys,
-                       bonus_keys=sp.split_keys(state.keys, 1)[0])
+      out, cache = models.target(jnp.concatenate([anchor[:, None], proposal.tokens], 1), cache, models.taps)
+      verdict = verify(models.head(out.hidden), proposal, rows.settings.sampling, accept_keys=rows.keys,
+                       bonus_keys=sp.split_keys(rows.keys, 1)[0])
       return verdict.next_token, cache
-    return jax.lax.fori_loop(0, times, body, (state.anchor, state.cache))[0]
+    return jax.lax.fori_loop(0, times, body, (rows.anchor, rows.cache))[0]
 
   seconds = {}
   for name, function in (("draft_seconds", draft), ("verification_seconds", check)):
-    compiled = jax.jit(function).lower(target, drafter, requests, state).compile()
-    seconds[name] = fastest(lambda: compiled(target, drafter, requests, state), settings.repeats)[0] / times
+    compiled = jax.jit(function).lower(models, rows).compile()
+    seconds[name] = fastest(lambda: compiled(models, rows), settings.repeats)[0] / times
   seconds["verification_seconds"] -= seconds["draft_seconds"] / times  # its program drafts once
   return seconds
 

@@ -36,7 +36,7 @@ from dspark_jax.data import benchmarks, chat
 from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.calibration import mode_name
-from dspark_jax.decoding.generate import CACHE_BUCKET, collect, decode, prepare
+from dspark_jax.decoding.session import Session
 from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Decoded, Result
 
@@ -101,7 +101,6 @@ class Models:
   tokenizer: object
   stops: tuple[int, ...]
   temperatures: dict = dataclasses.field(default_factory=dict)  # of the confidences: f[G] by mode, where fitted
-  compiled: dict = dataclasses.field(default_factory=dict)  # programs by shape, shared by drafters of one shape
 
   @property
   def block_size(self) -> int:
@@ -232,12 +231,12 @@ def load(settings: Settings, name: str) -> dict[str, Models]:
   With several targets, a drafter goes with the one that it was made for."""
   tokenizer = chat.load_tokenizer(loading.locate_target(name))
   target = dspark_jax.load_target(name, dtype=settings.dtype)
-  loaded, compiled = {}, {}
+  loaded = {}
   for path in settings.drafters:
     if len(settings.targets) > 1 and path != PLAIN and not loading.made_for(path, target):
       continue
     drafter = None if path == PLAIN else dspark_jax.load_drafter(path, target, dtype=settings.dtype)
-    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer), compiled=compiled)
+    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer))
     if drafter and not drafter.has_confidence and 0 not in settings.thresholds:
       raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: add 0 to "
                        f"--thresholds")
@@ -316,28 +315,20 @@ def ask(settings: Settings, case: Case, models: Models, samples: list[Sample]) -
 def decode_rows(settings: Settings, case: Case, models: Models, prompts: list[list[int]],
                 seeds: list[int]) -> list[dict]:
   """Per prompt its new tokens (`text`) and this turn's part of the record. One compilation per prompt bucket."""
-  fill = settings.batch - len(prompts)  # the last batch, and later turns, are filled up with copies of their last row
-  args, static = prepare(
-      models.target, models.drafter, prompts + prompts[-1:] * fill, max_new_tokens=settings.max_new_tokens,
-      temperature=case.temperature, seeds=seeds + seeds[-1:] * fill, stop_token_ids=models.stops,
-      survival_threshold=case.threshold or 0.0, temperatures=models.temperatures.get(case.mode))
-  # prepare's own capacity follows the longest prompt of the batch: two per bucket.
-  slots = args[2].prompts.shape[1] + settings.max_new_tokens + 2 * (models.block_size + 1)
-  static["capacity"] = -(-slots // CACHE_BUCKET) * CACHE_BUCKET
-  shape = (*((x.shape, x.dtype) for x in jax.tree.leaves(args)), jax.tree.structure(args), *static.values())
-  if shape not in models.compiled:
-    models.compiled[shape] = decode.lower(*args, **static).compile()
+  (batch,) = Session(models.target, models.drafter, batch=settings.batch, budget=None).prepare(
+      prompts, max_new_tokens=settings.max_new_tokens, temperature=case.temperature, seeds=seeds,
+      stop_token_ids=models.stops, survival_threshold=case.threshold or 0.0,
+      calibration=models.temperatures.get(case.mode))
+  batch.compile()
   began = time.perf_counter()
-  state = jax.block_until_ready(models.compiled[shape](*args))
+  texts = batch.run()
   seconds = (time.perf_counter() - began) / settings.batch
-  out, count = collect(state, settings.max_new_tokens), jax.device_get(state.count)
-  rows = [dict(text=out.tokens[row], tokens=len(out.tokens[row]), seconds=seconds, n_accept=out.n_accept[row],
-               n_verify=out.n_verify[row], n_commit=acceptance.commits(out.n_accept[row], int(count[row])))
-          for row in range(len(prompts))]
+  rows = [dict(text=text.tokens, tokens=len(text.tokens), seconds=seconds, n_accept=text.n_accept,
+               n_verify=text.n_verify, n_commit=text.n_commit) for text in texts]
   if models.has_confidence:
     # Six digits: a thousandth of the finest bin they are counted in, and a third of what float64 prints.
     rows = [row | {"confidence": [[round(float(c), 6) for c in block] for block in confidence]}
-            for row, confidence in zip(rows, out.confidence)]
+            for row, confidence in zip(rows, (text.confidence for text in texts))]
   return rows
 
 

@@ -15,13 +15,12 @@ import dataclasses
 import time
 from pathlib import Path
 
-import jax
-
 import dspark_jax
 from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat
 from dspark_jax.decoding.calibration import mode_name
-from dspark_jax.decoding.generate import collect, decode, prepare
+from dspark_jax.decoding.generate import Generation
+from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import locate_target, stored_temperatures
 from dspark_jax.programs import shell
 
@@ -57,6 +56,8 @@ class Settings:
   """drafts from the first one less likely than this to be reached and kept are not verified; 0 is off"""
   calibrated: bool = True
   """use the temperatures that train.calibrate stored with the drafter for this kind of sampling, if any"""
+  budget_gb: float = BUDGET / 1e9
+  """of caches: more prompts than fit are decoded in several batches"""
   dtype: str = "float32"
   """float32 or bfloat16"""
 
@@ -77,29 +78,32 @@ def main(settings: Settings) -> dict:
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
                                                                               dtype=settings.dtype)
-  args, static = prepare(target, drafter, prompts, max_new_tokens=settings.max_new_tokens,
-                         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
-                         seed=settings.seed, stop_token_ids=tuple(stops),
-                         confidence_threshold=settings.confidence_threshold,
-                         survival_threshold=settings.survival_threshold,
-                         temperatures=temperatures(settings, drafter))
-  # Apart from decoding: the first call would count the compilation as tokens that took minutes.
-  with shell.stderr.status("compiling"):
-    began = time.perf_counter()
-    compiled = decode.lower(*args, **static).compile()
-    compile_seconds = time.perf_counter() - began
-  with shell.stderr.status("generating"):
-    began = time.perf_counter()
-    state = jax.block_until_ready(compiled(*args))
-    seconds = time.perf_counter() - began
-  out = collect(state, settings.max_new_tokens)
+  batches = Session(target, drafter, budget=1e9 * settings.budget_gb).prepare(
+      prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
+      top_p=settings.top_p, seed=settings.seed, stop_token_ids=tuple(stops),
+      confidence_threshold=settings.confidence_threshold, survival_threshold=settings.survival_threshold,
+      calibration=calibration(settings, drafter))
+  texts, compile_seconds, seconds = {}, 0.0, 0.0
+  with shell.bar() as bar:
+    task = bar.add_task("generating", total=len(prompts), note="compiling")
+    for batch in batches:
+      bar.update(task, note="compiling")
+      began = time.perf_counter()
+      batch.compile()  # apart from decoding: the first call would count the compilation as tokens that took minutes
+      compiled = time.perf_counter()
+      bar.update(task, note="")
+      texts |= zip(batch.indices, batch.run())
+      seconds += time.perf_counter() - compiled
+      compile_seconds += compiled - began
+      bar.update(task, advance=len(batch.indices))
+  out = Generation.of([texts[row] for row in range(len(prompts))])
   text = [tokenizer.decode(row, skip_special_tokens=True) for row in out.tokens] if tokenizer else None
   length = out.accepted_length if out.rounds else None  # not NaN, which JSON lacks
   return dict(tokens=out.tokens, text=text, n_accept=out.n_accept, accepted_length=length, rounds=out.rounds,
               tokens_per_second=sum(map(len, out.tokens)) / seconds, compile_seconds=compile_seconds)
 
 
-def temperatures(settings: Settings, drafter):
+def calibration(settings: Settings, drafter):
   """f32[G] for the drafter's confidences, or None: those stored for this mode of sampling, if they are wanted."""
   if drafter is None or not settings.calibrated:
     return None

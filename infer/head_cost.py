@@ -39,9 +39,11 @@ from flax import nnx
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax import sampling as sp
 from dspark_jax.config import to_json
-from dspark_jax.decoding import generate as gen
+from dspark_jax.decoding.generate import Requests, start
+from dspark_jax.decoding.policy import All
+from dspark_jax.decoding.round import Models, play
+from dspark_jax.decoding.session import Session
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
@@ -110,7 +112,8 @@ def drafter_config(target: TargetConfig, settings: Settings, block: int, rank: i
   last = target.num_layers - 2
   # Those of the released drafters for 36 layers, else evenly spaced: how many are read costs, not which.
   taps = (1, 9, 17, 25, 33) if last == 34 else tuple(round(i * last / 4) for i in range(5))
-  return DSparkConfig.for_target(DSparkChoices(num_layers=settings.layers, taps=taps, block_size=block, markov_rank=rank,
+  return DSparkConfig.for_target(DSparkChoices(num_layers=settings.layers, taps=taps, block_size=block,
+                                               markov_rank=rank,
                                                confidence="none"), target)
 
 
@@ -127,9 +130,11 @@ def measured(settings: Settings, target, block: int) -> HeadCost:
     # Both before anything is timed: compiling one between the others' calls would warm the machine unevenly.
     drafter = dspark_jax.new_drafter(drafter_config(target.config, settings, block, rank))
     drafter = jax.tree.map(lambda x: x.astype(settings.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, drafter)
-    (*_, requests), static = gen.prepare(target, drafter, prompts, max_new_tokens=(settings.rounds + 1) * (block + 1))
-    calls["round", rank] = rounds(settings, target, drafter, requests, static)
-    calls["slots", rank] = slots(settings, target, drafter, requests)
+    (batch,) = Session(target, drafter, budget=None).prepare(
+        prompts, max_new_tokens=(settings.rounds + 1) * (block + 1))
+    models, requests = Models.of(target, drafter), batch.args[2]
+    calls["round", rank] = rounds(settings, models, requests, batch.static["capacity"])
+    calls["slots", rank] = slots(settings, models, requests)
   seconds = interleaved(calls, settings.repeats)
   median = {key: statistics.median(values) / settings.rounds for key, values in seconds.items()}
   # Neighbours in time are compared, so that their quartiles show the machine's unrest and not its drift.
@@ -143,39 +148,36 @@ def measured(settings: Settings, target, block: int) -> HeadCost:
       round_seconds=whole, round_seconds_without=without, head_seconds_alone=alone, percent_alone=100 * alone / whole)
 
 
-def rounds(settings: Settings, target, drafter, requests, static) -> Callable:
+def rounds(settings: Settings, models: Models, requests: Requests, capacity: int) -> Callable:
   """A call that runs `rounds` whole rounds after the prompt, as one program."""
-  begin = jax.jit(gen.start, static_argnums=(3, 4))
-  begun = begin(target, drafter, requests, static["max_new_tokens"], static["capacity"])
+  begun = jax.jit(start, static_argnums=2)(models, requests, capacity)
 
-  def run(target, drafter, requests, state):
-    heads, play = gen.Heads.of(target, drafter), gen.one_round
-    state = jax.lax.fori_loop(0, settings.rounds, lambda _, s: play(target, drafter, heads, requests, s), state)
-    return state.replace(cache=None, draft=None)  # or the caches would be copied out, in the time that is measured
+  def run(models, rows):
+    rows = jax.lax.fori_loop(0, settings.rounds, lambda _, rows: play(models, rows, All())[0], rows)
+    return rows.replace(cache=None, draft=None)  # or the caches would be copied out, in the time that is measured
 
-  args = target, drafter, requests, begun
-  compiled = jax.jit(run).lower(*args).compile()
-  return lambda: compiled(*args)
+  compiled = jax.jit(run).lower(models, begun).compile()
+  return lambda: compiled(models, begun)
 
 
-def slots(settings: Settings, target, drafter, requests) -> Callable:
+def slots(settings: Settings, models: Models, requests: Requests) -> Callable:
   """A call that draws `rounds` blocks from given hidden states and base logits, and does nothing else of a round."""
-  rows, block, config = settings.rows, drafter.block_size, target.config
+  drafter = models.drafter
+  rows, block, config = settings.rows, drafter.block_size, models.target.config
   rng = np.random.default_rng(0)
   hidden = jnp.asarray(rng.normal(size=(rows, block, config.spec.hidden_size)), settings.dtype)
   base = jnp.asarray(rng.normal(size=(rows, block, config.vocab_size)), jnp.float32)
   keys = jax.vmap(jax.random.key)(requests.seeds)
 
-  def run(drafter, requests, hidden, base, keys):
-    bias = drafter.head(target).bias
+  def run(drafter, bias, sampling, hidden, base, keys):
     def body(_, anchor):
       # Moved by the anchor: without a head all blocks would be the same, and drawn only once.
       moved = base + anchor[:, None, None].astype(jnp.float32)
-      proposal = heads.propose(drafter.markov_head, bias, None, hidden, moved, anchor, None, keys, requests.sampling)
+      proposal = heads.propose(drafter.markov_head, bias, None, hidden, moved, anchor, None, keys, sampling)
       return proposal.tokens[:, -1]
     return jax.lax.fori_loop(0, settings.rounds, body, jnp.zeros(rows, jnp.int32))
 
-  args = drafter, requests, hidden, base, keys
+  args = drafter, models.draft_head.bias, requests.settings.sampling, hidden, base, keys
   compiled = jax.jit(run).lower(*args).compile()
   return lambda: compiled(*args)
 
@@ -200,7 +202,8 @@ class Slots(DSpark):
     base, parts = head.base(hidden), []
     for k in range(self.block_size):
       at = slice(k, k + 1)
-      parts.append(heads.propose(self.markov_head, head.bias, None, hidden[:, at], base[:, at], anchor, None, keys, sampling))
+      parts.append(heads.propose(self.markov_head, head.bias, None, hidden[:, at], base[:, at], anchor, None, keys,
+                                 sampling))
       anchor = parts[-1].tokens[:, 0]
     return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
 
@@ -250,13 +253,10 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
   half = lambda tree: on(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree))
   drafter = half(jax.eval_shape(lambda: Slots(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0))))
   target = half(jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0))))
-  rows = settings.rows
-  requests = on(jax.eval_shape(lambda: gen.Requests(
-      jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
-      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.Sampling.of(0.0))))
-  state = on(jax.eval_shape(lambda t, d, r: gen.start(t, d, r, 128, CONTEXT), target, drafter, requests))
-  heads = jax.eval_shape(gen.Heads.of, target, drafter)
-  compiled = jax.jit(gen.one_round, donate_argnums=4).lower(target, drafter, on(heads), requests, state).compile()
+  (batch,) = Session(target, drafter, budget=None).prepare([[0]] * settings.rows, max_new_tokens=128)
+  models = on(jax.eval_shape(Models.of, target, drafter))
+  begun = on(jax.eval_shape(lambda models, requests: start(models, requests, CONTEXT), models, on(batch.args[2])))
+  compiled = jax.jit(play, donate_argnums=1).lower(models, begun, All()).compile()
   loops, cost = len(re.findall(r" while\(", compiled.as_text())), compiled.cost_analysis()
   assert place is None or not loops, f"{loops} loops in the compiled round, whose bodies are counted once"
   return {"bytes": cost["bytes accessed"], "flops": cost["flops"]}

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from dspark_jax import sampling as sp
-from dspark_jax.decoding import generate as gen
+from dspark_jax.decoding.generate import decode, start
+from dspark_jax.decoding.round import Models
+from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
@@ -95,14 +96,11 @@ def training(settings: Settings, target, drafter, on) -> dict:
 
 def decoding(settings: Settings, target, drafter, on) -> dict:
   """The whole of `decode` for prompts of 128 tokens; its temporaries hold the caches, which are counted apart."""
-  rows, block = settings.rows, drafter.block_size if drafter else 0
-  requests = on(jax.eval_shape(lambda: gen.Requests(
-      jnp.zeros((rows, 128), jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.uint32),
-      jnp.zeros(4, jnp.int32), jnp.ones(block), jnp.zeros(2), sp.Sampling.of(0.0))))
-  capacity = -(-(128 + settings.new_tokens + 2 * (block + 1)) // gen.CACHE_BUCKET) * gen.CACHE_BUCKET
-  static = dict(max_new_tokens=settings.new_tokens, capacity=capacity)
-  begun = jax.eval_shape(lambda t, d, r: gen.start(t, d, r, settings.new_tokens, capacity), target, drafter, requests)
-  out = memory(gen.decode.lower(target, drafter, requests, **static).compile())
+  prompts = [[0] * 128] * settings.rows
+  (batch,) = Session(target, drafter, budget=None).prepare(prompts, max_new_tokens=settings.new_tokens)
+  args = *batch.args[:2], *on(batch.args[2:])
+  begun = jax.eval_shape(lambda t, d, r: start(Models.of(t, d), r, batch.static["capacity"]), *args[:3])
+  out = memory(decode.lower(*args, **batch.static).compile())
   caches = size((begun.cache, begun.draft))
   return {**out, "caches_gb": caches, "temporaries_beyond_caches_gb": out["temporaries_gb"] - caches}
 

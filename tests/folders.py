@@ -44,7 +44,8 @@ def target_of(case: str):
   if case.startswith("generate_"):
     return qwen3()
   _, config = dialects.drafter_config(hf.read_json(GOLDEN / case / "config.json"))
-  target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers, config.vocab_size,
+  target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers,
+                                                       config.vocab_size,
                                                        False, 512), rngs=nnx.Rngs(0)))
   stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)
   for name, variable in hf.names(target).items():

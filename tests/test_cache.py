@@ -13,7 +13,7 @@ from dspark_jax.drafters.dspark import DSpark, DSparkConfig
 from dspark_jax.nn.cache import Full
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs.compilers import absent_tpu
-from dspark_jax.sampling import Sampling
+from dspark_jax.sampling import make_sampling
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.types import Committed
 from test_drafters import KINDS, small_drafter
@@ -52,12 +52,14 @@ def test_windows_are_written_where_they_belong(layout, stacked, batch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_caches_can_be_donated(layout):
-  """Kills: one array that stands for keys and values, or for two layers: a program that updates it in place refuses it."""
+  """Kills: one array that stands for keys and values, or for two layers: a program that updates it in place refuses
+  it."""
   target = LAYOUTS[layout](small_target("qwen3"))
   drafter = small_drafter(target)
   caches = target.init_cache(2, 16), drafter.init_state(target, 2, 16)
   moved = jax.jit(lambda caches: jax.tree.map(lambda x: x + 1, caches), donate_argnums=0)(caches)
-  assert jax.tree.structure(moved) == jax.tree.structure(caches) and all(x.is_deleted() for x in jax.tree.leaves(caches))
+  assert jax.tree.structure(moved) == jax.tree.structure(caches)
+  assert all(x.is_deleted() for x in jax.tree.leaves(caches))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,7 +99,7 @@ def test_an_inserted_draft_goes_on_as_it_would_have_alone(kind):
   @jax.jit
   def drafted(state, anchor):
     keys = jax.vmap(jax.random.key)(jnp.arange(anchor.shape[0]))
-    return drafter.propose(target, drafter.head(target), state, anchor, keys, Sampling.of(0.0)).logits
+    return drafter.propose(target, drafter.head(target), state, anchor, keys, make_sampling(0.0)).logits
 
   state, one = read(tokens, jnp.asarray([4, 2, 3])), read(random_tokens(1, 5, seed=7), jnp.asarray([3]))
   anchor = jnp.asarray([1, 2, 3], jnp.int32)

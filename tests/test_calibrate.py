@@ -329,7 +329,8 @@ def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_p
 @pytest.mark.parametrize("change, part", [
   ({"n_accept": [1]}, "lists of different lengths"), ({"n_verify": [1, 1.5]}, "key 'n_verify' is [1, 1.5]"),
   ({"confidence": [[0.5] * 3] * 2}, "confidences of other blocks than 4 drafts"),
-  ({"tokens": 3}, "unknown key 'tokens'"), ({"confidence": None}, "key 'confidence' is None"), (None, "key 'n_accept' is missing")])
+  ({"tokens": 3}, "unknown key 'tokens'"), ({"confidence": None}, "key 'confidence' is None"),
+  (None, "key 'n_accept' is missing")])
 def test_damaged_rounds(change, part, tmp_path):
   """Kills: confidences of one round counted for another after a line that an editor spoiled; a traceback for it."""
   whole = {"id": "1", "n_accept": [1, 0], "n_verify": [4, 4], "confidence": [[0.5] * 4] * 2}

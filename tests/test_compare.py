@@ -22,7 +22,8 @@ from dspark_jax.training.losses import EAGLE3
 dspark = DSpark.Settings(taps=(-1, 0), num_layers=1, block_size=3, markov_rank=4)
 base = TrainConfig(target={target!r}, out=Path("unused"), drafter=dspark, steps=2, batch=2, row_length=32, anchors=4,
                    log_every=1)
-config = CompareConfig(base, {{"dspark": (dspark, base.loss), "eagle3": (Eagle3.Settings(taps=(-1, 0), block_size=3), EAGLE3)}},
+eagle3 = Eagle3.Settings(taps=(-1, 0), block_size=3)
+config = CompareConfig(base, {{"dspark": (dspark, base.loss), "eagle3": (eagle3, EAGLE3)}},
                        temperatures=(0.0,), datasets=({dataset!r},), samples=3, max_new_tokens=8, eval_batch=3)
 """
 
@@ -54,7 +55,8 @@ def test_a_report_of_two_drafters(folder, one_seed, monkeypatch):
   assert [row["drafter"] for row in found] == ["dspark", "eagle3"] and {row["samples"] for row in found} == {3}
   for row in found:
     assert f"{row['accepted_length']:.2f}" in text and f"`{row['drafter']}`" in text
-  runs = {name: json.loads((folder / "out" / f"{name}-seed0" / "run.json").read_text()) for name in ("dspark", "eagle3")}
+  runs = {name: json.loads((folder / "out" / f"{name}-seed0" / "run.json").read_text())
+          for name in ("dspark", "eagle3")}
   assert runs["dspark"]["data"] == runs["eagle3"]["data"]
   assert [gap["drafter"] for gap in result["differences"]] == ["eagle3"]
   gap = result["differences"][0]
@@ -126,8 +128,8 @@ def test_differences_are_paired():
 
 
 def test_differences_between_seeds_count():
-  """Kills: intervals over samples alone, which take a lucky training for a better drafter; seeds resampled unpaired, where
-  both drafters have the seed's luck in common."""
+  """Kills: intervals over samples alone, which take a lucky training for a better drafter; seeds resampled unpaired,
+  where both drafters have the seed's luck in common."""
   rng = np.random.default_rng(0)
   rounds = lambda chance: {str(i): Rounds(n := (rng.random(400) < chance) + 0, np.full(400, 4), n + 1, None)
                            for i in range(20)}
@@ -136,7 +138,8 @@ def test_differences_between_seeds_count():
   shared = [rounds(0.4 + luck) for luck in (-0.1, 0, 0.1)]
   width = lambda gap: gap["interval"][1] - gap["interval"][0]
   apart, alike = difference(lucky, base), difference(lucky, shared)
-  assert apart["by_run"] == pytest.approx([0, 0.1, 0.2], abs=0.02) and alike["by_run"] == pytest.approx([0.1] * 3, abs=0.02)
+  assert apart["by_run"] == pytest.approx([0, 0.1, 0.2], abs=0.02)
+  assert alike["by_run"] == pytest.approx([0.1] * 3, abs=0.02)
   assert width(apart) > 0.15 > 0.05 > width(alike)
   wide, = np.diff(interval([list(run.values()) for run in lucky]))
   assert wide > 0.15 > 0.05 > np.diff(interval([[text for run in lucky for text in run.values()]]))

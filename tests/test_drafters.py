@@ -12,7 +12,7 @@ from flax import nnx
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.drafters import DRAFTERS, heads
-from dspark_jax.sampling import Sampling
+from dspark_jax.sampling import make_sampling
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at
@@ -91,7 +91,7 @@ def test_contract(family, kind):
     return proposal, drafter.absorb(target, state, Committed(said(features), jnp.zeros((2, 4), jnp.int32), n))
 
   types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  for sampling in (Sampling.of(0.0), Sampling.of(0.7, 3)):
+  for sampling in (make_sampling(0.0), make_sampling(0.7, 3)):
     state = jax.eval_shape(lambda: drafter.init_state(target, 2, 16))
     features = jax.ShapeDtypeStruct((2, 4, 32), target.norm.weight.dtype)
     proposal, after = jax.eval_shape(round_of, drafter, target, state, features, sampling)
@@ -113,10 +113,10 @@ def test_rows_absorbed_at_once_or_one_by_one(kind, target):
   for i in range(4):
     state = absorb(drafter, target, state, np.roll(features, -i, axis=1), (i < n).astype(np.int32))
   anchor = np.array([3, 4], np.int32)
-  first, second = (propose(drafter, target, s, anchor, KEYS(2), Sampling.of(1.0)) for s in (once, state))
+  first, second = (propose(drafter, target, s, anchor, KEYS(2), make_sampling(1.0)) for s in (once, state))
   close(first.logits, second.logits)
   close(first.confidence, second.confidence)
-  nothing = propose(drafter, target, drafter.init_state(target, 2, 16), anchor, KEYS(2), Sampling.of(1.0))
+  nothing = propose(drafter, target, drafter.init_state(target, 2, 16), anchor, KEYS(2), make_sampling(1.0))
   assert np.abs(nothing.logits - first.logits).max() > 1e-2
 
 
@@ -135,7 +135,7 @@ def test_rejected_rows_are_overwritten_before_they_are_read(kind, target):
     mixed = np.concatenate([rows[:, :1], garbage[:, 1:]], 1) if dirty else rows
     state = absorb(drafter, target, state, mixed, ints(1, 0))
     state = absorb(drafter, target, state, np.stack([rows[0, [1, 2, 3, 3]], rows[1]]), ints(3, 2))
-    return propose(drafter, target, state, ints(3, 4), KEYS(2), Sampling.of(1.0)).logits
+    return propose(drafter, target, state, ints(3, 4), KEYS(2), make_sampling(1.0)).logits
 
   np.testing.assert_array_equal(run(True), run(False))
 
@@ -189,7 +189,7 @@ def sampled_and_forced(kind):
   encoded = jax.tree.map(lambda x: x[:, :4], encode(target, batch_of(text)))
   state = drafter.init_state(target, 2, 16)
   state = absorb(drafter, target, state, encoded, np.array([4, 4], np.int32), text[:, 1:5])
-  proposal = propose(drafter, target, state, text[:, 4], KEYS(2), Sampling.of(1.0))
+  proposal = propose(drafter, target, state, text[:, 4], KEYS(2), make_sampling(1.0))
   rows = np.concatenate([text[:, :5], proposal.tokens], 1)
   tokens = np.stack([np.pad(rows[0], (0, 4)), np.concatenate([random_tokens(4, seed=5), rows[1]])])
   parts = packed((8,), 12), packed((4, 8), 12)
@@ -294,7 +294,7 @@ def test_words_are_the_full_vocabulary_cut_down(words, target):
     variable.set_value(value[np.array(words)] if name == "markov_head.markov_w2.weight" else value)
   start = lambda drafter: drafter.init_state(target, 2, 16)
   anchor = np.array([3, 4], np.int32)
-  first, second = (propose(drafter, target, start(drafter), anchor, KEYS(2), Sampling.of(1.0))
+  first, second = (propose(drafter, target, start(drafter), anchor, KEYS(2), make_sampling(1.0))
                    for drafter in (full, reduced))
   slots = 3 if len(words) == 12 else 1  # what later slots say depends on the tokens drawn before
   close(np.asarray(first.logits)[:, :slots, words], second.logits[:, :slots])
@@ -326,7 +326,7 @@ def test_golden_rounds(case):
   def one_round(drafter, target, state, features, n, anchor):
     state = absorb.__wrapped__(drafter, target, state, features, n)
     hidden = drafter.draft(drafter.start(target, anchor, state.held), state.cache)
-    return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), Sampling.of(0.0))
+    return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), make_sampling(0.0))
 
   state = drafter.init_state(target, 1, 64)
   for r in range(3):
@@ -368,7 +368,7 @@ def test_golden_rounds_of_eagle3():
   for r in range(3):
     given = {key.split("/")[-1]: value for key, value in inputs.items() if key.startswith(f"infer/r{r}/")}
     wanted = {key.split("/")[-1]: value for key, value in outputs.items() if key.startswith(f"infer/r{r}/")}
-    proposal = propose(drafter, target, state, anchor, KEYS(1), Sampling.of(0.0))
+    proposal = propose(drafter, target, state, anchor, KEYS(1), make_sampling(0.0))
     assert int(state.cache.length[0]) == given["start"]
     close(state.hidden, wanted["draft_hidden"][:, 0], atol=1e-4)
     np.testing.assert_array_equal(proposal.tokens, wanted["sampled_tokens"])

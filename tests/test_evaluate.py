@@ -23,8 +23,9 @@ from infer import evaluate
 from infer.evaluate import Case, Models, Settings
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, compilation_cache, complains, with_tokenizer
 
-SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold", "samples",
-          "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached", "survival", "verified",
+SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold",
+          "samples", "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached",
+          "survival", "verified",
           "verify_rate", "drafts_per_round", "accepted_tokens", "rejected_tokens", "tokens_per_second", "temperatures",
           "reliability", "reliability_before"}
 SAMPLES = [["w116 w94 w16"], ["w25 w66 w108 w21 w53", "w84 w84"], ["w77"], ["w22 w83 w113 w94"], ["w9", "w10", "w11"]]
@@ -54,7 +55,8 @@ def folder(tmp_path_factory):
 
 def settings(folder, out, **changes) -> Settings:
   return Settings(**{**dict(targets=(str(folder / "target"),), out=Path(out), drafters=(str(DSPARK),),
-                            datasets=(str(folder / "data.jsonl"),), temperatures=(0.0, 1.0), thresholds=(0.0, 0.5), batch=3,
+                            datasets=(str(folder / "data.jsonl"),), temperatures=(0.0, 1.0), thresholds=(0.0, 0.5),
+                            batch=3,
                             max_new_tokens=10), **changes})
 
 
@@ -103,8 +105,8 @@ def golden_texts(run: str) -> tuple[list[Rounds], dict]:
 
 @pytest.mark.parametrize("run", ["t0", "t1"])
 def test_metrics_are_the_reference_s(run):
-  """Kills: means of means over samples; a verify rate without the bonus slots; a stop token counted twice; acceptance by
-  position of drafts that were never verified."""
+  """Kills: means of means over samples; a verify rate without the bonus slots; a stop token counted twice; acceptance
+  by position of drafts that were never verified."""
   rounds, wanted = golden_texts(run)
   got = acceptance.summary(rounds, 5)
   assert got["accepted_length"] == pytest.approx(float(wanted["acceptance_length"]), rel=1e-6)
@@ -129,11 +131,13 @@ def test_metrics_by_hand():
   nothing = acceptance.summary([Rounds.of([], [], [], [])], 2)
   assert nothing["accepted_length"] is None and nothing["acceptance"] == [None, None] and nothing["rounds"] == 0
   json.dumps(nothing, allow_nan=False)
-  assert acceptance.reliability_of([Rounds.of([], [], [], []), Rounds.of([1], [2], [2], [[0.5, 0.5]])], 2).ece.shape == (2,)
+  assert acceptance.reliability_of([Rounds.of([], [], [], []), Rounds.of([1], [2], [2], [[0.5, 0.5]])],
+                                   2).ece.shape == (2,)
 
 
 def test_interval():
-  """Kills: a bootstrap over rounds, which takes the rounds of one text for independent; another interval at each start."""
+  """Kills: a bootstrap over rounds, which takes the rounds of one text for independent; another interval at each
+  start."""
   even = [Rounds.of([n] * 50, [4] * 50, [n + 1] * 50) for n in (0, 4)]
   low, high = acceptance.interval([even])
   assert (low, high) == (1, 5)  # one draw in four takes the same text twice
@@ -188,8 +192,8 @@ def called(capsys, *args, code: int = 0):
 
 
 def test_results(folder, whole, capsys):
-  """Kills: a missing key; a threshold that saves no drafts; NaN in JSON; a table that lacks a row; a program that prints
-  something else than it wrote."""
+  """Kills: a missing key; a threshold that saves no drafts; NaN in JSON; a table that lacks a row; a program that
+  prints something else than it wrote."""
   results = read(whole / "results.json")
   assert set(results) == {"settings", "versions", "results"} and results["settings"]["thresholds"] == [0, 0.5]
   assert results["versions"]["jax"] == jax.__version__
@@ -210,8 +214,8 @@ def test_results(folder, whole, capsys):
 
 
 def test_plain(folder, whole, tmp_path):
-  """Kills: greedy text that depends on the drafter or the threshold; accepted lengths of plain decoding; a plain row for
-  every threshold."""
+  """Kills: greedy text that depends on the drafter or the threshold; accepted lengths of plain decoding; a plain row
+  for every threshold."""
   evaluate.main(settings(folder, tmp_path, drafters=("none",), temperatures=(0.0,)))
   row, = read(tmp_path / "results.json")["results"]
   assert set(row) == SCHEMA and {k for k, v in row.items() if v is not None} == {
@@ -221,7 +225,8 @@ def test_plain(folder, whole, tmp_path):
   count = lambda records: {r["id"]: r["tokens"] for r in records}
   assert set(count(plain)) == set("12345") and all("confidence" not in r for r in plain)
   for threshold in ("0", "0.5"):
-    assert count(plain) == count(lines(whole / "samples" / f"target--{DSPARK.name}--data--greedy--threshold={threshold}.jsonl"))
+    drafted = f"target--{DSPARK.name}--data--greedy--threshold={threshold}.jsonl"
+    assert count(plain) == count(lines(whole / "samples" / drafted))
 
 
 def arguments(folder, out, **changes) -> list:
@@ -241,7 +246,8 @@ def test_every_target_has_its_own_drafters(folder, tmp_path, capsys):
   evaluate.main(settings(folder, tmp_path / "out", drafters=("none", str(DSPARK), str(dflash)), **both))
   assert "greedy--threshold=0.5: no temperatures are stored for greedy" in " ".join(capsys.readouterr().err.split())
   found = [(r["target"], r["drafter"], r["threshold"]) for r in read(tmp_path / "out" / "results.json")["results"]]
-  assert found == [("llama", "none", None), ("target", "none", None), ("target", DSPARK.name, 0), ("target", DSPARK.name, 0.5),
+  assert found == [("llama", "none", None), ("target", "none", None), ("target", DSPARK.name, 0),
+                   ("target", DSPARK.name, 0.5),
                    ("target", dflash.name, 0)]
   other = GOLDEN / "drafter_dspark_qwen3_vanilla"
   with complains(f"{other.name} was made for none of the targets"):
@@ -325,8 +331,8 @@ def test_killed_and_gone_on(folder, whole, monkeypatch, tmp_path):
 
 
 def test_more_cases_in_the_same_folder(folder, whole, tmp_path, monkeypatch):
-  """Kills: an evaluation that decodes again what is there when it is given one more threshold, or that refuses it; results
-  that list the first call's cases."""
+  """Kills: an evaluation that decodes again what is there when it is given one more threshold, or that refuses it;
+  results that list the first call's cases."""
   evaluate.main(settings(folder, tmp_path, thresholds=(0.5,), temperatures=(0.0,)))
   asked, ask = [], evaluate.ask
   def watched(settings, case, models, samples):
@@ -409,16 +415,20 @@ def test_damaged_run(folder, tmp_path):
 
 
 MISTAKES = [
-    ("thresholds", "1.5", "threshold is 1.5, expected 0 (verify every draft) to 1"), ("thresholds", "nan", "threshold is nan"),
+    ("thresholds", "1.5", "threshold is 1.5, expected 0 (verify every draft) to 1"),
+    ("thresholds", "nan", "threshold is nan"),
     ("thresholds", [0.5, 0.5], "would be decoded 2 times"), ("temperatures", "-1", "temperature is -1"),
-    ("temperatures", "inf", "temperature is inf"), ("batch", "0", "batch is 0"), ("max_new_tokens", "0", "max_new_tokens is 0"),
+    ("temperatures", "inf", "temperature is inf"), ("batch", "0", "batch is 0"),
+    ("max_new_tokens", "0", "max_new_tokens is 0"),
     ("turns", "two", "turns is 'two', expected first or all"), ("dtype", "float16", "expected float32 or bfloat16"),
-    ("datasets", "gsm9k", "dataset gsm9k is neither known nor a file"), ("datasets", "gsm8k", "where the benchmark gsm8k is"),
+    ("datasets", "gsm9k", "dataset gsm9k is neither known nor a file"),
+    ("datasets", "gsm8k", "where the benchmark gsm8k is"),
     ("samples", "0", "the number of samples is 0"), ("targets", "/nowhere", "target /nowhere does not exist"),
     ("targets", QWEN3, "has no tokenizer.json"), ("drafters", "/nowhere", "/nowhere does not exist: expected a folder"),
     ("drafters", "/nowhere/none", "which means plain decoding"), ("drafters", [], "drafters is empty"),
     ("drafters", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
-    ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"), ("speed", "11", "--speed")]
+    ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"),
+    ("speed", "11", "--speed")]
 
 
 @pytest.mark.parametrize("name, value, part", MISTAKES)

@@ -1,4 +1,4 @@
-"""Generation: goldens, greedy identities, a scripted drafter, the loop's contract, its distribution."""
+"""Generation: goldens, greedy identities, a scripted drafter, what is refused. Sampled text: test_sampled.py."""
 
 import functools
 
@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from dspark_jax.checkpoints import hf
-from dspark_jax.decoding import generate as subject
-from dspark_jax.decoding.generate import Heads, collect, decode, generate, one_round, prepare, start
-from dspark_jax.sampling import Sampling
+from dspark_jax.decoding import session as subject
+from dspark_jax.decoding.policy import All, EarlyStop, Stale, Threshold
+from dspark_jax.decoding.session import Session, generate
 from dspark_jax.types import Proposal
 from test_drafters import KINDS, golden_drafter, small_drafter
 from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens, small_target, stack_layers
@@ -20,8 +19,6 @@ from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (5, 1, 8, 3, 2, 7, 4, 6)]
 NEW = 12
 STOPS = (8, 2)  # rows stop at tokens 1, 2, 5 and 7, or not at all
-ROWS = 8000
-ALARM = 1e-6  # a correct sampler fails one chi-square with this probability; the seeds are fixed
 GOLDENS = ("generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "generate_eagle3_qwen3")
 
 
@@ -57,18 +54,25 @@ def golden_qwen3():
   return stack_layers(golden_target("target_qwen3"))
 
 
+def golden_run(case):
+  """(inputs, outputs, names of its prompts, new tokens) of a golden run, all as its own files have them."""
+  inputs, outputs = (dict(np.load(GOLDEN / case / f"{name}.npz")) for name in ("inputs", "outputs"))
+  prompts = sorted(name.removesuffix("/input_ids") for name in inputs if name.endswith("/input_ids"))
+  assert prompts
+  return inputs, outputs, prompts, int(inputs["max_new_tokens"])
+
+
 @pytest.mark.parametrize("case", GOLDENS)
 def test_golden_generation(case):
   """Kills: a slot, position or context row off by one, which costs accepted length and nothing else."""
-  inputs, outputs = (dict(np.load(GOLDEN / case / f"{name}.npz")) for name in ("inputs", "outputs"))
+  inputs, outputs, prompts, limit = golden_run(case)
   drafter, _ = golden_drafter(case)
-  limit = int(inputs["max_new_tokens"])
   for run, threshold in enumerate(inputs.get("thresholds", [0.0])):
-    for i in range(4):
-      prompt, stops = inputs[f"prompt{i}/input_ids"][0].tolist(), inputs[f"prompt{i}/stop_token_ids"].tolist()
+    for name in prompts:
+      prompt, stops = inputs[f"{name}/input_ids"][0].tolist(), inputs[f"{name}/stop_token_ids"].tolist()
       out = generate(golden_qwen3(), drafter, [prompt], max_new_tokens=limit, stop_token_ids=stops,
                      confidence_threshold=threshold)
-      where = f"t{run}/prompt{i}" if "thresholds" in inputs else f"prompt{i}"
+      where = f"t{run}/{name}" if "thresholds" in inputs else name
       assert prompt + out.tokens[0] == outputs[f"{where}/output_ids"][0].tolist()
       gained = outputs[f"{where}/acceptance_lengths"]
       kept = outputs.get(f"{where}/accepted_draft_lengths", gained - 1)
@@ -81,14 +85,16 @@ def test_golden_generation(case):
 
 def test_golden_plain_generation():
   """Kills: plain decoding that skips a position, or a prompt whose padding leaks into its neighbour."""
-  cases = [(case, i) for case in GOLDENS for i in range(4)]
-  inputs, outputs = ({case: dict(np.load(GOLDEN / case / f"{name}.npz")) for case in GOLDENS}
-                     for name in ("inputs", "outputs"))
-  prompts = [inputs[case][f"prompt{i}/input_ids"][0].tolist() for case, i in cases]
-  texts = generate(golden_qwen3(), None, prompts, max_new_tokens=32).tokens
-  for (case, i), prompt, text in zip(cases, prompts, texts):
-    stops = inputs[case][f"prompt{i}/stop_token_ids"].tolist()
-    assert prompt + cut(text, stops, 32) == outputs[case][f"prompt{i}/ar_output_ids"][0].tolist()
+  asked = []
+  for case in GOLDENS:
+    inputs, outputs, prompts, limit = golden_run(case)
+    asked += [(inputs[f"{name}/input_ids"][0].tolist(), limit, inputs[f"{name}/stop_token_ids"].tolist(),
+               outputs[f"{name}/ar_output_ids"][0].tolist()) for name in prompts]
+  prompts, limits, stops, wanted = map(list, zip(*asked))
+  texts = generate(golden_qwen3(), None, prompts, max_new_tokens=limits).tokens
+  assert [prompt + cut(*row) for prompt, row in zip(prompts, zip(texts, stops, limits), strict=True)] == wanted
+  texts = generate(golden_qwen3(), None, prompts, max_new_tokens=limits, stop_token_ids=stops).tokens
+  assert [prompt + text for prompt, text in zip(prompts, texts, strict=True)] == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,67 +189,40 @@ def test_one_new_token():
   assert out.n_accept == [[]] * 8 and out.rounds == 0 and np.isnan(out.accepted_length)
 
 
-def test_sampled_rows_are_independent():
-  """Kills: random numbers per slot of the batch instead of per request; one key used for two draws."""
-  settings = dict(max_new_tokens=NEW, temperature=0.8, top_k=8, top_p=0.95, stop_token_ids=STOPS)
-  out = generate(target(), drafter("rnn"), PROMPTS, seed=7, **settings)
-  for row, prompt in enumerate(PROMPTS):
-    alone = generate(target(), drafter("rnn"), [prompt], seed=7 + row, **settings)
-    assert (alone.tokens[0], alone.n_accept[0]) == (out.tokens[row], out.n_accept[row])
-  other = generate(target(), drafter("rnn"), PROMPTS, seed=100, **settings)
-  assert out.tokens != other.tokens and sum(map(sum, out.n_accept)) > 0
-
-
-def test_one_compilation():
-  """Kills: settings that are baked into the program: a second call of the same shape must not compile."""
-  def call(prompt, **settings):
-    generate(target(), drafter("rnn"), [prompt], max_new_tokens=NEW, **settings)
-
-  call(PROMPTS[0], temperature=0.8, top_k=8)
-  before = decode._cache_size()
-  call(PROMPTS[2], temperature=1.3, top_p=0.5, seed=9, stop_token_ids=(1, 2, 3), confidence_threshold=0.4)
-  call(PROMPTS[2], temperature=0.1, top_k=3, top_p=0.9)
-  assert decode._cache_size() == before
-
-
 @pytest.mark.parametrize("kind, part", [("dflash", "no confidence head in the drafter"), ("mtp", "no confidence head"),
                                         (None, "no drafter")])
 def test_a_threshold_for_nothing(kind, part):
   """Kills: a threshold that is obeyed by nobody, and a user who believes that it made no difference."""
   for name in ("confidence_threshold", "survival_threshold"):
     with pytest.raises(ValueError, match=f"{name} is 0.5, but there is {part}"):
-      prepare(target(), kind and drafter(kind), PROMPTS, max_new_tokens=NEW, **{name: 0.5})
+      Session(target(), kind and drafter(kind)).prepare(PROMPTS, max_new_tokens=NEW, **{name: 0.5})
 
 
-@pytest.mark.parametrize("wrong", [[1.0, 1.0], [1.0, 1.0, 0.0], [-1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("wrong", [[1.0, 1.0], [1.0, 1.0, 0.0], [-1.0, 1.0, 1.0], [None] * 7 + [[1.0, 1.0]]])
 def test_temperatures_that_are_none(wrong):
   """Kills: a table of another block size that is broadcast, and temperatures that turn confidences round."""
   with pytest.raises(ValueError, match="expected 3 positive numbers"):
-    prepare(target(), drafter("rnn"), PROMPTS, max_new_tokens=NEW, temperatures=wrong)
+    Session(target(), drafter("rnn")).prepare(PROMPTS, max_new_tokens=NEW, calibration=wrong)
 
 
-def test_no_host_in_the_loop():
-  """Kills: a verification driven from the host (EAGLE-3 on TPU: 5-30 times slower than no speculation)."""
-  args, static = prepare(target(), drafter("rnn"), PROMPTS[:1], max_new_tokens=NEW, temperature=0.8, top_k=8)
-  with jax.transfer_guard("disallow"):
-    state = jax.block_until_ready(decode(*args, **static))
-  assert "callback" not in str(decode.trace(*args, **static).jaxpr)
-  assert len(collect(state, NEW).tokens[0]) == NEW
+SHORT = np.ones(8 * 4)  # 8 rows of 3 drafts are 32 tokens, and entry 0 is not read
 
 
-@pytest.mark.parametrize("sampling", [(0.0,), (0.7,), (0.7, 3)], ids=["greedy", "full", "truncated"])
-@pytest.mark.parametrize("kind", [None, "original", "words"])
-def test_a_round_keeps_the_type_of_the_state(kind, sampling):
-  """Kills: a state that grows or changes dtype per round, so that every round would be compiled."""
-  half = lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
-  models = jax.tree.map(half, (target(), kind and drafter(kind)))  # where a stray float32 shows
-  (*_, requests), _ = prepare(*models, PROMPTS, max_new_tokens=NEW)
-  requests = requests.replace(sampling=Sampling.of(*sampling))
-  state = jax.eval_shape(functools.partial(start, max_new_tokens=NEW, capacity=64), *models, requests)
-  after = jax.eval_shape(one_round, *models, jax.eval_shape(Heads.of, *models), requests, state)
-  assert jax.tree.structure(after) == jax.tree.structure(state)
-  types = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
-  assert types(after) == types(state)
+@pytest.mark.parametrize("kind, settings, part", [
+  ("rnn", dict(policy=EarlyStop(SHORT)), "the SPS curve ends at 31 tokens, 8 rows of 3 drafts need 32"),
+  ("rnn", dict(policy=Stale(SHORT)), "measure it for this batch size"),
+  ("rnn", dict(policy=Stale([1.0] * 33)), "the SPS curve of the policy Stale is a list"),
+  ("rnn", dict(policy=EarlyStop(np.ones((33, 1)))), "of 2 dimensions"),
+  ("dflash", dict(policy=EarlyStop(np.ones(33))), "EarlyStop goes by confidences, but there is no confidence head"),
+  ("mtp", dict(policy=Threshold()), "Threshold goes by confidences, but there is no confidence head"),
+  (None, dict(policy=Stale(np.ones(33))), "Stale goes by confidences, but there is no drafter"),
+  ("rnn", dict(policy=All(), survival_threshold=[0.0] * 7 + [0.5]), "survival_threshold is 0.5, but the policy is All"),
+  ("rnn", dict(policy=EarlyStop(np.ones(33)), confidence_threshold=0.5), "leave one of the two out")])
+def test_policies_that_cannot_decide(kind, settings, part, monkeypatch):
+  """Kills: a short curve that is found out by the compiler, a threshold or a schedule that nobody obeys."""
+  monkeypatch.setattr(subject, "decode", None)  # before anything runs
+  with pytest.raises(ValueError, match=part):
+    generate(target(), kind and drafter(kind), PROMPTS, max_new_tokens=NEW, **settings)
 
 
 def broken(module, name):
@@ -278,65 +257,15 @@ def test_nan_is_an_error(settings):
   ([[1]], dict(temperature=-1.0), "temperature"),
   ([[1]], dict(temperature=1.0, top_p=0.0), "top_p"),
   ([[1]], dict(temperature=1.0, top_k=-2), "top_k"),
+  ([[1]] * 2, dict(temperature=[1.0, -0.5]), "temperature is -0.5 in row 1"),
+  ([[1]] * 3, dict(top_p=[1.0, 0.5]), "top_p has 2 values for 3 prompts: give one for all, or one for each"),
+  ([[1]] * 3, dict(stop_token_ids=[[1], [2]]), "stop_token_ids has 2 values for 3 prompts"),
+  ([[1]] * 2, dict(seeds=[1]), "there are 1 seeds for 2 prompts"),
+  ([[1], [1] * 9], dict(max_new_tokens=[15, 8]), "a prompt of 9 tokens and 8 new ones do not fit"),
+  ([[1]] * 2, dict(max_new_tokens=[4, 0]), "max_new_tokens is 0, expected at least 1"),
 ])
 def test_mistakes_of_the_caller(prompts, settings, message):
   """Kills: an id or a position clamped in silence."""
   short = small_target("llama", max_position_embeddings=16)
   with pytest.raises(ValueError, match=message):
-    prepare(short, None, prompts, **dict(max_new_tokens=4) | settings)
-
-
-def exact_probs(logits, temperature, top_k, top_p):
-  """Temperature, top-k, top-p, the slow way, in float64."""
-  p = np.exp(np.asarray(logits, np.float64) / temperature)
-  order = np.argsort(-p)
-  if top_k:
-    p[order[top_k:]] = 0
-  p /= p.sum()
-  before = np.cumsum(p[order]) - p[order]  # the token that crosses top_p stays
-  p[order[before >= top_p]] = 0
-  return p / p.sum()
-
-
-def joint_of_four(target, prompt, *settings):
-  """Exact probabilities of the first four new tokens, f64[V,V,V,V]."""
-  size = target.config.vocab_size
-  prefixes = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), -1).reshape(-1, 3)
-  rows = np.concatenate([np.tile(prompt, (len(prefixes), 1)), prefixes], 1).astype(np.int32)
-  logits = np.asarray(encoded(target, batch_of(rows)))[:, len(prompt) - 1:, :size]
-  probs = np.apply_along_axis(exact_probs, -1, logits, *settings)
-  joint = probs[:, 3]
-  for i in range(3):
-    joint = joint * probs[np.arange(len(rows)), i, prefixes[:, i]][:, None]
-  return joint.reshape([size] * 4)
-
-
-@pytest.mark.parametrize("kind, top, words", [
-  pytest.param("vanilla", (0, 1.0), None, id="full"),
-  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), id="truncated"),
-  pytest.param("eagle3", (0, 1.0), None, id="eagle3"),
-  pytest.param("mtp", (4, 0.8), (0, 1, 3, 4), id="mtp"),
-])
-def test_text_follows_the_target(kind, top, words, monkeypatch):
-  """Kills: what is not lossless from end to end: drafts and q under different settings, residual at the wrong
-  slot, a cut by the confidence of the drawn token itself, random numbers shared between draws."""
-  for bucket in ("PROMPT_BUCKET", "CACHE_BUCKET"):
-    monkeypatch.setattr(subject, bucket, 4)
-  target, prompt = small_target("llama", seed=2, vocab_size=6), [3, 1, 4]
-  drafter = small_drafter(target, kind, seed=6, words=words, num_layers=1, block_size=2,
-                          draft_vocab_size=len(words or ()))
-  if drafter.has_confidence:
-    proj = drafter.confidence_head.proj.weight
-    proj.set_value(jnp.where(jnp.arange(20)[None] < 16, 0, 16 * proj[...]))  # the token alone decides the cut
-  for temperature, threshold in ((0.7, 0.0), (1.0, 0.5 * drafter.has_confidence)):
-    out = generate(target, drafter, [prompt] * ROWS, max_new_tokens=4, temperature=temperature, top_k=top[0],
-                   top_p=top[1], seed=int(10 * temperature), confidence_threshold=threshold)
-    expected = ROWS * joint_of_four(target, prompt, temperature, *top)
-    observed = np.zeros_like(expected)
-    np.add.at(observed, tuple(np.array(out.tokens).T), 1)
-    assert not observed[expected == 0].any()
-    large = expected > 10
-    pooled = [np.append(x[large], x[~large].sum()) for x in (observed, expected)]
-    statistic = np.sum((pooled[0] - pooled[1]) ** 2 / np.maximum(pooled[1], 1e-9))
-    assert stats.chi2.sf(statistic, large.sum()) > ALARM
-    assert large.sum() > 50 and 0.15 < np.mean([n > 0 for row in out.n_accept for n in row]) < 0.8
+    Session(short).prepare(prompts, **dict(max_new_tokens=4) | settings)

@@ -56,9 +56,10 @@ def test_slots_draw_the_same_blocks():
   drafter.markov_head.markov_w2.weight.set_value(500 * drafter.markov_head.markov_w2.weight[...])  # so that it decides
 
   def propose(drafter, anchor, keys, sampling, kind):
-    return kind.propose(drafter, target, drafter.head(target), drafter.init_state(target, 2, 64), anchor, keys, sampling)
+    return kind.propose(drafter, target, drafter.head(target), drafter.init_state(target, 2, 64), anchor, keys,
+                        sampling)
 
-  args = jnp.asarray([3, 70], jnp.int32), jax.vmap(jax.random.key)(jnp.arange(2)), sp.Sampling.of(0.0)
+  args = jnp.asarray([3, 70], jnp.int32), jax.vmap(jax.random.key)(jnp.arange(2)), sp.make_sampling(0.0)
   looped, unrolled = (jax.jit(propose, static_argnums=4)(drafter, *args, kind) for kind in (DSpark, head_cost.Slots))
   np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
   np.testing.assert_allclose(looped.logits, unrolled.logits, rtol=1e-4, atol=1e-4)
@@ -91,7 +92,8 @@ def test_bytes_that_must_be_read():
 def test_program(capsys, tmp_path):
   """Kills: a file that infer.plots cannot draw, a block measured twice, a percentage of something else than rounds."""
   out = tmp_path / "new" / "head_cost.json"
-  result, _ = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", out, "--blocks", 2, 2, "--layers", 1, "--rank", 4,
+  result, _ = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", out, "--blocks", 2, 2,
+                     "--layers", 1, "--rank", 4,
                      "--repeats", 2, "--rounds", 2)
   assert json.loads(out.read_text()) == result and [p.name for p in out.parent.iterdir()] == [out.name]
   rows = result["head_cost"]
@@ -117,5 +119,6 @@ def test_mistakes(flag, value, part, capsys, tmp_path):
 def test_no_compiler(capsys, monkeypatch, tmp_path):
   """Kills: minutes of measuring before the missing compiler is found out; advice that does not name the extra."""
   monkeypatch.setitem(head_cost.TOPOLOGIES, "v5e", "no such topology")
-  _, err = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", tmp_path / "cost.json", "--compiler", "v5e", code=2)
+  _, err = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", tmp_path / "cost.json",
+                  "--compiler", "v5e", code=2)
   assert "no TPU compiler for v5e" in err and "tpu-compiler" in err

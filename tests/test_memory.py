@@ -16,7 +16,8 @@ from infer import memory
 SPEC = BlockSpec(16, 32, 2, 1, 8, 1e-6, 1e4, qk_norm=True)
 DRAFTER = DSparkConfig(spec=SPEC, num_layers=2, vocab_size=200, num_target_layers=4, taps=(0, 2), mask_token_id=199,
                        block_size=3, markov_rank=4)
-LAYER = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32 + 2 * 8 + 2 * 16  # q, k and v, o, the MLP, the norms of heads and rows
+# q, k and v, o, the MLP, the norms of heads and rows
+LAYER = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32 + 2 * 8 + 2 * 16
 TARGET_WEIGHTS = 4 * LAYER + 200 * 16 + 16                              # layers, tied embedding, final norm
 TRAINED = 2 * LAYER + 2 * 16 * 16 + 2 * 16 + 2 * 200 * 4 + 16 + 4 + 1  # layers, fc, two norms, both factors, confidence
 

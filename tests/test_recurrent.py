@@ -1,4 +1,5 @@
-"""Eagle3 and MTP: training on packed rows, starting from the target, storing. Contract and goldens are with the others."""
+"""Eagle3 and MTP: training on packed rows, starting from the target, storing. Contract and goldens are with the
+others."""
 
 import dataclasses
 import functools
@@ -89,7 +90,8 @@ def test_started_from_the_target(kind):
   hidden = np.random.default_rng(0).normal(size=(1, 1, 32)).astype(np.float32)
   if kind == "eagle3":
     np.testing.assert_array_equal(mine.self_attn.k_proj.weight[:, 16:], last.self_attn.k_proj.weight[...])
-    np.testing.assert_array_equal(mine.self_attn.k_proj.weight[:, :16], drafter.layers[0].self_attn.k_proj.weight[:, :16])
+    np.testing.assert_array_equal(mine.self_attn.k_proj.weight[:, :16],
+                                  drafter.layers[0].self_attn.k_proj.weight[:, :16])
     np.testing.assert_allclose(started.fc(hidden), hidden[..., 16:], rtol=1e-6)
   else:
     np.testing.assert_array_equal(mine.self_attn.k_proj.weight[...], last.self_attn.k_proj.weight[...])

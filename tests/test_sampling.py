@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dspark_jax import sampling as subject
-from dspark_jax.sampling import Sampling, split_keys
+from dspark_jax.sampling import make_sampling, split_keys
 
 # Op by op, each shape would compile dozens of little programs.
 argmax, draw, probabilities = jax.jit(subject.argmax), jax.jit(subject.draw), jax.jit(subject.probabilities)
@@ -43,7 +43,7 @@ def hugging_face(logits, temperature, top_k, top_p):
 def test_probabilities_follow_hugging_face(logits, temperature, top_k, top_p):
   """Kills: top-p before top-k, top-p of unrenormalised mass, the crossing token dropped, k off by one."""
   expected = hugging_face(logits, temperature, min(top_k, VOCABULARY), top_p)
-  actual = np.asarray(probabilities(logits, Sampling.of(temperature, top_k, top_p)))
+  actual = np.asarray(probabilities(logits, make_sampling(temperature, top_k, top_p)))
   np.testing.assert_array_equal(actual > 0, expected > 0)
   np.testing.assert_allclose(actual, expected, atol=1e-6)
 
@@ -53,7 +53,7 @@ def test_golden_temperatures():
   inputs, outputs = np.load(GOLDEN / "inputs.npz"), np.load(GOLDEN / "outputs.npz")
   logits = jnp.asarray(inputs["logits"])
   for temperature, expected in zip(inputs["temperatures"], outputs["temperature_probs"], strict=True):
-    np.testing.assert_allclose(probabilities(logits, Sampling.of(float(temperature))), expected, atol=1e-6)
+    np.testing.assert_allclose(probabilities(logits, make_sampling(float(temperature))), expected, atol=1e-6)
   np.testing.assert_array_equal(argmax(logits), outputs["greedy_tokens"])
 
 
@@ -62,23 +62,39 @@ def test_truncated_with_nothing_cut_is_full():
   # 20000 near-equal tokens: the float32 sum reaches its total well before the last of them.
   logits = 0.01 * jax.random.normal(jax.random.key(2), (2, 20000))
   logits = logits.at[:, 0].set(12.0)
-  full = Sampling.of(0.7)
+  full = make_sampling(0.7)
   truncated = full.replace(mode="truncated")
   np.testing.assert_array_equal(probabilities(logits, truncated), probabilities(logits, full))
 
 
 def test_top_k_one_is_greedy(logits):
   """Kills: k off by one, and a greedy mode that is not the limit of the sampled ones."""
-  greedy = probabilities(logits, Sampling.of(0.0))
+  greedy = probabilities(logits, make_sampling(0.0))
   np.testing.assert_array_equal(greedy, np.eye(VOCABULARY)[np.argmax(logits, -1)])
-  np.testing.assert_array_equal(probabilities(logits, Sampling.of(1.0, top_k=1)), greedy)
-  np.testing.assert_array_equal(probabilities(logits, Sampling.of(1e-20)), greedy)
+  np.testing.assert_array_equal(probabilities(logits, make_sampling(1.0, top_k=1)), greedy)
+  np.testing.assert_array_equal(probabilities(logits, make_sampling(1e-20)), greedy)
+
+
+def test_rows_with_settings_of_their_own(logits):
+  """Kills: a row's setting used for its neighbours; a greedy row that is drawn, or that loses a tie's first token;
+  settings laid along the block instead of the rows."""
+  settings = [(0.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (0.7, 0, 0.8), (1.0, 20, 0.9), (0.0, 3, 0.5)]
+  tied = logits.at[:, 7].set(9.0).at[:, 90].set(9.0)
+  block = jnp.stack([logits, tied, logits[::-1]], axis=1)
+  mixed, rest = (make_sampling(*zip(*some)) for some in (settings, settings[:2]))
+  assert (mixed.mode, rest.mode, make_sampling([0.0, 0.0], 5).mode) == ("truncated", "full", "greedy")
+  together = probabilities(block, mixed)
+  np.testing.assert_array_equal(probabilities(block[:2], rest), together[:2])
+  for row, setting in enumerate(settings):
+    alone = probabilities(block[row:row + 1], make_sampling(*setting))
+    np.testing.assert_array_equal(together[row:row + 1], alone)
+    assert setting[0] or (np.sort(alone)[..., -2:] == [0, 1]).all()
 
 
 def test_ties_with_the_last_kept_token_are_kept():
   """Kills: a cut that depends on the order of the vocabulary, which a reduced draft vocabulary changes."""
   logits = jnp.float32([2.0, 1.0, 0.0, 1.0])
-  for sampling in (Sampling.of(1.0, top_k=2), Sampling.of(1.0, top_p=0.7)):
+  for sampling in (make_sampling(1.0, top_k=2), make_sampling(1.0, top_p=0.7)):
     np.testing.assert_array_equal(probabilities(logits, sampling) > 0, [True, True, False, True])
 
 
@@ -86,7 +102,7 @@ def test_ties_with_the_last_kept_token_are_kept():
 def test_padded_vocabulary_has_no_mass(logits, sampling):
   """Kills: -inf columns that turn the row into NaN, or that count towards top-k."""
   padded = logits.at[:, 100:].set(-jnp.inf)
-  probs = np.asarray(probabilities(padded, Sampling.of(*sampling)))
+  probs = np.asarray(probabilities(padded, make_sampling(*sampling)))
   np.testing.assert_array_equal(probs[:, 100:], 0)
   temperature, top_k, top_p = (*sampling, 0, 1.0)[:3] if len(sampling) == 1 else sampling
   expected = hugging_face(logits[:, :100], temperature or 1e-6, min(top_k, 100), top_p)
@@ -97,7 +113,7 @@ def test_settings_do_not_recompile(logits):
   """Kills: temperature, top_k or top_p as static values: one compile per user setting."""
   compiled = jax.jit(lambda logits, sampling: subject.probabilities(logits, sampling))
   for setting in ((0.7, 20, 0.8), (1.0, 5, 1.0), (1.5, 0, 0.3)):
-    compiled(logits, Sampling.of(*setting))
+    compiled(logits, make_sampling(*setting))
   assert compiled._cache_size() == 1
 
 
@@ -117,7 +133,7 @@ def test_broken_logits_are_no_token(logits, broken, where):
   logits[1, where] = broken
   is_broken = np.isnan(broken) or where == slice(None)
   keys = jax.random.split(jax.random.key(0), ROWS)
-  for tokens in [argmax(logits)] + [draw(keys, probabilities(logits, Sampling.of(*setting)))
+  for tokens in [argmax(logits)] + [draw(keys, probabilities(logits, make_sampling(*setting)))
                                     for setting in ((0.0,), (1.0,), (1.0, 20, 0.8))]:
     np.testing.assert_array_equal(tokens == VOCABULARY, np.arange(ROWS) == (1 if is_broken else -1))
 
@@ -128,7 +144,7 @@ def test_draw_never_takes_a_zero_and_follows_probs(logits):
   Chi-square on 6 x 5000 draws, expected counts >= 5; fixed keys; a correct draw fails with probability 6e-6.
   """
   n = 5000
-  probs = np.asarray(probabilities(logits, Sampling.of(1.0, 40, 0.99)))
+  probs = np.asarray(probabilities(logits, make_sampling(1.0, 40, 0.99)))
   keys = jax.random.split(jax.random.key(5), (n, ROWS))
   tokens = np.asarray(draw(keys, np.broadcast_to(probs, (n, *probs.shape))))
   for row in range(ROWS):
@@ -144,7 +160,7 @@ def test_draw_never_takes_a_zero_and_follows_probs(logits):
 
 def test_a_row_draws_alone(logits):
   """Kills: one key for the batch, so that a request's text depends on its neighbours."""
-  probs = probabilities(logits, Sampling.of(1.0))
+  probs = probabilities(logits, make_sampling(1.0))
   keys = jax.random.split(jax.random.key(3), ROWS)
   together = draw(keys, probs)
   np.testing.assert_array_equal(draw(keys[::-1], probs[::-1]), together[::-1])
@@ -161,8 +177,8 @@ def test_split_keys_are_all_different():
 @pytest.mark.parametrize("setting, message", [
   ((-1.0,), "temperature is -1.0"), ((np.nan,), "temperature is nan"), ((np.inf,), "temperature is inf"),
   ((1.0, -1), "top_k is -1"), ((1.0, 2.5), "top_k is 2.5"), ((1.0, 0, 0.0), "top_p is 0.0"),
-  ((1.0, 0, 1.5), "top_p is 1.5")])
+  ((1.0, 0, 1.5), "top_p is 1.5"), (([1.0, 0.5], 0, [1.0, -0.5]), "top_p is -0.5 in row 1, must be in")])
 def test_settings_are_checked(setting, message):
   """Kills: a bad setting that samples silently from something else."""
   with pytest.raises(ValueError, match=message):
-    Sampling.of(*setting)
+    make_sampling(*setting)

@@ -5,6 +5,7 @@ on the one before. Confidences are adversarial: the second draft's is high or ze
 """
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dspark_jax.decoding.generate import proposal_lengths
+from dspark_jax.decoding.policy import Threshold
 from dspark_jax.decoding.scheduler import best_prefix, early_stop, survival, top_k
 from dspark_jax.decoding.verify import verify
-from dspark_jax.sampling import Sampling, draw, split_keys
+from dspark_jax.sampling import draw, make_sampling, split_keys
 from dspark_jax.types import Proposal
 
 TRIALS, ROWS, BLOCK, WORDS, ALARM = 40_000, 2, 2, 3, 1e-6
@@ -28,11 +29,16 @@ def stale(now, old):
   return top_k(survival(now), best_prefix(survival(old), SPS).capacity)
 
 
+def above(now, *thresholds):
+  settings = SimpleNamespace(thresholds=jnp.broadcast_to(jnp.asarray(thresholds), (ROWS, 2)))
+  return Threshold().lengths(now, SimpleNamespace(settings=settings))
+
+
 POLICIES = {  # lengths from this round's confidences and those of an earlier one
   "early stop": lambda now, old: early_stop(survival(now), SPS).lengths,
   "stale capacity": stale,
-  "confidence threshold": lambda now, old: proposal_lengths(now, jnp.array([0.4, 0.0])),
-  "survival threshold": lambda now, old: proposal_lengths(now, jnp.array([0.0, 0.5])),
+  "confidence threshold": lambda now, old: above(now, 0.4, 0.0),
+  "survival threshold": lambda now, old: above(now, 0.0, 0.5),
 }
 BIASED = {"without the stop": lambda now, old: best_prefix(survival(now), SPS).lengths}
 
@@ -54,7 +60,7 @@ def two_tokens(seed, policy):
     before = jnp.concatenate([anchor[:, None], drafts], axis=1)
     lengths = policy(now, old)
     verdict = verify(jnp.log(jnp.asarray(TARGET)[before]), Proposal(drafts, jnp.log(probs), probs, now, None),
-                     Sampling.of(1.0), accept_keys=accept_key, bonus_keys=bonus_key, lengths=lengths)
+                     make_sampling(1.0), accept_keys=accept_key, bonus_keys=bonus_key, lengths=lengths)
     one = jnp.where(verdict.n_accept > 0, first, verdict.next_token)
     more = draw(more_key, jnp.asarray(TARGET)[one])  # the next round's, where this one gave a single token
     two = jnp.select([verdict.n_accept > 1, verdict.n_accept == 1], [second, verdict.next_token], more)

@@ -367,8 +367,8 @@ def test_a_drafter_started_from_its_target():
 
 
 def test_a_drafter_started_from_bigrams():
-  """Kills factors in each other's place, a backbone whose untrained logits drown the bigrams, bigrams beside a lens that
-  count the first draft twice."""
+  """Kills factors in each other's place, a backbone whose untrained logits drown the bigrams, bigrams beside a lens
+  that count the first draft twice."""
   target, drafter = models()
   rng = np.random.default_rng(0)
   w1, w2 = rng.normal(size=(VOCABULARY, 4)), rng.normal(size=(30, 4))
@@ -388,8 +388,8 @@ def test_a_drafter_started_from_bigrams():
 
 
 def test_a_lens_fitted_in_closed_form():
-  """Against ridge regression written as a loop. Kills a slot off by one, a document that reads its neighbour, padding that
-  counts, sums that forget a batch, and layers that speak before they have learnt."""
+  """Against ridge regression written as a loop. Kills a slot off by one, a document that reads its neighbour, padding
+  that counts, sums that forget a batch, and layers that speak before they have learnt."""
   target = models()[0]
   drafter = DSpark(dataclasses.replace(drafter_of().config, lens=True), rngs=nnx.Rngs(1))
   batches = [batch_of(seed, lengths) for seed, lengths in ((0, (7, 7)), (1, (9, 4)))]

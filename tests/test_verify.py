@@ -13,7 +13,7 @@ import dspark_jax.decoding.verify as subject
 import dspark_jax.sampling
 from dspark_jax.decoding.verify import (
   accept_prob, accepted_prefix, cut_at_stop, drafted_probs, next_probs, residual)
-from dspark_jax.sampling import Sampling, split_keys
+from dspark_jax.sampling import make_sampling, split_keys
 from dspark_jax.types import Proposal
 
 # Op by op, every shape would compile dozens of little programs.
@@ -59,13 +59,12 @@ def golden_pieces(inputs, target_probs, draft_probs, sampling):
   p, q = drafted_probs(p_all, proposal_of(inputs["draft_tokens"], q_all))
   lengths = jnp.full(p.shape[0], p.shape[1], jnp.int32)
   n_accept = accepted_prefix(inputs["uniforms"] * q < p, lengths)
-  cut_row = lambda tokens, n, stops: cut_at_stop(tokens[None], n[None], stops)
-  kept, stopped = jax.vmap(cut_row)(inputs["draft_tokens"], n_accept, inputs["stop_token_ids"])
+  kept, stopped = cut_at_stop(inputs["draft_tokens"], n_accept, inputs["stop_token_ids"])
   # From the golden's own p and q: a residual of small mass magnifies the last bits of a softmax.
-  following = next_probs(target_probs, proposal_of(inputs["draft_tokens"], draft_probs), kept[:, 0], lengths)
+  following = next_probs(target_probs, proposal_of(inputs["draft_tokens"], draft_probs), kept, lengths)
   return dict(target_probs=p_all, draft_probs=q_all, accept_prob=accept_prob(p, q), n_accept=n_accept,
-              accepted=kept[:, 0], terminated_by_stop_token=stopped[:, 0], next_token_dist=following,
-              effective_proposal_length=jnp.where(stopped[:, 0], kept[:, 0], lengths))
+              accepted=kept, terminated_by_stop_token=stopped, next_token_dist=following,
+              effective_proposal_length=jnp.where(stopped, kept, lengths))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -73,7 +72,7 @@ def test_golden_verification(temperature):
   """Kills: ratio inverted or unclipped, residual or bonus at the wrong slot, stop token that ends nothing."""
   inputs, outputs = golden_group(temperature)
   outputs["n_accept"] = outputs["accept_prefix_mask"].sum(1)
-  pieces = golden_pieces(inputs, outputs["target_probs"], outputs["draft_probs"], Sampling.of(temperature))
+  pieces = golden_pieces(inputs, outputs["target_probs"], outputs["draft_probs"], make_sampling(temperature))
   for name, actual in pieces.items():
     tolerance = 1e-6 if actual.dtype == jnp.float32 else 0
     np.testing.assert_allclose(actual, outputs[name], atol=tolerance, rtol=tolerance, err_msg=name)
@@ -83,7 +82,7 @@ def test_golden_greedy_verdict():
   """Kills: a greedy shortcut that disagrees with one-hot rejection sampling."""
   inputs, outputs = golden_group(0.0)
   proposal = proposal_of(inputs["draft_tokens"], None)
-  verdict = verify(inputs["target_logits"], proposal, Sampling.of(0.0), accept_keys=None, bonus_keys=None)
+  verdict = verify(inputs["target_logits"], proposal, make_sampling(0.0), accept_keys=None, bonus_keys=None)
   n_accept, next_token = np.asarray(verdict.n_accept), np.asarray(verdict.next_token)
   np.testing.assert_array_equal(n_accept, outputs["accept_prefix_mask"].sum(1))
   whole = n_accept == outputs["accepted"]  # not cut at a stop token
@@ -107,7 +106,7 @@ def test_one_slot_gives_back_the_target_exactly(words):
   @jax.jit
   def pieces(logits, proposal):
     """p, p(x), q(x) with every word of the draft in turn as x, and the residual, all of slot 0."""
-    p, zeros = probabilities(logits, Sampling.of(1.0)), jnp.zeros(len(logits), jnp.int32)
+    p, zeros = probabilities(logits, make_sampling(1.0)), jnp.zeros(len(logits), jnp.int32)
     repeat = lambda token: proposal.replace(tokens=jnp.full_like(proposal.tokens, token))
     with_draft = lambda token: drafted_probs(p, repeat(token))
     p_x, q_x = jax.vmap(with_draft, out_axes=1)(jnp.int32(drafted))
@@ -130,7 +129,7 @@ def test_greedy_follows_argmax_and_builds_no_softmax():
   for row, n in enumerate(expected):
     tokens[row, n:n + 1] = (tokens[row, n:n + 1] + 1) % VOCABULARY
   proposal = proposal_of(tokens, None)
-  run = lambda logits: verify(logits, proposal, Sampling.of(0.0), accept_keys=None, bonus_keys=None)
+  run = lambda logits: verify(logits, proposal, make_sampling(0.0), accept_keys=None, bonus_keys=None)
   verdict = run(logits)
   np.testing.assert_array_equal(verdict.n_accept, expected)
   np.testing.assert_array_equal(verdict.next_token, best[np.arange(len(best)), expected])
@@ -148,7 +147,7 @@ def test_lengths_cut_the_prefix(temperature):
 
   @jax.jit
   def verdicts(keys):
-    sampling = Sampling.of(temperature)
+    sampling = make_sampling(temperature)
     run = partial(verify, logits, proposal, sampling, accept_keys=keys[0], bonus_keys=keys[1])
     cuts = jax.vmap(lambda length: run(lengths=jnp.full(64, length, jnp.int32)))(jnp.arange(BLOCK + 1))
     p = jnp.swapaxes(probabilities(logits, sampling), 0, 1)
@@ -170,7 +169,7 @@ def test_nan_logits_are_rejected_and_show(setting):
   keys = jax.random.split(jax.random.key(9), 64)
   nan = np.full(logits.shape, np.nan, np.float32)
   verdict = jax.tree.map(
-    np.asarray, verify(nan, proposal, Sampling.of(*setting), accept_keys=keys, bonus_keys=keys))
+    np.asarray, verify(nan, proposal, make_sampling(*setting), accept_keys=keys, bonus_keys=keys))
   assert not verdict.n_accept.any() and (verdict.next_token == VOCABULARY).all()
 
 
@@ -180,21 +179,24 @@ def test_an_empty_block_is_plain_decoding(setting):
   logits, _ = random_proposal()
   logits, keys = logits[:, :1], jax.random.split(jax.random.key(9), 64)
   empty = proposal_of(np.zeros((64, 0), np.int32), np.zeros((64, 0, VOCABULARY), np.float32))
-  verdict = verify(logits, empty, Sampling.of(*setting), accept_keys=keys, bonus_keys=keys)
-  kept, stopped = jax.jit(cut_at_stop)(empty.tokens, verdict.n_accept, np.int32([3]))
-  from_p = draw(keys, probabilities(logits, Sampling.of(*setting))[:, 0])
+  verdict = verify(logits, empty, make_sampling(*setting), accept_keys=keys, bonus_keys=keys)
+  kept, stopped = jax.jit(cut_at_stop)(empty.tokens, verdict.n_accept, np.full((64, 1), 3, np.int32))
+  from_p = draw(keys, probabilities(logits, make_sampling(*setting))[:, 0])
   np.testing.assert_array_equal(verdict.next_token, from_p)
   assert not np.asarray(kept).any() and not np.asarray(stopped).any()
 
 
-@pytest.mark.parametrize("stop_ids, expected", [
-  ((9, 8, -1), [2, 1, 3, 1]), ((-1,), [3, 1, 3, 2]), ((), [3, 1, 3, 2])])
-def test_stop_tokens(stop_ids, expected):
-  """Kills: a stop token among rejected drafts ending the row, -1 that matches, the last of several stops."""
-  tokens = np.int32([[4, 9, 9], [4, 9, 9], [4, -1, 5], [8, 9, 1]])
-  kept, stopped = jax.jit(cut_at_stop)(tokens, np.int32([3, 1, 3, 2]), np.array(stop_ids, np.int32))
-  np.testing.assert_array_equal(kept, expected)
-  np.testing.assert_array_equal(stopped, [len(stop_ids) == 3, False, False, len(stop_ids) == 3])
+@pytest.mark.parametrize("stop_ids, kept, stopped", [
+  ([(9, 8, -1)] * 4, [2, 1, 3, 1], [True, False, False, True]), ([(-1,)] * 4, [3, 1, 3, 2], [False] * 4),
+  ([()] * 4, [3, 1, 3, 2], [False] * 4),
+  ([(-1, -1), (4, -1), (5, 9), (9, 1)], [3, 1, 3, 2], [False, True, True, True])])
+def test_stop_tokens(stop_ids, kept, stopped):
+  """Kills: a stop token among rejected drafts ending the row, -1 that matches, the last of several stops, a stop token
+  of another row."""
+  tokens, ids = np.int32([[4, 9, 9], [4, 9, 9], [4, -1, 5], [8, 9, 1]]), np.array(stop_ids, np.int32)
+  found = jax.jit(cut_at_stop)(tokens, np.int32([3, 1, 3, 2]), ids)
+  np.testing.assert_array_equal(found[0], kept)
+  np.testing.assert_array_equal(found[1], stopped)
 
 
 # The text's law: a random table from each token to the logits of the next; the draft's table is a noisy copy.
@@ -280,7 +282,7 @@ def test_emitted_text_follows_the_target(setting, words, per_row):
 
   16 chi-squares at 1e-6 each: a correct sampler fails any of them with probability 2e-5.
   """
-  assert alarm_level(Sampling.of(*setting), words, per_row) > ALARM
+  assert alarm_level(make_sampling(*setting), words, per_row) > ALARM
 
 
 @pytest.mark.parametrize("mutant, words", [
@@ -288,7 +290,7 @@ def test_emitted_text_follows_the_target(setting, words, per_row):
   ("renormalised teacher", WORDS)])
 def test_mutants_fail_the_same_test(mutant, words):
   """Kills: a chi-square too weak to see the mistakes that engines really shipped (pitfalls, Sampling)."""
-  assert alarm_level(Sampling.of(1.0), words, per_row=False, mutant=mutant) < ALARM
+  assert alarm_level(make_sampling(1.0), words, per_row=False, mutant=mutant) < ALARM
 
 
 @pytest.mark.parametrize("words", [None, WORDS], ids=["all", "reduced"])
@@ -297,7 +299,7 @@ def test_first_draft_is_kept_as_often_as_the_overlap(words):
   drafted = slice(None) if words is None else np.array(words)
   words = None if words is None else np.int32(words)
   anchor, keys = np.zeros(ROWS, np.int32), jax.random.split(jax.random.key(7), (2, ROWS))[0]
-  _, verdict = speculate(keys, anchor, Sampling.of(1.0), words, anchor + BLOCK, np.int32(0))
+  _, verdict = speculate(keys, anchor, make_sampling(1.0), words, anchor + BLOCK, np.int32(0))
   p, q = (np.exp(np.asarray(table[0], np.float64)) for table in (TABLE, DRAFT_TABLE))
   overlap = np.minimum((p / p.sum())[drafted], q[drafted] / q[drafted].sum()).sum()
   kept = np.mean(np.asarray(verdict.n_accept) > 0)

@@ -19,7 +19,7 @@ from pathlib import Path
 import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
-from dspark_jax.decoding.generate import PROMPT_BUCKET
+from dspark_jax.decoding.session import PROMPT_BUCKET
 from dspark_jax.programs import run_folder, shell
 
 

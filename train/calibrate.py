@@ -30,11 +30,11 @@ from dspark_jax.config import from_json, to_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
-from dspark_jax.decoding.generate import PROMPT_BUCKET
 from dspark_jax.decoding.scheduler import survival
+from dspark_jax.decoding.session import PROMPT_BUCKET
 from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
 from dspark_jax.programs import run_folder, shell
-from dspark_jax.sampling import Sampling
+from dspark_jax.sampling import make_sampling
 from train import answers
 
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
@@ -142,7 +142,7 @@ def check(settings: Settings) -> dict[str, float]:
   shell.at_least(settings, samples=2, batch=1, max_new_tokens=2, max_prompt_tokens=1)
   shell.one_of(settings, dtype=shell.DTYPES)
   for temperature in settings.temperatures:
-    Sampling.of(temperature)  # for its ValueError
+    make_sampling(temperature)  # for its ValueError
   modes = {calibration.mode_name(t): t for t in settings.temperatures}  # 1 and 1.0 are one mode, and one file
   if not modes or len(modes) != len(settings.temperatures):
     raise ValueError(f"temperatures are {', '.join(map(str, settings.temperatures)) or 'none'}, expected one or more, "

@@ -16,7 +16,6 @@ import dataclasses
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 from rich.table import Table
@@ -24,7 +23,7 @@ from rich.table import Table
 import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
-from dspark_jax.decoding import generate as gen
+from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import read_config
@@ -69,26 +68,24 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
   """Plain and speculative greedy decoding of held-out questions at batch 1, timed in turn."""
   questions = [chat.encode_prompt(tokenizer, [{"role": "user", "content": q.question}])
                for q in split(stdlib_questions())[1]]
-  questions = [ids for ids in questions if len(ids) <= gen.PROMPT_BUCKET]
+  questions = [ids for ids in questions if len(ids) <= PROMPT_BUCKET]
   questions = questions[::max(len(questions) // settings.held_out, 1)][:settings.held_out]
-  stops, programs = chat.stop_ids(tokenizer), {}
+  sessions = {"plain": Session(target), "speculative": Session(target, drafter)}
+  how = dict(max_new_tokens=settings.new_tokens, stop_token_ids=chat.stop_ids(tokenizer))
   text, seconds, kept = {"plain": [], "speculative": []}, {"plain": 0.0, "speculative": 0.0}, []
   with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(questions), note="compiling")
     for prompt in questions:
       # In turn, question by question: what else the machine does falls on both.
-      for name, chosen in (("plain", None), ("speculative", drafter)):
-        args, static = gen.prepare(target, chosen, [prompt], max_new_tokens=settings.new_tokens, stop_token_ids=stops)
-        key = (name, args[2].prompts.shape, static["capacity"])
-        if key not in programs:
-          programs[key] = gen.decode.lower(*args, **static).compile()
-          jax.block_until_ready(programs[key](*args))
+      for name, session in sessions.items():
+        (batch,) = session.prepare([prompt], **how)
+        if not text[name]:  # one bucket, so one program, compiled and warm before the clock starts
+          batch.run()
         began = time.perf_counter()
-        state = jax.block_until_ready(programs[key](*args))
+        (out,) = batch.run()
         seconds[name] += time.perf_counter() - began
-        out = gen.collect(state, settings.new_tokens)
-        text[name].append(out.tokens[0])
-      kept += out.n_accept[0]
+        text[name].append(out.tokens)
+      kept += out.n_accept
       bar.update(task, advance=1, note="")
   count = sum(map(len, text["plain"]))
   kept = np.asarray(kept)

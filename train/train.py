@@ -6,8 +6,8 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b
 
-Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of drafter
-than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
+Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
+drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
 Data: JSONL of conversations ({"messages": [...]}) or of tokens (train.answers), or .txt, .md and .py files. The run
 folder holds run.json (resolved configuration), metrics.jsonl, steps/ (Orbax) and drafter/ (what load_drafter reads).

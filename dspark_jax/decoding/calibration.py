@@ -51,13 +51,14 @@ def mode_name(temperature: float) -> str:
 def calibrate(confidence: Array, temperatures: Array) -> Array:
   """sigmoid(logit(confidence) / temperature): f32[B,G] in 0..1, in the same order within a slot.
 
-  confidence: f32[B,G] in 0..1; exactly 0 and 1 stay. temperatures: f32[G]; 1 changes nothing but last bits.
+  confidence: f32[B,G] in 0..1; exactly 0 and 1 stay. temperatures: f32[G], or f32[B,G] where each row has its own; 1
+  changes nothing but last bits.
   """
-  if temperatures.shape != confidence.shape[1:]:
+  if temperatures.shape not in (confidence.shape[1:], confidence.shape):
     raise ValueError(f"temperatures have shape {temperatures.shape}, confidences {confidence.shape}: expected one "
                      f"temperature per draft of a block")
   logits = jnp.log(confidence) - jnp.log1p(-confidence)
-  return jax.nn.sigmoid(logits / temperatures[None])
+  return jax.nn.sigmoid(logits / jnp.broadcast_to(temperatures, logits.shape))
 
 
 def fit_temperatures(confidence_logits: np.ndarray, accepted: np.ndarray, grid=GRID,

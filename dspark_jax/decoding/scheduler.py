@@ -63,12 +63,17 @@ def top_k(survival: Array, capacity: Array, live: Array | None = None) -> Array:
   return _lengths(_rank(survival), jnp.minimum(capacity, jnp.sum(survival > 0, dtype=jnp.int32)))
 
 
-def _visit(survival, sps, live):
-  """Place of each draft in the order: i32[R,G]; throughput with the first n of them: f[R*G+1], -inf past the last."""
-  rows, block = survival.shape
+def check_curve(sps: Array, rows: int, block: int) -> None:
+  """ValueError when the curve is too short for a batch of so many rows of so many drafts."""
   if sps.shape[0] <= rows * (block + 1):
     raise ValueError(f"the SPS curve ends at {sps.shape[0] - 1} tokens, {rows} rows of {block} drafts need "
                      f"{rows * (block + 1)}: measure it for this batch size")
+
+
+def _visit(survival, sps, live):
+  """Place of each draft in the order: i32[R,G]; throughput with the first n of them: f[R*G+1], -inf past the last."""
+  rows, _ = survival.shape
+  check_curve(sps, *survival.shape)
   survival = _candidates(survival, live)
   rank = _rank(survival)
   n_live = jnp.int32(rows) if live is None else jnp.sum(live, dtype=jnp.int32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.sampling import Sampling, argmax, draw, probabilities
-from dspark_jax.types import Array, Proposal, Verdict
+from dspark_jax.sampling import argmax, draw, probabilities
+from dspark_jax.types import Array, Proposal, Sampling, Verdict
 
 
 @jax.named_scope("verify")
@@ -82,13 +82,18 @@ def residual(p: Array, q: Array) -> Array:
 def cut_at_stop(tokens: Array, n_accept: Array, stop_ids: Array) -> tuple[Array, Array]:
   """Kept drafts through the first stop token among them, and whether there is one: i32[B], bool[B].
 
-  tokens: i32[B,G]. stop_ids: i32[M], -1 is padding and matches nothing. A stopped row gets no next_token.
+  tokens: i32[B,G]. stop_ids: i32[B,M], as in `is_stop`. A stopped row gets no next_token.
   """
   slots = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-  is_stop = jnp.any((tokens[..., None] == stop_ids[None, None]) & (stop_ids >= 0)[None, None], axis=-1)
   block = tokens.shape[1]
-  first = jnp.min(jnp.where(is_stop & (slots < n_accept[:, None]), slots, block), axis=1, initial=block)
+  first = jnp.min(jnp.where(is_stop(tokens, stop_ids) & (slots < n_accept[:, None]), slots, block), axis=1,
+                  initial=block)
   return jnp.minimum(first + 1, n_accept), first < block
+
+
+def is_stop(tokens: Array, stop_ids: Array) -> Array:
+  """bool[B,T]: whether tokens i32[B,T] are among their row's stop tokens i32[B,M], where -1 is padding."""
+  return jnp.any((tokens[..., None] == stop_ids[:, None]) & (stop_ids >= 0)[:, None], axis=-1)
 
 
 def _at(x, index):

@@ -68,8 +68,8 @@ class Backbone(DraftModel):
     return self.norm(x)
 
   def start_from(self, layers: list[Block]) -> None:
-    """Takes the layers. fc starts as the last tap, hidden_norm as the mean of their input norms: `ctx` goes to k_proj and
-    v_proj in the place of a normed input."""
+    """Takes the layers. fc starts as the last tap, hidden_norm as the mean of their input norms: `ctx` goes to k_proj
+    and v_proj in the place of a normed input."""
     self.layers = nnx.List(layers)
     self.hidden_norm.weight.set_value(sum(layer.input_layernorm.weight[...] for layer in layers) / len(layers))
     self.fc.weight.set_value(last_of(self.fc.weight[...]))

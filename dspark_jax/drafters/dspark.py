@@ -15,8 +15,8 @@ from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSett
 from dspark_jax.drafters.starts import Lens, Masks
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Linear, WordHead
-from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
+from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
+                              TargetOutput)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,8 @@ class Eagle3(Recurrent):
     return self.fc(encoded.features)
 
   def start_from(self, layers: list[Block]) -> None:
-    """Takes the layer for the half of the attention's input that is the hidden state; the token's half stays as it is."""
+    """Takes the layer for the half of the attention's input that is the hidden state; the token's half stays as it
+    is."""
     (theirs,), mine = layers, self.layers[0]
     half = self.config.spec.hidden_size
     for name in ("q_proj", "k_proj", "v_proj"):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from dspark_jax import sampling as sp
 from dspark_jax.nn.layers import Embedding, Linear
-from dspark_jax.types import Array, Head, Proposal
+from dspark_jax.types import Array, Head, Proposal, Sampling
 
 
 class MarkovHead(nnx.Module):
@@ -78,7 +78,7 @@ def teacher_forced(head: MarkovHead, hidden: Array, previous: Array) -> tuple[Ar
   return jnp.swapaxes(latents, 0, 1), embeddings
 
 
-def choose(logits: Array, keys: Array, k: Array, words: Array | None, sampling: sp.Sampling
+def choose(logits: Array, keys: Array, k: Array, words: Array | None, sampling: Sampling
            ) -> tuple[Array, Array | None]:
   """(tokens i32[B], the probabilities f32[B,W] that they were drawn from, None when greedy) at draft position k."""
   probs = None
@@ -92,7 +92,7 @@ def choose(logits: Array, keys: Array, k: Array, words: Array | None, sampling: 
 
 
 def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Array, base: Array, anchor: Array,
-            words: Array | None, keys: Array, sampling: sp.Sampling) -> Proposal:
+            words: Array | None, keys: Array, sampling: Sampling) -> Proposal:
   """Draws a block left to right. hidden f[B,G,D], base logits f32[B,G,W], anchor i32[B], keys [B].
 
   bias: of the `DraftHead`. confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.

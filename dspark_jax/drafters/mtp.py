@@ -1,6 +1,7 @@
 """MTP-1 for dense targets: one of the target's own layers, fed by [norm(token embedding) ; norm(target hidden)].
 
-The multi-token prediction module of DeepSeek-V3 (2.2) at depth 1, which drafts further tokens by reading its own output.
+The multi-token prediction module of DeepSeek-V3 (2.2) at depth 1, which drafts further tokens by reading its own
+output.
 """
 
 from __future__ import annotations

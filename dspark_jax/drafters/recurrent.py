@@ -18,8 +18,8 @@ from dspark_jax.drafters.model import DrafterConfig, DraftModel, newest
 from dspark_jax.nn.attention import Place, attend, following, sequence
 from dspark_jax.nn.cache import Cache, extend
 from dspark_jax.nn.layers import RMSNorm
-from dspark_jax.sampling import Sampling
-from dspark_jax.types import Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Target, TargetOutput
+from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
+                              TargetOutput)
 
 
 
@@ -30,7 +30,8 @@ class RecurrentState:
 
 
 class Recurrent(DraftModel):
-  """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and its `cell`: project, close."""
+  """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and its `cell`:
+  project, close."""
 
   every_position = True
 
@@ -43,7 +44,8 @@ class Recurrent(DraftModel):
     raise NotImplementedError
 
   def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
-    """(x, q, k, v): the cell's residual stream f[...,D] and what attends, from embeddings and hidden states f[...,D]."""
+    """(x, q, k, v): the cell's residual stream f[...,D] and what attends, from embeddings and hidden states
+    f[...,D]."""
     raise NotImplementedError
 
   def close(self, x: Array, out: Array) -> Array:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-# A copy of libtpu outside the packages: installed among them, it would make every start of JAX look for a TPU, with warnings.
+# A copy of libtpu outside the packages: installed among them, it would make every start of JAX look for a TPU, with
+# warnings.
 LIBRARY = Path(sys.prefix) / "tpu-compiler" / "libtpu" / "libtpu.so"
 
 

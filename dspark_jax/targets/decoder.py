@@ -134,8 +134,8 @@ class Decoder(nnx.Module):
 def stack_layers(decoder: Decoder) -> Decoder:
   """The same model with its layers stacked along a leading axis, one stack for each of a period, to be scanned."""
   if decoder.config.num_layers % len(decoder.config.period):
-    raise ValueError(f"{decoder.config.num_layers} layers cannot be scanned in periods of {len(decoder.config.period)}: "
-                     f"leave them unrolled (scanned=False)")
+    raise ValueError(f"{decoder.config.num_layers} layers cannot be scanned in periods of "
+                     f"{len(decoder.config.period)}: leave them unrolled (scanned=False)")
   graph, state = nnx.split(decoder)  # merged again below: another module, so that the one given keeps its layers
   stacked, period = nnx.merge(graph, state), len(decoder.config.period)
   stacked.layers = nnx.List([jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers[i::period])
