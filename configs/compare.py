@@ -6,7 +6,6 @@ from dspark_jax.drafters import MTP, DSpark, Eagle3
 from dspark_jax.training.losses import EAGLE3, LossConfig
 from dspark_jax.training.step import OptimizerConfig
 from train.config import CompareConfig, TrainConfig
-
 alike = dict(taps=(1, 8, 15, 21, 28), block_size=5, draft_vocab_size=4096, from_target=True)
 dspark = DSpark.Settings(num_layers=2, **alike)
 dflash = replace(dspark, markov_rank=0, confidence="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -135,7 +136,8 @@ def _read_ours(path, target):
                      f"load it with the version that wrote it")
   data, where = sidecar["config"], f"{path / 'drafter.json'}, config"
   if isinstance(data, dict) and "spec" in data:  # of one of the families, whichever reads it
-    data = data | {"spec": from_json(LAYERS, data["spec"], f"{where}, spec")}
+    with contextlib.suppress(ValueError):  # what none of them reads is told below, with all else that is wrong
+      data = data | {"spec": from_json(LAYERS, data["spec"], where)}
   config = from_json(DRAFTERS[kind].Config, data, where)
   problems = _words_problems(config, tensors)
   if sidecar["target"] != target_id(target):

@@ -1,7 +1,8 @@
 """What the sequential head costs, in percent of a round: the same drafter with a vanilla head and without (DFlash).
 
-When to use it: for the right half of the paper's figure 4 (infer.plots), on this machine and, with --compiler (extra
-`tpu-compiler`), at Qwen3-8B size: bytes that must be read, and what a TPU compiler counts; nothing of that size is run.
+When to use it: for the right half of the paper's figure 4 (infer.plots), on this machine and, with --compiler (after
+`make tpu-compiler`), at Qwen3-8B size: bytes that must be read, and what a TPU compiler counts; nothing of that size
+is run.
 
     python -m infer.head_cost --target smollm2 --out runs/head_cost.json
     python -m infer.head_cost --target smollm2 --blocks 4 8 12 16 --compiler v5e --out runs/head_cost.json
@@ -21,16 +22,12 @@ The last line of stdout is a JSON object, also written to --out: head_cost, a li
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the TPU compiler is loaded
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +45,7 @@ from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
+from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.programs.results import HeadCost, Results
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 
@@ -87,7 +85,8 @@ def main(settings: Settings) -> dict:
   if small or not settings.blocks or min(settings.blocks) < 1:
     raise ValueError(f"{', '.join(small) or 'blocks'}: expected at least 1")
   blocks = sorted(set(settings.blocks))
-  place = None if settings.compiler == "none" else tpu(settings.compiler)  # a missing compiler is seen first
+  # First of all, so that a missing compiler is seen before minutes of measuring.
+  place = None if settings.compiler == "none" else absent_tpu(TOPOLOGIES[settings.compiler])
   with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
   rows = []
@@ -206,16 +205,6 @@ class Slots(DSpark):
                                  sampling))
       anchor = parts[-1].tokens[:, 0]
     return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
-
-
-def tpu(compiler: str) -> jax.sharding.Sharding:
-  """One device of a TPU that is not there."""
-  from jax.experimental import topologies
-  try:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[compiler])
-  except Exception as error:  # libtpu is missing, or cannot be loaded
-    raise ValueError(f"no TPU compiler for {compiler} ({error}): pip install -e '.[tpu-compiler]'") from error
-  return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
 def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_8B) -> HeadCost:

@@ -1,7 +1,7 @@
 """What the TPU compiler says of the memory of training and decoding at Qwen3-4B size, on a machine without a TPU.
 
-When to use it: to see that a training step or the decode loop fits before a pod is booked. Needs the extra
-`tpu-compiler`; nothing is run and no weights exist.
+When to use it: to see that a training step or the decode loop fits before a pod is booked. Needs
+`make tpu-compiler`; nothing is run and no weights exist.
 
     python -m infer.memory
     python -m infer.memory --topology v6e:2x2 --rows 8
@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when the TPU compiler is loaded
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +26,7 @@ from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
+from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import StepConfig, init_state, parameters, train_step
@@ -57,13 +54,7 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  from jax.experimental import topologies
-  try:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=settings.topology)
-  except Exception as error:  # libtpu is missing, or does not know the topology
-    raise ValueError(f"no TPU compiler for {settings.topology} ({error}): pip install -e '.[tpu-compiler]', or choose "
-                     f"another topology") from error
-  place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  place = absent_tpu(settings.topology)
   on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
   half = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
   target = on(half(jax.eval_shape(lambda: stack_layers(Decoder(TARGET, rngs=nnx.Rngs(0))))))

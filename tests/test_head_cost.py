@@ -117,8 +117,8 @@ def test_mistakes(flag, value, part, capsys, tmp_path):
 
 
 def test_no_compiler(capsys, monkeypatch, tmp_path):
-  """Kills: minutes of measuring before the missing compiler is found out; advice that does not name the extra."""
+  """Kills: minutes of measuring before the missing compiler is found out; advice that does not name the remedy."""
   monkeypatch.setitem(head_cost.TOPOLOGIES, "v5e", "no such topology")
   _, err = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", tmp_path / "cost.json",
                   "--compiler", "v5e", code=2)
-  assert "no TPU compiler for v5e" in err and "tpu-compiler" in err
+  assert "no TPU compiler for no such topology" in err and "make tpu-compiler" in err

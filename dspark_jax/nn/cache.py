@@ -27,8 +27,9 @@ class Full:
   """Keys and values of every token of a layer, or of a stack of L layers, of which one is meant at a time."""
   k: Array             # f[B,K,S,h], columns f[B,K,h,S]; stacked f[L,...]
   v: Array             # f[B,K,S,h]; stacked f[L,...]
-  layer: Array | None  # i32[]  the layer of the stack; None: there is but one
+  layer: Array | None  # i32[]  which of a stack is meant, while its layers are scanned; else None
   layout: Layout = flax.struct.field(pytree_node=False)
+  stacked: bool = flax.struct.field(pytree_node=False)
 
   @classmethod
   def empty(cls, batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype, *, layout: Layout,
@@ -39,7 +40,7 @@ class Full:
     rows, columns = (capacity, head_dim), (head_dim, capacity)
     # An array each: of one that stands for two, only one could be donated.
     keys, values = (jnp.zeros((*lead, *shape), dtype) for shape in (rows if layout == "rows" else columns, rows))
-    return cls(keys, values, jnp.int32(0) if stacked else None, layout)
+    return cls(keys, values, None, layout, bool(stacked))
 
   @property
   def capacity(self) -> int:
@@ -61,14 +62,14 @@ class Full:
     if batch == 1:  # one plain update in place instead of a scatter of one
       at = [jnp.int32(0)] * 4
       at[axis] = start[0]
-      if self.layer is None:
+      if not self.stacked:
         return jax.lax.dynamic_update_slice(old, new, at)
       return jax.lax.dynamic_update_slice(old, new[None], [self.layer, *at])
     # for b in range(batch): old[layer, b, :, start[b]:start[b] + T] = new[b], where axis is 2
     # One index per row of the batch, and whole windows: with an index per element (what `old.at[layer, rows, :, slots]`
     # becomes) 16 rows of 8 tokens were 131,072 updates.
     where = [jnp.arange(batch, dtype=jnp.int32), start.astype(jnp.int32)]
-    lead = () if self.layer is None else (0,)
+    lead = (0,) if self.stacked else ()
     if lead:
       where.insert(0, jnp.broadcast_to(self.layer, (batch,)))
     skip = len(lead)
@@ -82,7 +83,7 @@ class Full:
   def context(self) -> Context:
     """All slots, to be read up to a length."""
     # XLA's own products read this slice in place on a TPU; a kernel would get a copy of it, and should take the stack.
-    k, v = (self.k, self.v) if self.layer is None else (
+    k, v = (self.k, self.v) if not self.stacked else (
         jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
     return Context(k, v, self.layout)
 
@@ -90,7 +91,7 @@ class Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
     # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads. A NaN
     # there would be read all the same (0 * NaN): a row that failed is filled whole before its seat is given away.
-    axis = 0 if self.layer is None else 1
+    axis = 1 if self.stacked else 0
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, axis)
     return self.replace(k=put(self.k, one.k), v=put(self.v, one.v))
 

@@ -107,7 +107,8 @@ class Decoder(nnx.Module):
       (x, caches, features), (layers, repeat) = carry, scanned
       for which, layer in enumerate(layers):
         cache = caches[which] and caches[which].replace(layer=repeat)
-        x, caches[which] = layer(x, place, cache)
+        x, cache = layer(x, place, cache)
+        caches[which] = cache and cache.replace(layer=None)
         # A select for each tap: as outputs of the scan, x of every layer would be kept for the few that are tapped.
         features = [jnp.where(repeat * len(layers) + which == tap, x, f) for tap, f in zip(taps, features)]
       return (x, caches, features), None
