@@ -153,8 +153,11 @@ def generate(target: Target, drafter: Drafter | None, prompts: Sequence[Sequence
   budget: see `Session`, which gives texts as they finish. Compiles once per batch size, prompt bucket, largest
   max_new_tokens, kind of sampling and kind of policy.
   """
-  texts = dict(Session(target, drafter, budget=budget).stream(prompts, **settings))
-  return Generation.of([texts[row] for row in range(len(prompts))])
+  texts = [None] * len(prompts)
+  for batch in Session(target, drafter, budget=budget).prepare(prompts, **settings):
+    for row, text in zip(batch.indices, batch.run()):
+      texts[row] = text
+  return Generation.of(texts)
 
 
 def _limits(target, prompts, max_new_tokens):
