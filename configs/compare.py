@@ -1,20 +1,21 @@
 # python -m train.compare --config configs/compare.py --data runs/demo/answers.jsonl
-"""Eight drafters for SmolLM2-135M, trained alike: the paper's Table 1 in miniature, in an hour or two of two CPU cores."""
+"""Eight drafters for SmolLM2-135M, trained alike: the paper's Table 1 in miniature, in an hour or two of two cores."""
 from dataclasses import replace
 from pathlib import Path
-
+from dspark_jax.drafters import MTP, DSpark, Eagle3
 from dspark_jax.training.losses import EAGLE3, LossConfig
 from dspark_jax.training.step import OptimizerConfig
-from train.config import CompareConfig, DrafterSettings, TrainConfig
+from train.config import CompareConfig, TrainConfig
 
-dspark = DrafterSettings(taps=(1, 8, 15, 21, 28), num_layers=2, block_size=5, draft_vocab_size=4096, from_target=True)
-plain, recurrent = replace(dspark, markov_rank=0, confidence="none"), replace(dspark, num_layers=1, markov_rank=0)
+alike = dict(taps=(1, 8, 15, 21, 28), block_size=5, draft_vocab_size=4096, from_target=True)
+dspark = DSpark.Settings(num_layers=2, **alike)
+dflash = replace(dspark, markov_rank=0, confidence="none")
 ours, ce, soft = LossConfig(chunk=128), LossConfig(ce=1, tv=0, confidence=0, chunk=128), replace(EAGLE3, chunk=128)
-base = TrainConfig(target="smollm2", out=Path("runs/compare"), drafter=dspark, steps=400, batch=1, row_length=256,
-                   anchors=128, log_every=20, compute_dtype="bfloat16", target_dtype="bfloat16", loss=ours,
-                   optimizer=OptimizerConfig(learning_rate=1e-3))
+half, adamw = dict(compute_dtype="bfloat16", target_dtype="bfloat16"), OptimizerConfig("adamw", 1e-3)
+base = TrainConfig("smollm2", dspark, Path("runs/compare"), steps=400, batch=1, row_length=256, anchors=128,
+                   log_every=20, loss=ours, optimizer=adamw, **half)
 config = CompareConfig(base, {
   "dspark-vanilla": (dspark, ours), "dspark-gated": (replace(dspark, markov_head="gated"), ours),
-  "dspark-rnn": (replace(dspark, markov_head="rnn"), ours), "dflash": (plain, ce),
-  "dflash-5-layers": (replace(plain, num_layers=5), ce), "eagle3": (replace(recurrent, kind="eagle3"), soft),
-  "mtp": (replace(recurrent, kind="mtp"), soft), "dspark-lens": (replace(dspark, lens=True), ours)})
+  "dspark-rnn": (replace(dspark, markov_head="rnn"), ours), "dflash": (dflash, ce),
+  "dflash-5-layers": (replace(dflash, num_layers=5), ce), "eagle3": (Eagle3.Settings(**alike), soft),
+  "mtp": (MTP.Settings(**alike), soft), "dspark-lens": (replace(dspark, lens=True), ours)})

@@ -3,9 +3,10 @@
 
 from pathlib import Path
 
-from train.config import DrafterSettings, TrainConfig
+from dspark_jax.drafters import DSpark
+from train.config import TrainConfig
 
 config = TrainConfig(
     target="Qwen/Qwen3-4B", out=Path("runs/qwen3_4b"), steps=20_000, batch=8, row_length=4096, anchors=512,
     compute_dtype="bfloat16", target_dtype="bfloat16",
-    drafter=DrafterSettings(taps=(1, 9, 17, 25, 33), mask_token_id=151669))
+    drafter=DSpark.Settings(taps=(1, 9, 17, 25, 33), mask_token_id=151669))

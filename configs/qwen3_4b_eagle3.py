@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs.qwen3_4b import config as dspark
+from dspark_jax.drafters import Eagle3
 from dspark_jax.training.losses import EAGLE3
 
 config = replace(dspark, out=Path("runs/qwen3_4b_eagle3"), loss=EAGLE3,
-                 drafter=replace(dspark.drafter, kind="eagle3", num_layers=1, markov_rank=0))
+                 drafter=Eagle3.Settings(taps=dspark.drafter.taps))

@@ -3,108 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import types
 import typing
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockSpec:
-  """The static description of one transformer layer."""
-  hidden_size: int
-  intermediate_size: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rms_norm_eps: float
-  rope_theta: float
-  qk_norm: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetConfig:
-  """A frozen language model: `family` names a file in targets/."""
-  family: str
-  spec: BlockSpec
-  num_layers: int
-  vocab_size: int
-  tie_word_embeddings: bool
-  max_positions: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DrafterConfig:
-  """A DSpark or DFlash drafter. `spec` repeats the target family's own block."""
-  spec: BlockSpec
-  num_layers: int
-  vocab_size: int              # of the target
-  num_target_layers: int
-  taps: tuple[int, ...]
-  mask_token_id: int
-  block_size: int = 7          # G: drafts per round
-  markov_rank: int = 256       # R; 0 without a sequential head
-  markov_head: str = "vanilla"  # vanilla | gated | rnn
-  confidence: str = "markov"   # none | hidden | markov: what the confidence head reads besides nothing
-  sample_from_anchor: bool = True  # False: the original DFlash, whose anchor slot predicts nothing
-  lens: bool = False           # slots start from drafters/lens.py instead of [anchor, mask, ...]; not in the paper
-  draft_vocab_size: int = 0    # W; 0: the target's whole vocabulary
-
-  def __post_init__(self):
-    problems = common_problems(self)
-    if not self.taps:
-      problems.append("taps are empty: name at least one target layer")
-    if self.markov_rank and self.markov_head not in ("vanilla", "gated", "rnn"):
-      problems.append(f"markov_head is {self.markov_head!r}, expected vanilla, gated or rnn")
-    if self.confidence not in ("none", "hidden", "markov"):
-      problems.append(f"confidence is {self.confidence!r}, expected none, hidden or markov")
-    if self.confidence == "markov" and not self.markov_rank:
-      problems.append("confidence 'markov' reads the sequential head's embedding, but markov_rank is 0: use 'hidden' or 'none'")
-    if self.lens and not self.sample_from_anchor:
-      problems.append("a lens predicts a draft in every slot: sample_from_anchor must be true")
-    if not 0 <= self.mask_token_id < self.vocab_size:
-      problems.append(f"mask_token_id is {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
-    raise_all("drafter config", problems)
-
-  @property
-  def slots(self) -> int:
-    """Block slots that are run for block_size drafts."""
-    return self.block_size + (0 if self.sample_from_anchor else 1)
-
-  @property
-  def words(self) -> int:
-    """W: columns of the draft logits."""
-    return self.draft_vocab_size or self.vocab_size
-
-
-@dataclasses.dataclass(frozen=True)
-class RecurrentConfig:
-  """An Eagle3 or MTP drafter. `spec` repeats the target family's own block."""
-  spec: BlockSpec
-  vocab_size: int              # of the target
-  num_target_layers: int
-  taps: tuple[int, ...] = ()   # MTP reads the target's last hidden states and needs none
-  block_size: int = 7          # G: drafts per round, and steps that training unrolls
-  draft_vocab_size: int = 0    # W; 0: the target's whole vocabulary
-
-  def __post_init__(self):
-    raise_all("drafter config", common_problems(self))
-
-  @property
-  def words(self) -> int:
-    """W: columns of the draft logits."""
-    return self.draft_vocab_size or self.vocab_size
-
-
-def common_problems(config: DrafterConfig | RecurrentConfig) -> list[str]:
-  """What is wrong with the fields that every drafter has."""
-  problems, bad = [], [t for t in config.taps if not -1 <= t < config.num_target_layers - 1]
-  if bad:
-    problems.append(f"taps {bad} are out of range: the target has {config.num_target_layers} layers, allowed are -1 "
-                    f"(embedding) to {config.num_target_layers - 2} (the last layer's stored form is ambiguous)")
-  if config.block_size < 1:
-    problems.append(f"block_size is {config.block_size}, expected at least 1")
-  if not 0 <= config.draft_vocab_size <= config.vocab_size:
-    problems.append(f"draft_vocab_size is {config.draft_vocab_size}, expected 0..{config.vocab_size}")
-  return problems
+MOST, SHOWN = 3, 60  # problems of one list, and characters of one value, that fit a sentence
+PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null",
+         Any: "anything"}
 
 
 def raise_all(what: str, problems: list[str]) -> None:
@@ -113,60 +20,134 @@ def raise_all(what: str, problems: list[str]) -> None:
     raise ValueError(f"{what}: " + "; ".join(problems))
 
 
+def wrong_choices(config) -> list[str]:
+  """What is wrong with the fields of a dataclass that take one of a few values (`Literal`)."""
+  kinds = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(type(config)).items()
+           if typing.get_origin(kind) is typing.Literal}
+  listed = lambda known: " or ".join(filter(None, (", ".join(map(str, known[:-1])), str(known[-1]))))
+  return [f"{name} is {getattr(config, name)!r}, expected {listed(known)}" for name, known in kinds.items()
+          if getattr(config, name) not in known]
+
+
 def to_json(config) -> dict[str, Any]:
-  return dataclasses.asdict(config)
+  """A dataclass, and those inside it, as a JSON object.
+
+  A field that is None by default is left out while it is None: adding one changes no file, and no hash of one.
+  """
+  values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+  # A chain: value is its default, and that is None.
+  return {field.name: _plain(value) for field, value in values.items() if not value is field.default is None}
+
+
+def _plain(value):
+  if dataclasses.is_dataclass(value):
+    return to_json(value)
+  if isinstance(value, (list, tuple)):
+    return [_plain(part) for part in value]
+  return {name: _plain(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """Bounds of a number that comes from JSON, in the type of its field: Annotated[float, Range(0, 1)]."""
+  low: float
+  high: float = math.inf
 
 
 def from_json(cls, data: dict[str, Any], what: str):
-  """A config of type `cls` from a JSON object; unknown, missing and mistyped keys are listed in one ValueError."""
-  fields, kinds = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
-  if not isinstance(data, dict):
-    raise ValueError(f"{what}: got {data!r}, expected an object with the keys {', '.join(fields)}")
-  required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-  raise_all(what, [f"unknown key {k!r}" for k in sorted(set(data) - set(fields))]
-            + [f"key {k!r} is missing" for k in sorted(required - set(data))]
-            + [f"key {k!r} is {v!r}, expected {kinds[k]}" for k, v in data.items() if k in fields and not _is(v, kinds[k])])
-  values = dict(data)
-  if "spec" in values:
-    values["spec"] = from_json(BlockSpec, values["spec"], f"{what}, spec")
-  if "taps" in values:
-    values["taps"] = tuple(values["taps"])
-  return cls(**values)
+  """A dataclass `cls` from a JSON object; all that is wrong in it, at any depth, is listed in one ValueError.
+
+  Fields may be bool, int, float (finite; an int will do), str, None, Any, Literal, tuple, dict by text, unions of
+  these, Annotated with a Range, and dataclasses. What a __post_init__ refuses is listed like the rest.
+  """
+  value, problems = _read(cls, data, "")
+  raise_all(what, problems)
+  return value
 
 
-def _is(value, kind):
+def _read(kind, value, path):
+  """(`value` as `kind`, what is wrong with it). path: the keys that lead to it, as results[2].kind."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    return _read_object(kind, value, path)
+  if dataclasses.is_dataclass(kind) and isinstance(value, kind):  # read before, as what only the caller knows
+    return value, []
+  if origin in (typing.Union, types.UnionType):
+    tried = [_read(option, value, path) for option in args]
+    right = [found for found in tried if not found[1]]
+    # Of what has the form of an option it is told what is wrong inside, not that it is no option.
+    near = [found for option, found in zip(args, tried) if found != _refused(option, value, path)]
+    return [*right, *near, _refused(kind, value, path)][0]
+  if origin is tuple and isinstance(value, (list, tuple)):
+    kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+    if len(kinds) == len(value):
+      parts, problems = _read_parts(kind, value, path, [(f"[{i}]", *part) for i, part in enumerate(zip(kinds, value))])
+      return (None if problems else tuple(parts)), problems
+  if origin is dict and isinstance(value, dict):
+    parts, problems = _read_parts(kind, value, path, [(f".{k}", args[1], v) for k, v in value.items()])
+    return (None if problems else dict(zip(value, parts))), problems
+  return (value, []) if _fits(kind, value) else _refused(kind, value, path)
+
+
+def _read_object(cls, data, path):
+  fields, kinds, at = {f.name: f for f in dataclasses.fields(cls)}, _kinds(cls), f"{path}." if path else ""
+  required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+  read = {name: _read(kinds[name], value, f"{at}{name}") for name, value in data.items() if name in fields}
+  problems = [f"unknown key {at + k!r}" for k in sorted(set(data) - set(fields))]
+  problems += [f"key {at + k!r} is missing" for k in sorted(required - set(data))]
+  problems += [problem for _, found in read.values() for problem in found]
+  # Built of right values alone: of others, a __post_init__ that compares or counts would make a TypeError.
+  try:
+    return (None if problems else cls(**{name: value for name, (value, _) in read.items()})), problems
+  except ValueError as error:  # of __post_init__
+    return None, [f"{path}: {error}" if path else str(error)]
+
+
+def _read_parts(kind, value, path, parts):
+  """([values], problems) of a list or a dictionary: of plain values it is right or wrong as a whole."""
+  read = [_read(part, v, f"{path}{name}") for name, part, v in parts]
+  problems = [problem for _, found in read for problem in found]
+  if problems and not any(dataclasses.is_dataclass(part) for _, part, _ in parts):
+    return None, _refused(kind, value, path)[1]
+  more = [f"and {len(problems) - MOST} more in {path}"] if len(problems) > MOST else []
+  return [v for v, _ in read], problems[:MOST] + more
+
+
+def _refused(kind, value, path):
+  shown = repr(value)
+  shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+  if not path:
+    return None, [f"got {shown}, expected an object with the keys {', '.join(_kinds(kind))}"]
+  return None, [f"key {path!r} is {shown}, expected {_words(kind)}"]
+
+
+def _fits(kind, value):
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin is typing.Annotated:
+    return _fits(args[0], value) and args[1].low <= value <= args[1].high
+  if origin is typing.Literal:
+    return any(type(value) is type(choice) and value == choice for choice in args)  # True == 1 == 1.0
   if kind is float:
-    return type(value) in (int, float)
-  if typing.get_origin(kind) is tuple:
-    return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
-  return dataclasses.is_dataclass(kind) or type(value) is kind  # a nested config checks itself
+    return type(value) in (int, float) and -math.inf < value < math.inf  # json reads NaN and Infinity
+  return kind is Any or type(value) is kind  # bool is an int to isinstance
 
 
-def hf_spec(hf: dict[str, Any], *, qk_norm: bool) -> tuple[BlockSpec, list[str]]:
-  """(spec, problems) from a Hugging Face config; both spellings of the rope are read and theta is never assumed."""
-  problems = [f"key {k!r} is {'missing' if hf.get(k) is None else repr(hf[k])}, expected a number"
-              for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "num_hidden_layers",
-                        "vocab_size") if type(hf.get(k)) not in (int, float)]
-  rope, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-  theta = rope.get("rope_theta", hf.get("rope_theta"))
-  if theta is None:
-    problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently wrong)")
-  for part in (rope, scaling):
-    kind = part.get("rope_type", part.get("type", "default"))  # `type` is the older spelling
-    if kind != "default":
-      problems.append(f"rope_type {kind!r} is not supported, only 'default'")
-  if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1):
-    problems.append("a partial rotary embedding is not supported")
-  for key in ("attention_bias", "mlp_bias"):
-    if hf.get(key):
-      problems.append(f"{key} is true, but only layers without biases are supported")
-  if hf.get("hidden_act", "silu") != "silu":
-    problems.append(f"hidden_act is {hf['hidden_act']!r}, only 'silu' is supported")
-  sliding = hf.get("use_sliding_window", hf.get("sliding_window"))
-  if sliding or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
-    problems.append("a sliding window is trained in, which is not supported")
-  if problems:
-    return None, problems
-  heads = hf["num_attention_heads"]
-  return BlockSpec(hf["hidden_size"], hf["intermediate_size"], heads, hf.get("num_key_value_heads") or heads,
-                   hf.get("head_dim") or hf["hidden_size"] // heads, hf["rms_norm_eps"], float(theta), qk_norm), []
+def _words(kind):
+  """What a field may be, for people."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin is typing.Annotated:
+    low, high = args[1].low, args[1].high
+    return f"{_words(args[0])} " + (f"of at least {low}" if high == math.inf else f"in {low}..{high}")
+  if origin in (typing.Union, types.UnionType):
+    return " or ".join(map(_words, args))
+  if origin is typing.Literal:
+    return " or ".join(map(repr, args))
+  if origin is tuple:
+    return f"[{', '.join('...' if part is Ellipsis else _words(part) for part in args)}]"
+  return PLAIN.get(kind, "an object")
+
+
+@functools.cache
+def _kinds(cls):
+  return typing.get_type_hints(cls, include_extras=True)
+

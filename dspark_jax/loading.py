@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import typing
 from pathlib import Path
 
 import jax
@@ -15,13 +16,17 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import DrafterConfig, RecurrentConfig, from_json, to_json
+from dspark_jax.config import from_json, to_json
 from dspark_jax.data.chat import smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
+from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.types import Array, Drafter, Target
+
+# What describes the layers of a drafter in our own folder: it does not say which family they are of.
+LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
 
 def locate_target(name: str | os.PathLike) -> Path:
@@ -34,6 +39,7 @@ def locate_target(name: str | os.PathLike) -> Path:
     raise ValueError(f"target {name} does not exist: expected a GGUF file, a Hugging Face folder, a Hugging Face id "
                      f"(owner/name) or smollm2")
   from huggingface_hub import snapshot_download  # slow to import, and rarely needed
+  # By what is read: neither *.bin nor *.py, which loading could execute, nor the same weights in other formats.
   try:
     return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
   except Exception as error:  # the hub's errors have no common base; the remedy is the same
@@ -52,19 +58,21 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
   family = config.get("model_type")
   if family not in TARGETS:
     raise NotImplementedError(f"target {path} is of family {family!r}, supported are {', '.join(sorted(TARGETS))}")
-  config = TARGETS[family](config)
+  family = TARGETS[family]
+  config = family.config(config)
   # Tied heads are sometimes stored twice, and old exporters store the rotary frequencies, which follow from theta.
   unused = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
   unused |= {"lm_head.weight"} if config.tie_word_embeddings else set()
-  target = hf.fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
-                   prefix=lambda name: name if name.startswith("lm_head") else f"model.{name}", extra_ok=unused)
+  target = hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
+                   stored=family.stored, extra_ok=unused)
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
   return stack_layers(target) if scanned else target
 
 
 def target_id(target: Target) -> str:
-  """What tells one target from another, whatever its dtype and layer layout: a hash of configuration and final norm."""
+  """A hash of configuration and some weights: it tells targets apart, whatever their dtype and layer layout."""
+  # Of weights that stay as they are when layers are stacked, rounded to bfloat16 in whatever dtype they were loaded.
   norm = np.asarray(target.norm.weight[...].astype(jnp.bfloat16)).tobytes()
   rows = np.asarray(target.embed_tokens.weight[:8].astype(jnp.bfloat16)).tobytes()
   config = json.dumps(to_json(target.config), sort_keys=True).encode()
@@ -76,12 +84,13 @@ def drafter_id(drafter: Drafter) -> str:
   digest = hashlib.sha256(json.dumps(to_json(drafter.config), sort_keys=True).encode())
   for name, variable in hf.names(drafter).items():
     digest.update(name.encode() + np.asarray(variable[...]).tobytes())
+  # Parameters alone would not do: with other words, the same weights draft other tokens.
   digest.update(b"" if drafter.words is None else np.asarray(drafter.words).tobytes())
   return digest.hexdigest()[:16]
 
 
 def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") -> Drafter:
-  """A drafter for `target` from our own folder, a training run, or a DeepSpec or DFlash folder, with weights in `dtype`.
+  """A drafter for `target` from our own folder, a training run, or a DeepSpec or DFlash folder, in `dtype`.
 
   ValueError when it was made for another target, and for every missing, unknown and misshapen tensor at once.
   """
@@ -89,7 +98,7 @@ def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") ->
 
 
 def made_for(path: str | os.PathLike, target: Target) -> bool:
-  """Whether the drafter of `path` is for this target, as far as its configuration tells. ValueError: no drafter there."""
+  """Whether the drafter of `path` is for this target, as far as its configuration tells. ValueError: none there."""
   path = drafter_folder(path)
   if (path / "drafter.json").exists():
     return hf.read_json(path / "drafter.json").get("target") == target_id(target)
@@ -100,6 +109,7 @@ def made_for(path: str | os.PathLike, target: Target) -> bool:
 def drafter_folder(path: str | os.PathLike) -> Path:
   """The folder with the drafter itself: `drafter` in a training run, else the one given."""
   path = Path(path)
+  # Either may have been moved aside when a kill came, and there is no drafter before it is back.
   atomic.put_back(path)
   atomic.put_back(path / "drafter")
   return path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
@@ -112,7 +122,7 @@ def _read_drafter(path: Path, target: Target, dtype=None):
   kind, config, tensors, apart, problems, imported = read(path, target)
   drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
                     extra_ok=apart, problems=problems)
-  if config.draft_vocab_size:
+  if config.draft_vocab_size:  # no parameter, so `fill` has passed it by
     drafter.draft_words.set_value(jnp.asarray(tensors["draft_words"], jnp.int32))
   return drafter, imported
 
@@ -123,18 +133,21 @@ def _read_ours(path, target):
   if kind not in list(DRAFTERS):  # a list: what a damaged file holds may not be hashable
     raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
                      f"load it with the version that wrote it")
-  config = from_json(DRAFTERS[kind].Config, sidecar["config"], f"{path / 'drafter.json'}, config")
+  data, where = sidecar["config"], f"{path / 'drafter.json'}, config"
+  if isinstance(data, dict) and "spec" in data:  # of one of the families, whichever reads it
+    data = data | {"spec": from_json(LAYERS, data["spec"], f"{where}, spec")}
+  config = from_json(DRAFTERS[kind].Config, data, where)
   problems = _words_problems(config, tensors)
   if sidecar["target"] != target_id(target):
-    problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target it "
-                    f"was trained with")
+    problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target "
+                    f"it was trained with")
   return kind, config, tensors, {"draft_words"} if config.draft_vocab_size else set(), problems, sidecar["imported"]
 
 
 def _config_there(path):
   if not (path / "config.json").exists():
-    raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with drafter.json "
-                     f"(ours) or config.json (DeepSpec, DFlash) in it")
+    raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with "
+                     f"drafter.json (ours) or config.json (DeepSpec, DFlash) in it")
 
 
 def _read_deepspec(path, target):
@@ -144,12 +157,14 @@ def _read_deepspec(path, target):
   problems = _fit(config, target)
   if dialects.stores_frozen(config):
     frozen = set(dialects.FROZEN)
+    # Only where the sizes fit: of another target's drafter these differ too, which is no news.
     problems = problems or dialects.check_frozen(tensors, target)
+  # Decoded from bytes: read_text() would turn \r\n into \n, and an export would not give back the file.
   imported = {"config": (path / "config.json").read_bytes().decode(), "metadata": tensors.metadata}
   return kind, config, tensors, frozen, problems, imported
 
 
-def _fit(config: DrafterConfig | RecurrentConfig, target: Target) -> list[str]:
+def _fit(config: DrafterConfig, target: Target) -> list[str]:
   pairs = [("width", config.spec.hidden_size, target.config.spec.hidden_size),
            ("vocabulary", config.vocab_size, target.config.vocab_size),
            ("target layers", config.num_target_layers, target.config.num_layers)]
@@ -164,6 +179,7 @@ def _words_problems(config, tensors):
   if words is None or words.shape != (config.draft_vocab_size,):
     return [f"draft_words is {'missing' if words is None else list(words.shape)}, expected [{config.draft_vocab_size}]"]
   ids = np.asarray(words)
+  # Training looks labels up by bisection; a word twice would be twice as likely as the sampler thinks.
   if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
     return [f"draft_words must be ascending token ids below {config.vocab_size}: the drafter is damaged, save it again"]
   return []
@@ -175,8 +191,8 @@ def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, i
   weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
   if drafter.words is not None:
     weights["draft_words"] = drafter.words
-  state.save_drafter(Path(path), {"drafter": kind_of(drafter), "config": to_json(drafter.config), "target": target_id(target),
-                                  "imported": imported, **_kept(temperatures)}, weights)
+  state.save_drafter(Path(path), {"drafter": kind_of(drafter), "config": to_json(drafter.config),
+                                  "target": target_id(target), "imported": imported, **_kept(temperatures)}, weights)
 
 
 def kind_of(drafter: Drafter) -> str:
@@ -247,18 +263,22 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
   format has no word for the drafter.
   """
   drafter, imported = _read_drafter(Path(source), target)
-  imported = imported or {"config": dialects.deepspec_config(kind_of(drafter), drafter.config), "metadata": {"format": "pt"}}
+  # What was imported goes out with its own text and header, so that the bytes are the same.
+  imported = imported or {"config": dialects.deepspec_config(kind_of(drafter), drafter.config),
+                          "metadata": {"format": "pt"}}
   weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
   if dialects.stores_frozen(drafter.config):
     weights |= dialects.frozen_copies(target, weights["norm.weight"].dtype)
   hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])
 
 
-def new_drafter(config: DrafterConfig | RecurrentConfig, *, kind: str = "dspark", words=None, seed: int = 0) -> Drafter:
-  """A freshly initialised drafter; words: ascending i32[W] when the draft vocabulary is reduced."""
+def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
+  """A freshly initialised drafter of the kind that the configuration is of; words: ascending i32[W] when the draft
+  vocabulary is reduced."""
+  build = next(cls for cls in DRAFTERS.values() if type(config) is cls.Config)
   if words is not None:
     config = dataclasses.replace(config, draft_vocab_size=len(words))
-  drafter = DRAFTERS[kind](config, rngs=nnx.Rngs(seed))
+  drafter = build(config, rngs=nnx.Rngs(seed))
   if words is not None:
     drafter.draft_words.set_value(jnp.asarray(words, jnp.int32))
   return drafter

@@ -110,6 +110,7 @@ class Target(Protocol):
   """A frozen language model (an nnx.Module used as a pytree). A cache is a pytree that only its target looks into."""
   vocab_size: int     # V
   max_positions: int  # tokens that a row may have
+  cache_layout: str   # rows | columns: how keys lie in caches where this target runs; drafters follow (nn/cache.py)
 
   def feature_width(self, taps: tuple[int, ...]) -> int: ...  # F
   def init_cache(self, batch: int, max_len: int) -> Any: ...  # of B rows without a token, with room for max_len

@@ -22,12 +22,12 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
-from dspark_jax.config import DrafterConfig
 from dspark_jax.decoding.generate import Generation, start
 from dspark_jax.decoding.round import Models, Rows
 from dspark_jax.decoding.session import Session
 from dspark_jax.decoding.verify import verify
-from infer import program
+from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
+from dspark_jax.programs import shell
 
 
 @dataclasses.dataclass
@@ -52,12 +52,12 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = random_drafter(settings, target) if settings.drafter == "random" else dspark_jax.load_drafter(
         settings.drafter, target, dtype=settings.dtype)
   rows = []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(settings.batches), note="")
     for batch in settings.batches:
       rows.append(measure(settings, target, drafter, batch))
@@ -66,23 +66,24 @@ def main(settings: Settings) -> dict:
   if settings.transformers:
     result["transformers_step_seconds"] = transformers_step(settings)
     result["speedup_over_transformers"] = result["transformers_step_seconds"] / rows[0]["plain_step_seconds"]
-  program.say(table(rows))
+  shell.say(table(rows))
   return result
 
 
 def random_drafter(settings: Settings, target):
   """An untrained drafter of the asked size over the target's whole vocabulary."""
   layers = target.config.num_layers
+  # Five, evenly from layer 1 to the last but two: of 36 layers 1, 9, 17, 25, 33, as released. Few layers give fewer.
   taps = tuple(sorted({round(1 + i * (layers - 4) / 4) for i in range(5)}))
-  return dspark_jax.new_drafter(DrafterConfig(
-      spec=target.config.spec, num_layers=settings.layers, vocab_size=target.config.vocab_size,
-      num_target_layers=layers, taps=taps, mask_token_id=0, block_size=settings.block_size, markov_rank=settings.markov_rank,
-      confidence="markov" if settings.markov_rank else "none"))
+  choices = DSparkChoices(num_layers=settings.layers, taps=taps, block_size=settings.block_size,
+                          markov_rank=settings.markov_rank, confidence="markov" if settings.markov_rank else "none")
+  return dspark_jax.new_drafter(DSparkConfig.for_target(choices, target.config))
 
 
 def measure(settings: Settings, target, drafter, batch: int) -> dict:
   """Throughput and the parts of a round at one batch size."""
   rng = np.random.default_rng(0)
+  # From 10 on: the first ids of a vocabulary are its special tokens, which no text is full of.
   prompts = rng.integers(10, target.config.vocab_size, (batch, settings.prompt_tokens)).tolist()
   out = {"batch": batch}
   for name, chosen in (("plain", None), ("speculative", drafter)):
@@ -91,6 +92,7 @@ def measure(settings: Settings, target, drafter, batch: int) -> dict:
     seconds, texts = fastest(work.run, settings.repeats)
     models, requests, slots = Models.of(target, chosen), work.args[2], work.static["capacity"]
     begin = jax.jit(start, static_argnums=2).lower(models, requests, slots).compile()
+    # The prompt is timed apart: with it a step would seem dearer the fewer of them follow.
     prompt_seconds, begun = fastest(lambda: begin(models, requests), settings.repeats)
     rounds = max(len(text.n_accept) for text in texts)
     out[f"{name}_tokens_per_second"] = batch * settings.new_tokens / seconds
@@ -104,7 +106,7 @@ def measure(settings: Settings, target, drafter, batch: int) -> dict:
 
 def parts(settings: Settings, models: Models, rows: Rows) -> dict:
   """Seconds of one draft and of one verification, each repeated inside one program."""
-  times = 8
+  times = 8  # so that the start of a program, which a round inside the loop does not have, weighs an eighth
 
   def propose(models, rows, anchor):
     return models.drafter.propose(models.target, models.draft_head, rows.draft, anchor, rows.keys,
@@ -133,6 +135,7 @@ def parts(settings: Settings, models: Models, rows: Rows) -> dict:
 
 def fastest(function, repeats: int):
   """(seconds of the fastest of `repeats` calls after one to warm up, its result)"""
+  # The fastest, not the mean: what other work on the machine adds is never negative.
   result, best = jax.block_until_ready(function()), float("inf")
   for _ in range(repeats):
     began = time.perf_counter()
@@ -162,11 +165,13 @@ def transformers_step(settings: Settings) -> float:
   prompt = torch.randint(10, model.config.vocab_size, (1, settings.prompt_tokens))
   def run(new):
     began = time.perf_counter()
+    # min_new_tokens: a stop token would end it early. The pad id is never used, and silences a warning.
     model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
                    do_sample=False, pad_token_id=0)
     return time.perf_counter() - began
   with torch.no_grad():
-    run(4)
+    run(4)  # warms up
+    # The difference of two lengths: the prompt's pass and what a call costs are in both.
     long, short = (min(run(n) for _ in range(settings.repeats)) for n in (settings.new_tokens, 8))
   return (long - short) / (settings.new_tokens - 8)
 
@@ -184,4 +189,4 @@ def table(rows: list[dict]) -> Table:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -19,7 +19,7 @@ from typing import Literal
 import jax
 
 import dspark_jax
-from infer import program
+from dspark_jax.programs import shell
 
 
 @dataclasses.dataclass
@@ -38,13 +38,14 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
-  with program.stderr.status("loading the target"):
+  with shell.stderr.status("loading the target"):
+    # scanned=False: its layers are never run, and stacking them would copy every weight.
     target = dspark_jax.load_target(settings.target, dtype=settings.target_dtype, scanned=False)
   convert = dspark_jax.import_drafter if settings.to == "orbax" else dspark_jax.export_drafter
-  with program.stderr.status("converting"):
+  with shell.stderr.status("converting"):
     convert(settings.source, settings.destination, target)
   return dict(source=str(settings.source), destination=str(settings.destination), format=settings.to)
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

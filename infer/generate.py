@@ -12,7 +12,6 @@ The last line of stdout is a JSON object with the keys tokens, text, n_accept (d
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import locate_target, stored_temperatures
-from infer import program
+from dspark_jax.programs import shell
 
 
 @dataclasses.dataclass
@@ -66,17 +65,16 @@ class Settings:
 def main(settings: Settings) -> dict:
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
-  if settings.dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
-  for name in ("confidence_threshold", "survival_threshold"):
+  shell.one_of(settings, dtype=shell.DTYPES)
+  for name in ("confidence_threshold", "survival_threshold"):  # prepare checks them, too, but after minutes of loading
     if not 0 <= getattr(settings, name) <= 1:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")
   tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
   prompts = read_prompts(settings, tokenizer)
-  stops = settings.stop_token_ids
+  stops = settings.stop_token_ids  # (): none; None: the tokenizer's
   if stops is None:
     stops = chat.stop_ids(tokenizer) if tokenizer else ()
-  with program.stderr.status("loading"):
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
                                                                               dtype=settings.dtype)
@@ -86,12 +84,12 @@ def main(settings: Settings) -> dict:
       confidence_threshold=settings.confidence_threshold, survival_threshold=settings.survival_threshold,
       calibration=calibration(settings, drafter))
   texts, compile_seconds, seconds = {}, 0.0, 0.0
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("generating", total=len(prompts), note="compiling")
     for batch in batches:
       bar.update(task, note="compiling")
       began = time.perf_counter()
-      batch.compile()
+      batch.compile()  # apart from decoding: the first call would count the compilation as tokens that took minutes
       compiled = time.perf_counter()
       bar.update(task, note="")
       texts |= zip(batch.indices, batch.run())
@@ -99,9 +97,9 @@ def main(settings: Settings) -> dict:
       compile_seconds += compiled - began
       bar.update(task, advance=len(batch.indices))
   out = Generation.of([texts[row] for row in range(len(prompts))])
-  return dict(tokens=out.tokens, text=[tokenizer.decode(row, skip_special_tokens=True) for row in out.tokens]
-              if tokenizer else None, n_accept=out.n_accept,
-              accepted_length=out.accepted_length if out.rounds else None, rounds=out.rounds,
+  text = [tokenizer.decode(row, skip_special_tokens=True) for row in out.tokens] if tokenizer else None
+  length = out.accepted_length if out.rounds else None  # not NaN, which JSON lacks
+  return dict(tokens=out.tokens, text=text, n_accept=out.n_accept, accepted_length=length, rounds=out.rounds,
               tokens_per_second=sum(map(len, out.tokens)) / seconds, compile_seconds=compile_seconds)
 
 
@@ -109,12 +107,13 @@ def calibration(settings: Settings, drafter):
   """f32[G] for the drafter's confidences, or None: those stored for this mode of sampling, if they are wanted."""
   if drafter is None or not settings.calibrated:
     return None
+  # Another mode's temperatures say nothing of this one: greedy and sampled text are accepted at different rates.
   stored, mode = stored_temperatures(settings.drafter, drafter), mode_name(settings.temperature)
   if stored and mode in stored.by_mode:
     return stored.for_mode(mode)
   if settings.survival_threshold or settings.confidence_threshold:
-    program.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the threshold meets the drafter's "
-                f"raw confidences; train.calibrate fits some")
+    shell.say(f"{settings.drafter} has no temperatures for mode {mode!r}: the threshold meets the drafter's "
+              f"raw confidences; train.calibrate fits some")
   return None
 
 
@@ -130,19 +129,11 @@ def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
     if not settings.prompt.strip():
       raise ValueError("the prompt is empty: expected some text")
     return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}], **how)]
-  prompts = []
-  for number, line in enumerate(settings.prompts.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
-    if line.strip():
-      prompts.append(chat.encode_prompt(tokenizer, _messages(line, f"{settings.prompts}, line {number}"), **how))
-  return prompts
+  return [chat.encode_prompt(tokenizer, _messages(record, f"{settings.prompts}, line {number}"), **how)
+          for number, record in shell.objects(settings.prompts)]
 
 
-def _messages(line, where):
-  try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{where} is not JSON ({error.msg}): expected one object per line") from error
-  record = record if isinstance(record, dict) else {}
+def _messages(record, where):
   if isinstance(record.get("prompt"), str) and record["prompt"].strip():
     return [{"role": "user", "content": record["prompt"]}]
   texts = [[m.get("role"), m.get("content")] if isinstance(m, dict) else [None] for m in record.get("messages") or []]
@@ -153,4 +144,4 @@ def _messages(line, where):
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -21,7 +21,6 @@ The last line of stdout is a JSON object, also written to --out: head_cost, a li
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import statistics
@@ -40,19 +39,23 @@ from flax import nnx
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
+from dspark_jax.config import to_json
 from dspark_jax.decoding.generate import Requests, start
 from dspark_jax.decoding.policy import All
 from dspark_jax.decoding.round import Models, play
 from dspark_jax.decoding.session import Session
 from dspark_jax.drafters import heads
-from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.targets.decoder import Decoder
-from infer import program
+from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.programs import shell
+from dspark_jax.programs.results import HeadCost, Results
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 
+# Of its published config.json: width, MLP, query and key-value heads, head width, epsilon, rope theta.
 SPEC = BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
 QWEN3_8B = TargetConfig("qwen3", SPEC, 36, 151_936, False, 40_960)
 FEW = 6  # layers that are compiled: the least with five different taps
+# A small slice of each generation: one of its devices is compiled for.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 CONTEXT = 2048  # cache slots of the compiled round
 PROMPT = 48     # tokens before the measured rounds
@@ -84,33 +87,34 @@ def main(settings: Settings) -> dict:
   if small or not settings.blocks or min(settings.blocks) < 1:
     raise ValueError(f"{', '.join(small) or 'blocks'}: expected at least 1")
   blocks = sorted(set(settings.blocks))
-  place = None if settings.compiler == "none" else tpu(settings.compiler)
-  with program.stderr.status("loading"):
+  place = None if settings.compiler == "none" else tpu(settings.compiler)  # a missing compiler is seen first
+  with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
   rows = []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("head cost", total=len(blocks) * (2 if place else 1), note="")
     for measure, on in ((measured, target), (counted, place)):
       for block in blocks if on is not None else ():
         rows.append(measure(settings, on, block))
-        program.say(f"{rows[-1]['device']}, block {block}: {rows[-1]['percent']:.2f} %")
+        shell.say(f"{rows[-1].device}, block {block}: {rows[-1].percent:.2f} %")
         bar.update(task, advance=1)
-  result = {"head_cost": rows}
-  program.write(settings.out, json.dumps(result, indent=1) + "\n")
+  result = to_json(Results(head_cost=tuple(rows)))
+  shell.write_json(settings.out, result)
   table = Table("device", "block", "percent of a round")
   for row in rows:
-    table.add_row(row["device"], str(row["block_size"]), f"{row['percent']:.2f}")
-  program.say(table)
+    table.add_row(row.device, str(row.block_size), f"{row.percent:.2f}")
+  shell.say(table)
   return result
 
 
-def drafter_config(target: TargetConfig, settings: Settings, block: int, rank: int) -> DrafterConfig:
+def drafter_config(target: TargetConfig, settings: Settings, block: int, rank: int) -> DSparkConfig:
   """A drafter over the whole vocabulary, with five taps, whatever the depth of the target: some may be the same."""
   last = target.num_layers - 2
+  # Those of the released drafters for 36 layers, else evenly spaced: how many are read costs, not which.
   taps = (1, 9, 17, 25, 33) if last == 34 else tuple(round(i * last / 4) for i in range(5))
-  return DrafterConfig(spec=target.spec, num_layers=settings.layers, vocab_size=target.vocab_size,
-                       num_target_layers=target.num_layers, taps=taps, mask_token_id=0, block_size=block,
-                       markov_rank=rank, confidence="none")
+  return DSparkConfig.for_target(DSparkChoices(num_layers=settings.layers, taps=taps, block_size=block,
+                                               markov_rank=rank,
+                                               confidence="none"), target)
 
 
 def percent(with_head: float, without: float) -> float:
@@ -118,13 +122,12 @@ def percent(with_head: float, without: float) -> float:
   return 100 * (with_head - without) / with_head
 
 
-# On this machine
-
-def measured(settings: Settings, target, block: int) -> dict:
-  """Times of rounds with and without the head at one block size, and of the head's own part."""
+def measured(settings: Settings, target, block: int) -> HeadCost:
+  """The cost at one block size by the times of rounds with and without the head, and of its own part alone."""
   prompts = np.random.default_rng(0).integers(0, target.config.vocab_size, (settings.rows, PROMPT)).tolist()
   calls = {}
   for rank in (settings.rank, 0):
+    # Both before anything is timed: compiling one between the others' calls would warm the machine unevenly.
     drafter = dspark_jax.new_drafter(drafter_config(target.config, settings, block, rank))
     drafter = jax.tree.map(lambda x: x.astype(settings.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, drafter)
     (batch,) = Session(target, drafter, budget=None).prepare(
@@ -134,13 +137,15 @@ def measured(settings: Settings, target, block: int) -> dict:
     calls["slots", rank] = slots(settings, models, requests)
   seconds = interleaved(calls, settings.repeats)
   median = {key: statistics.median(values) / settings.rounds for key, values in seconds.items()}
+  # Neighbours in time are compared, so that their quartiles show the machine's unrest and not its drift.
   pairs = [percent(a, b) for a, b in zip(seconds["round", settings.rank], seconds["round", 0])]
   whole, without = median["round", settings.rank], median["round", 0]
   alone = median["slots", settings.rank] - median["slots", 0]
-  return {"device": f"{Path(settings.target).name}, {settings.dtype}, this {jax.devices()[0].device_kind}",
-          "block_size": block, "percent": percent(whole, without),
-          "percent_quartiles": np.percentile(pairs, [25, 75]).tolist(), "round_seconds": whole,
-          "round_seconds_without": without, "head_seconds_alone": alone, "percent_alone": 100 * alone / whole}
+  # Without the target's folder: the same device, measured from two places, is one line in the figure.
+  device = f"{Path(settings.target).name}, {settings.dtype}, this {jax.devices()[0].device_kind}"
+  return HeadCost(
+      device, block, percent(whole, without), percent_quartiles=tuple(np.percentile(pairs, [25, 75]).tolist()),
+      round_seconds=whole, round_seconds_without=without, head_seconds_alone=alone, percent_alone=100 * alone / whole)
 
 
 def rounds(settings: Settings, models: Models, requests: Requests, capacity: int) -> Callable:
@@ -149,7 +154,7 @@ def rounds(settings: Settings, models: Models, requests: Requests, capacity: int
 
   def run(models, rows):
     rows = jax.lax.fori_loop(0, settings.rounds, lambda _, rows: play(models, rows, All())[0], rows)
-    return rows.replace(cache=None, draft=None)
+    return rows.replace(cache=None, draft=None)  # or the caches would be copied out, in the time that is measured
 
   compiled = jax.jit(run).lower(models, begun).compile()
   return lambda: compiled(models, begun)
@@ -181,7 +186,7 @@ def interleaved(calls: dict, repeats: int) -> dict[tuple, list[float]]:
   """Seconds of each call, after one to warm up: all in turn, so that what else the machine does hits all alike."""
   seconds = {key: [] for key in calls}
   for repeat in range(-1, repeats):
-    for key in list(calls)[::-1 if repeat % 2 else 1]:
+    for key in list(calls)[::-1 if repeat % 2 else 1]:  # to and fro: none always follows the same one
       began = time.perf_counter()
       jax.block_until_ready(calls[key]())
       if repeat >= 0:
@@ -189,14 +194,11 @@ def interleaved(calls: dict, repeats: int) -> dict[tuple, list[float]]:
   return seconds
 
 
-# By the compiler of a TPU
-
 class Slots(DSpark):
   """The same drafter with the slots of a block as a Python loop; for a vanilla head or none, which carry no state."""
 
   def propose(self, target, head, state, anchor, keys, sampling):
-    tokens = jnp.full((anchor.shape[0], self.config.slots), self.config.mask_token_id, jnp.int32)
-    hidden = self.draft(target.embed(tokens.at[:, 0].set(anchor)), state.cache)[:, -self.block_size:]
+    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
     base, parts = head.base(hidden), []
     for k in range(self.block_size):
       at = slice(k, k + 1)
@@ -216,8 +218,8 @@ def tpu(compiler: str) -> jax.sharding.Sharding:
   return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
-def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_8B) -> dict:
-  """What a round must read, and what the compiler counts of it, at one block size with and without the head."""
+def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_8B) -> HeadCost:
+  """The cost at one block size by what a round with and without the head must read, and by the compiler's counts."""
   few = dataclasses.replace(target, num_layers=FEW)
   more = dataclasses.replace(target, num_layers=FEW + 1)
   with_head, without = (round_cost(settings, few, block, rank, place) for rank in (settings.rank, 0))
@@ -225,11 +227,11 @@ def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_
   whole = lambda cost: {name: value + (target.num_layers - FEW) * layer[name] for name, value in cost.items()}
   with_head, without = whole(with_head), whole(without)
   read, read_without = (must_read(settings, target, block, rank) for rank in (settings.rank, 0))
-  return {"device": "Qwen3-8B, bfloat16, bytes that must be read", "block_size": block,
-          "percent": percent(read, read_without), "round_bytes": read, "compiler": settings.compiler,
-          "percent_bytes_reported": percent(with_head["bytes"], without["bytes"]),
-          "percent_flops": percent(with_head["flops"], without["flops"]),
-          "round_bytes_reported": with_head["bytes"], "round_flops": with_head["flops"]}
+  return HeadCost(
+      "Qwen3-8B, bfloat16, bytes that must be read", block, percent(read, read_without), round_bytes=read,
+      compiler=settings.compiler, percent_bytes_reported=percent(with_head["bytes"], without["bytes"]),
+      percent_flops=percent(with_head["flops"], without["flops"]),
+      round_bytes_reported=with_head["bytes"], round_flops=with_head["flops"])
 
 
 def must_read(settings: Settings, target: TargetConfig, block: int, rank: int) -> int:
@@ -261,4 +263,4 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -24,20 +24,21 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
 from dspark_jax.decoding.generate import decode, start
 from dspark_jax.decoding.round import Models
 from dspark_jax.decoding.session import Session
-from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.programs import shell
+from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import StepConfig, init_state, parameters, train_step
 from dspark_jax.types import Batch
-from infer import program
 
+# Qwen3-4B by its config.json, and the drafter that the paper's authors released for it.
 SPEC = BlockSpec(2560, 9728, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
 TARGET = TargetConfig("qwen3", SPEC, 36, 151_936, True, 40_960)
-DRAFTER = DrafterConfig(SPEC, 5, 151_936, 36, (1, 9, 17, 25, 33), 151_669)
+DRAFTER = DSparkConfig.for_target(DSparkChoices(taps=(1, 9, 17, 25, 33), mask_token_id=151_669), TARGET)
 
 
 @dataclasses.dataclass
@@ -68,24 +69,26 @@ def main(settings: Settings) -> dict:
   target = on(half(jax.eval_shape(lambda: stack_layers(Decoder(TARGET, rngs=nnx.Rngs(0))))))
   drafter = jax.eval_shape(lambda: DSpark(DRAFTER, rngs=nnx.Rngs(0)))
   out = {}
-  with program.stderr.status("compiling a training step"):
+  # Shapes are all that the compiler needs: no array of this size is made.
+  with shell.stderr.status("compiling a training step"):
     out["training_step"] = training(settings, target, drafter, on)
   for name, chosen in (("plain_decoding", None), ("speculative_decoding", on(half(drafter)))):
-    with program.stderr.status(f"compiling {name}"):
+    with shell.stderr.status(f"compiling {name}"):
       out[name] = decoding(settings, target, chosen, on)
   table = Table("program", "arguments GB", "results GB", "temporaries GB")
   for name, row in out.items():
     table.add_row(name, *(f"{row[k]:.3f}" for k in ("arguments_gb", "results_gb", "temporaries_gb")))
-  program.say(table)
+  shell.say(table)
   return {"topology": settings.topology, **out}
 
 
 def training(settings: Settings, target, drafter, on) -> dict:
   """One step at batch 1: bfloat16 compute, float32 masters, the state donated."""
   config = StepConfig(num_anchors=settings.anchors, compute_dtype="bfloat16", loss=LossConfig(chunk=settings.chunk))
-  state = on(jax.eval_shape(lambda d: init_state(d, config, 0, total_steps=1000), drafter))
+  state = on(jax.eval_shape(lambda d: init_state(d, config, 0, total_steps=1), drafter))  # no shape depends on it
   whole = jax.ShapeDtypeStruct((1, settings.tokens), jnp.int32)
   batch = on(Batch(whole, jax.ShapeDtypeStruct(whole.shape, jnp.bool_), whole, whole))
+  # Donated, as the program does it: else the old and the new state would both be counted.
   step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
   out, gradients = memory(step.lower(state, target, batch).compile()), size(jax.eval_shape(parameters, state.drafter))
   return {**out, "gradients_gb": gradients, "temporaries_beyond_gradients_gb": out["temporaries_gb"] - gradients}
@@ -106,6 +109,7 @@ def memory(compiled) -> dict:
   """GB, as the compiler reports them."""
   stats = compiled.memory_analysis()
   return dict(arguments_gb=stats.argument_size_in_bytes / 1e9,
+              # What is donated is written in place and needs no memory of its own.
               results_gb=(stats.output_size_in_bytes - stats.alias_size_in_bytes) / 1e9,
               temporaries_gb=stats.temp_size_in_bytes / 1e9)
 
@@ -116,4 +120,4 @@ def size(tree) -> float:
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -14,31 +14,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import itertools
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which looks for a screen and keeps every figure until it is closed
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from dspark_jax.programs import results, shell
+from dspark_jax.programs.results import Diagram, HeadCost, Result
 
-from dspark_jax.checkpoints.hf import read_json
-from infer import program
-
+IDENTITY = ("target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold")
 # Okabe and Ito's palette, whose colours also the colour-blind tell apart; black is for what belongs to no drafter.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
 DASHES = ("-", "--", ":", "-.")
-STROKES = tuple(zip(DASHES * 7, "osD^vPX" * 4))  # of lines that belong to no drafter
+# Of lines that belong to no drafter. 4 and 7 have no divisor in common: 28 pairs, all different.
+STROKES = tuple(zip(DASHES * 7, "osD^vPX" * 4))
+# The salt makes the ids in an SVG the same in every run; without it each drawing of the same data is another file.
 STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
          "legend.fontsize": 9, "svg.hashsalt": "dspark_jax", "figure.constrained_layout.use": True}
-UNDATED = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-Z = statistics.NormalDist().inv_cdf(0.975)
+Z = statistics.NormalDist().inv_cdf(0.975)  # 2.5 % to each side
 
 
 class LeftOut(Exception):
@@ -76,25 +75,23 @@ class Panel:
 def main(settings: Settings) -> dict:
   if not settings.results or not settings.formats:
     raise ValueError("there is nothing to draw: give --results at least one file and --formats at least one format")
-  results, costs = read(settings.results)
-  names = variants(results)
+  found, costs = read(settings.results)
+  names = variants(found)
   colours = looks(names.values())
   figures, left_out, drawn = {}, {}, {}
-  with plt.rc_context(STYLE):
+  with matplotlib.rc_context(STYLE):
     for name, (prepare, draw) in FIGURES.items():
       try:
-        figure = draw(prepare(results, costs, names), colours)
+        figure = draw(prepare(found, costs, names), colours)
       except LeftOut as reason:
         left_out[name] = str(reason)
-        program.say(f"{name} is left out: {reason}")
+        shell.say(f"{name} is left out: {reason}")
         continue
       for kind in settings.formats:
-        figure.savefig(buffer := io.BytesIO(), format=kind, dpi=120, metadata=UNDATED[kind])
-        drawn[settings.out / f"{name}.{kind}"] = buffer.getvalue()
-      plt.close(figure)
+        drawn[settings.out / f"{name}.{kind}"] = shell.image(figure, kind)
       figures[name] = str(settings.out / f"{name}.{settings.formats[0]}")
-  for path, data in drawn.items():  # nothing is written before everything is drawn
-    program.write(path, data)
+  for path, data in drawn.items():  # nothing is written before everything is drawn: no mixture of old and new
+    shell.write(path, data)
   return {"figures": figures, "left_out": left_out}
 
 
@@ -103,99 +100,38 @@ def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
   return dict(zip(sorted(set(names)), itertools.cycle((c, dashes) for dashes in DASHES for c in PALETTE)))
 
 
-def _is_number(x, low=-math.inf, high=math.inf) -> bool:
-  return type(x) in (int, float) and math.isfinite(x) and low <= x <= high
+def read(paths: Iterable[Path]) -> tuple[list[Result], list[HeadCost]]:
+  """(results, head costs) of all files, without plain decoding, which has nothing to draw.
 
-
-_is_text = lambda x: isinstance(x, str)
-_is_count = lambda x: type(x) is int and x >= 0
-_is_list = lambda x, check: isinstance(x, list) and all(map(check, x))
-_or_null = lambda check: lambda x: x is None or check(x)
-
-
-def _is_reliability(x) -> bool:
-  """Reliability.to_json() with at least what is drawn: lists over positions, and over positions and bins."""
-  if not isinstance(x, dict) or not _is_list(x.get("ece"), _or_null(_is_number)):
-    return False
-  tables = [x.get(name) for name in ("bin_count", "bin_pred_sum", "bin_target_sum")]
-  if not all(_is_list(t, lambda row: _is_list(row, lambda v: _is_number(v, 0))) for t in tables):
-    return False
-  return all([*map(len, t)] == [*map(len, tables[0])] and len(t) == len(x["ece"]) for t in tables)
-
-
-FIELDS = {
-  **{name: (_is_text, "text") for name in ("target", "drafter", "dataset", "mode")},
-  **{name: (_or_null(_is_text), "text or null") for name in ("kind", "markov_head")},
-  **{name: (_or_null(_is_count), "a count or null") for name in ("block_size", "num_layers")},
-  **{name: (_is_count, "a count") for name in ("rounds", "accepted_tokens", "rejected_tokens")},
-  **{name: (_or_null(_is_reliability), "a Reliability or null") for name in ("reliability", "reliability_before")},
-  "threshold": (lambda x: _is_number(x, 0, 1), "a number in 0..1"),
-  "accepted_length": (_or_null(lambda x: _is_number(x, 0)), "a number or null"),
-  "accepted_length_interval": (_or_null(lambda x: _is_list(x, _or_null(_is_number)) and len(x) == 2), "two or null"),
-  "acceptance": (_or_null(lambda x: _is_list(x, _or_null(lambda v: _is_number(v, 0, 1)))), "numbers in 0..1 or null"),
-  "reached": (_or_null(lambda x: _is_list(x, _is_count)), "a list of counts")}
-COST_FIELDS = {"device": (_is_text, "text"), "block_size": (_is_count, "a count"), "percent": (_is_number, "a number")}
-IDENTITY = ("target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold")
-
-
-def read(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
-  """(results, head costs) of all files. ValueError for a damaged file, and for the same measurement in two places."""
-  results, costs, seen = [], [], {}
+  ValueError for a damaged file, and for the same measurement in two places, of which one would hide the other.
+  """
+  found, costs, seen = [], [], {}
   for path in paths:
-    content = read_json(path)
-    if not isinstance(content, dict) or not ({"results", "head_cost"} & set(content)):
-      raise ValueError(f"{path} is no results file, expected an object with results or head_cost: give a file that "
-                       f"infer.evaluate or infer.head_cost wrote")
-    parts = [("results", FIELDS, IDENTITY, results), ("head_cost", COST_FIELDS, ("device", "block_size"), costs)]
-    for part, fields, identity, into in parts:
-      if problems := row_problems(part, rows := content.get(part, []), fields):
-        raise ValueError(f"{path} is damaged: {'; '.join(problems[:3])}: write it again")
-      rows = [row for row in rows if not is_plain(row)]
-      for row in rows:
-        key = (part, *(row[field] for field in identity))
+    file = results.read(path)
+    for rows, identity, into in ((file.results, IDENTITY, found), (file.head_cost, ("device", "block_size"), costs)):
+      for row in rows or ():
+        if isinstance(row, Result) and row.is_plain:
+          continue
+        key = type(row), *(getattr(row, name) for name in identity)
         if key in seen:
-          raise ValueError(f"{', '.join(str(k) for k in key if k is not None)} is in {seen[key]} and again in {path}: "
-                           f"give only one of them")
+          raise ValueError(f"{', '.join(str(k) for k in key[1:] if k is not None)} is in {seen[key]} and again in "
+                           f"{path}: give only one of them")
         seen[key] = path
-      into += rows
-  return results, costs
+        into.append(row)
+  return found, costs
 
 
-def row_problems(part: str, rows: Any, fields: dict) -> list[str]:
-  """What is wrong with the rows of one part of a file."""
-  if not isinstance(rows, list):
-    return [f"{part} is no list"]
-  problems = []
-  for number, row in enumerate(rows):
-    if not isinstance(row, dict):
-      problems.append(f"{part} {number} is no object")
-      continue
-    if is_plain(row):
-      continue
-    problems += [f"{part} {number} has {name} {repr(row[name])[:40]}, expected {words}" if name in row else
-                 f"{part} {number} has no {name}, expected {words}"
-                 for name, (check, words) in fields.items() if name not in row or not check(row[name])]
-    if len({len(row[n]) for n in ("acceptance", "reached") if isinstance(row.get(n), list)}) > 1:
-      problems.append(f"{part} {number} has acceptance and reached of different lengths, expected one per position")
-  return problems
-
-
-def is_plain(row: dict) -> bool:
-  """Plain decoding, for which infer.evaluate has a speed and nothing to draw."""
-  return row.get("kind", "") is None and row.get("threshold", 0) is None
-
-
-def variants(results: list[dict]) -> dict[tuple, str]:
+def variants(found: list[Result]) -> dict[tuple, str]:
   """What each drafter is called: its name, and its shape too where one name stands for several."""
   shapes = {}
-  for r in results:
-    shapes.setdefault(r["drafter"], set()).add(shape_of(r))
+  for r in found:
+    shapes.setdefault(r.drafter, set()).add(shape_of(r))
   return {s: name if len(all_) == 1 else f"{name} ({family(s[1], s[4])}, block {s[2]}, layers {s[3]})"
           for name, all_ in shapes.items() for s in all_}
 
 
-def shape_of(result: dict) -> tuple:
-  return tuple(result[n] for n in ("drafter", "kind", "block_size", "num_layers", "markov_head"))
+def shape_of(result: Result) -> tuple:
+  return result.drafter, result.kind, result.block_size, result.num_layers, result.markov_head
 
 
 def family(kind: str | None, markov_head: str | None) -> str:
@@ -205,16 +141,14 @@ def family(kind: str | None, markov_head: str | None) -> str:
   return "DFlash" if markov_head in (None, "none") else f"DSpark {markov_head}"
 
 
-def panels_of(results: list[dict]) -> dict[str, list[dict]]:
+def panels_of(found: list[Result]) -> dict[str, list[Result]]:
   """Results by panel title, one per target x dataset x mode; the target is named when there are several."""
-  several, panels = len({r["target"] for r in results}) > 1, {}
-  for r in results:
-    title = f"{r['dataset']}, {r['mode']}" + (f", {r['target']}" if several else "")
+  several, panels = len({r.target for r in found}) > 1, {}
+  for r in found:
+    title = f"{r.dataset}, {r.mode}" + (f", {r.target}" if several else "")
     panels.setdefault(title, []).append(r)
   return panels
 
-
-# What goes into the axes: one function per figure
 
 def wilson(successes: float, trials: float) -> tuple[float, float]:
   """95 % interval of a rate (Wilson's score interval, without continuity correction)."""
@@ -224,13 +158,14 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
   return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def acceptance_panels(results: list[dict], costs: list[dict], names: dict) -> list[Panel]:
+def acceptance_panels(found: list[Result], costs: list[HeadCost], names: dict) -> list[Panel]:
   """Acceptance by draft position, given all before, with every draft verified (threshold 0)."""
   panels = []
-  for title, rows in panels_of([r for r in results if r["threshold"] == 0]).items():
+  # A threshold leaves out the drafts that were likely to be rejected: what it verifies is another population.
+  for title, rows in panels_of([r for r in found if r.threshold == 0]).items():
     lines = []
     for r in rows:
-      pairs = enumerate(zip(r["acceptance"] or [], r["reached"] or []), 1)
+      pairs = enumerate(zip(r.acceptance or (), r.reached or ()), 1)
       points = [(k, a, *wilson(a * n, n)) for k, (a, n) in pairs if a is not None and n > 0]
       if points:
         lines.append(Line(names[shape_of(r)], *map(list, zip(*points))))
@@ -239,16 +174,17 @@ def acceptance_panels(results: list[dict], costs: list[dict], names: dict) -> li
   return _or_left_out(panels, "no result at threshold 0 has acceptance by position")
 
 
-def length_panels(results: list[dict], names: dict, along: str, fixed: str) -> list[Panel]:
+def length_panels(found: list[Result], names: dict, along: str, fixed: str) -> list[Panel]:
   """Accepted length along one field, in lines of one family and one value of the other field, at threshold 0."""
   panels = []
-  for title, rows in panels_of([r for r in results if r["threshold"] == 0]).items():
+  for title, rows in panels_of([r for r in found if r.threshold == 0]).items():
     groups = {}
     for r in rows:
-      if None not in (r["accepted_length"], r[along], r[fixed]):
-        low, high = interval(r)
-        point = (r[along], r["accepted_length"], low, high, names[shape_of(r)])
-        groups.setdefault((family(r["kind"], r["markov_head"]), r[fixed]), []).append(point)
+      # The sort below puts drafters of one shape side by side, each with its own point: an average would hide them.
+      x, value = getattr(r, along), getattr(r, fixed)
+      if None not in (r.accepted_length, x, value):
+        point = (x, r.accepted_length, *interval(r), names[shape_of(r)])
+        groups.setdefault((family(r.kind, r.markov_head), value), []).append(point)
     word = {"num_layers": "{} layers", "block_size": "block {}"}[fixed]
     lines = [Line(f"{kind}, {word.format(value)}", *map(list, zip(*sorted(points))))
              for (kind, value), points in sorted(groups.items()) if len({x for x, *_ in points}) > 1]
@@ -257,64 +193,64 @@ def length_panels(results: list[dict], names: dict, along: str, fixed: str) -> l
   return panels
 
 
-def interval(result: dict) -> list[float]:
-  """The interval of the accepted length; the value itself where it is not known."""
-  both = result["accepted_length_interval"]
-  return [result["accepted_length"]] * 2 if both is None or None in both else both
+def interval(result: Result) -> tuple[float, float]:
+  """The interval of the accepted length; the value itself, drawn without a bar, where it is not known."""
+  both = result.accepted_length_interval
+  return (result.accepted_length,) * 2 if both is None or None in both else both
 
 
-def layer_panels(results: list[dict], costs: list[dict], names: dict) -> tuple[list[Panel], list[Line]]:
+def layer_panels(found: list[Result], costs: list[HeadCost], names: dict) -> tuple[list[Panel], list[Line]]:
   """Accepted length against the number of draft layers; no costs."""
-  return _or_left_out(length_panels(results, names, "num_layers", "block_size"),
+  return _or_left_out(length_panels(found, names, "num_layers", "block_size"),
                       "no two drafters of the same kind, head and block size differ in num_layers at threshold 0"), []
 
 
-def block_panels(results: list[dict], costs: list[dict], names: dict) -> tuple[list[Panel], list[Line]]:
+def block_panels(found: list[Result], costs: list[HeadCost], names: dict) -> tuple[list[Panel], list[Line]]:
   """Accepted length against proposal length, and the sequential head's percent of a round, a line per device."""
-  panels, devices = length_panels(results, names, "block_size", "num_layers"), {}
+  panels, devices = length_panels(found, names, "block_size", "num_layers"), {}
   for c in costs:
-    devices.setdefault(c["device"], []).append((c["block_size"], *[c["percent"]] * 3))
+    devices.setdefault(c.device, []).append((c.block_size, *[c.percent] * 3))
   lines = [Line(device, *map(list, zip(*sorted(points)))) for device, points in sorted(devices.items())]
   missing = [reason for there, reason in (
       (panels, "no two drafters of the same kind, head and num_layers differ in block_size at threshold 0"),
       (lines, "there is no head_cost: give a file of infer.head_cost")) if not there]
   if len(missing) == 1:
-    program.say(f"figure4 shows only a part: {missing[0]}")
+    shell.say(f"figure4 shows only a part: {missing[0]}")
   _or_left_out(panels + lines, "; ".join(missing))
   return panels, lines
 
 
-def sweep_panels(results: list[dict], costs: list[dict], names: dict) -> list[Panel]:
+def sweep_panels(found: list[Result], costs: list[HeadCost], names: dict) -> list[Panel]:
   """Tokens per round against the survival threshold: accepted and rejected drafts, and the accepted length."""
   groups = {}
-  for title, rows in panels_of(results).items():
+  for title, rows in panels_of(found).items():
     for r in rows:
-      if r["rounds"] and r["accepted_length"] is not None:
-        point = (r["threshold"], r["accepted_length"], *interval(r), r["accepted_tokens"] / r["rounds"],
-                 r["rejected_tokens"] / r["rounds"])
+      if r.rounds and r.accepted_length is not None:
+        drafts = (r.accepted_tokens / r.rounds, r.rejected_tokens / r.rounds)
+        point = (r.threshold, r.accepted_length, *interval(r), *drafts)
         groups.setdefault((names[shape_of(r)], title), []).append(point)
   panels = []
   for (label, title), points in sorted(groups.items()):
-    if len(points) > 1:
+    if len(points) > 1:  # one threshold is no sweep
       *line, accepted, rejected = map(list, zip(*sorted(points)))
       panels.append(Panel(f"{label}\n{title}", [Line(label, *line)], (accepted, rejected)))
   return _or_left_out(panels, "no drafter was evaluated at two or more thresholds")
 
 
-def reliability_panels(results: list[dict], costs: list[dict], names: dict) -> dict[tuple[str, str], list[Panel]]:
+def reliability_panels(found: list[Result], costs: list[HeadCost], names: dict) -> dict[tuple[str, str], list[Panel]]:
   """Observed against predicted survival, a row of panels (one per position) per result at threshold 0.
 
   The intervals hold nothing but the value. Bins that no round fell into are no points.
   """
   rows = {}
-  for title, some in panels_of([r for r in results if r["threshold"] == 0 and r["reliability"]]).items():
+  for title, some in panels_of([r for r in found if r.threshold == 0 and r.reliability]).items():
     for r in some:
-      before, after = r["reliability_before"], r["reliability"]
+      before, after = r.reliability_before, r.reliability
       both = {"before calibration": before, "after calibration": after} if before else {"as decoded": after}
       panels = []
-      for k in range(len(after["ece"])):
-        there = {label: x for label, x in both.items() if k < len(x["ece"])}
-        errors = ["-" if x["ece"][k] is None else f"{100 * x['ece'][k]:.1f} %" for x in there.values()]
+      for k in range(len(after.ece)):
+        there = {label: x for label, x in both.items() if k < len(x.ece)}
+        errors = ["-" if x.ece[k] is None else f"{100 * x.ece[k]:.1f} %" for x in there.values()]
         panels.append(Panel(f"position {k + 1}\nECE {' to '.join(errors)}", [
             diagram(label, x, k) for label, x in there.items()]))
       if any(line.x for panel in panels for line in panel.lines):
@@ -322,9 +258,9 @@ def reliability_panels(results: list[dict], costs: list[dict], names: dict) -> d
   return _or_left_out(rows, "no result at threshold 0 has a reliability diagram (a drafter with a confidence head)")
 
 
-def diagram(label: str, reliability: dict, k: int) -> Line:
+def diagram(label: str, reliability: Diagram, k: int) -> Line:
   """Mean predicted and mean observed survival of the bins of position k that hold anything."""
-  bins = zip(*(reliability[name][k] for name in ("bin_count", "bin_pred_sum", "bin_target_sum")))
+  bins = zip(reliability.bin_count[k], reliability.bin_pred_sum[k], reliability.bin_target_sum[k])
   points = [(pred / count, target / count) for count, pred, target in bins if count > 0]
   x, y = ([point[i] for point in points] for i in (0, 1))
   return Line(label, x, y, y, y)
@@ -335,11 +271,13 @@ def _or_left_out(there, reason: str):
     raise LeftOut(reason)
   return there
 
+
 def grid(count: int, *, width: float = 4.6, height: float = 3.8, columns: int = 3):
-  """(figure, `count` axes) in rows of at most `columns`."""
+  """(figure, `count` axes) in rows of at most `columns`; width and height of each in inches."""
   columns = min(count, columns)
   rows = -(-count // columns)
-  figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+  figure = Figure(figsize=(width * columns, height * rows))
+  axes = figure.subplots(rows, columns, squeeze=False)
   for unused in axes.flat[count:]:
     unused.remove()
   return figure, list(axes.flat[:count])
@@ -347,6 +285,7 @@ def grid(count: int, *, width: float = 4.6, height: float = 3.8, columns: int = 
 
 def errors(line: Line) -> np.ndarray:
   """Lengths of the interval below and above each point: f[2,N]."""
+  # A bootstrap's interval need not hold the value itself, and Matplotlib refuses negative lengths.
   return np.maximum([np.subtract(line.y, line.low), np.subtract(line.high, line.y)], 0)
 
 
@@ -358,6 +297,7 @@ def draw_acceptance(panels: list[Panel], colours: dict):
       colour, dashes = colours[line.label]
       ax.errorbar(line.x, line.y, errors(line), color=colour, linestyle=dashes, marker="o", markersize=4, capsize=2,
                   label=line.label)
+    # 1.02: a marker at 1 stays whole.
     ax.set(title=panel.title, xlabel="draft position", ylabel="accepted, given all before (share)", ylim=(0, 1.02),
            xticks=sorted({x for line in panel.lines for x in line.x}))
     ax.legend()
@@ -404,7 +344,8 @@ def draw_sweeps(panels: list[Panel], colours: dict):
 def draw_reliability(rows: dict[tuple[str, str], list[Panel]], colours: dict):
   """figure6"""
   columns = max(map(len, rows.values()))
-  figure = plt.figure(figsize=(max(2.7 * columns, 5), 3.5 * len(rows)))
+  # A panel is a square with its labels; 5 inches hold the title over a single one.
+  figure = Figure(figsize=(max(2.7 * columns, 5), 3.5 * len(rows)))
   for part, ((name, title), panels) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items()):
     part.suptitle(f"{name}, {title}")
     part.supxlabel("predicted survival (probability)")
@@ -419,7 +360,7 @@ def draw_reliability(rows: dict[tuple[str, str], list[Panel]], colours: dict):
         ax.plot(line.x, line.y, linestyle=":" if early else "-", marker="o", markersize=4, label=line.label,
                 color="0.45" if early else colours[name][0], markerfacecolor="white" if early else None)
       ax.set(title=panel.title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes[0].legend(loc="upper left", fontsize=7)
+    axes[0].legend(loc="upper left", fontsize=7)  # in one panel of the row, and small: curves fill the rest
   return figure
 
 
@@ -432,4 +373,4 @@ FIGURES = {
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.data import chat
-from dspark_jax.targets.decoder import Decoder
-from infer import program
+from dspark_jax.drafters.dspark import DSparkConfig
+from dspark_jax.programs import shell
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
@@ -44,7 +44,8 @@ def target_of(case: str):
   if case.startswith("generate_"):
     return qwen3()
   _, config = dialects.drafter_config(hf.read_json(GOLDEN / case / "config.json"))
-  target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers, config.vocab_size,
+  target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers,
+                                                       config.vocab_size,
                                                        False, 512), rngs=nnx.Rngs(0)))
   stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)
   for name, variable in hf.names(target).items():
@@ -95,7 +96,7 @@ def assert_same_weights(a, b) -> None:
 def fresh_drafter(words=None, seed: int = 0, **settings):
   """An untrained drafter for the golden Qwen3 target."""
   config = qwen3().config
-  return dspark_jax.new_drafter(dspark_jax.config.DrafterConfig(**{**dict(
+  return dspark_jax.new_drafter(DSparkConfig(**{**dict(
       spec=config.spec, num_layers=1, vocab_size=config.vocab_size, num_target_layers=config.num_layers, taps=(0, 2),
       mask_token_id=130, block_size=4, markov_rank=8), **settings}), words=words, seed=seed)
 
@@ -150,7 +151,7 @@ def called(capsys, main, settings, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
   capsys.readouterr()
   try:
-    program.run(main, settings, args=[str(a) for a in args])
+    shell.run(main, settings, args=[str(a) for a in args])
     got = 0
   except SystemExit as exit_:
     got = exit_.code

@@ -21,7 +21,8 @@ def test_a_file(tmp_path):
   """Kills: lines cut at U+2028, which JSON allows in a string; a count of lines that skips blank ones; text in another
   encoding than UTF-8; a second turn that is lost."""
   file = tmp_path / "mine.jsonl"
-  file.write_text('{"turns": ["a\u2028b\x85", "then\\nc"], "category": 1}\n\n{"turns": ["\u4f60\u597d"]}\n', encoding="utf-8")
+  file.write_text('{"turns": ["a\u2028b\x85", "then\\nc"], "category": 1}\n\n{"turns": ["\u4f60\u597d"]}\n',
+                  encoding="utf-8")
   assert benchmarks.read_samples(file) == [Sample("1", ("a\u2028b\x85", "then\nc")), Sample("3", ("\u4f60\u597d",))]
   assert {s.id for s in load_samples(file)} == {"1", "3"}
 
@@ -67,7 +68,8 @@ def test_the_hub(tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
   assert len(load_samples("mt-bench", hub="owner/name")) == 4
   assert asked == [("owner/name", "mt-bench.jsonl", {"repo_type": "dataset"})]
-  with complains("mt-bench.jsonl could not be fetched from the dataset owner/nothing", "ConnectionError", "download it"):
+  with complains("mt-bench.jsonl could not be fetched from the dataset owner/nothing", "ConnectionError",
+                 "download it"):
     load_samples("mt-bench", hub="owner/nothing")
   written(tmp_path / "mbpp.jsonl", 2)
   assert len(load_samples("mbpp", hub="owner/name", folder=tmp_path)) == 2 and len(asked) == 2
@@ -85,7 +87,7 @@ def test_bad_lines(line, part, tmp_path):
 
 
 def test_bad_names(tmp_path):
-  """Kills: a misspelt name that is an empty evaluation; a benchmark without a place that does not say how to give one."""
+  """Kills: a misspelt name that is an empty evaluation; a benchmark without a place, and no word on how to give one."""
   with complains("dataset gsm9k is neither known nor a file", *COUNTS, "stdlib"):
     load_samples("gsm9k")
   with complains("neither known nor a file"):

@@ -16,8 +16,9 @@ from scipy import special
 import dspark_jax
 from dspark_jax.decoding.calibration import fit_temperatures, mode_name, reliability
 from dspark_jax.loading import save_temperatures
+from dspark_jax.programs import run_folder, shell
 from folders import DSPARK, GOLDEN, QWEN3, complains, cut, files, fresh_drafter, qwen3, with_tokenizer
-from infer import generate, program
+from infer import generate
 from train import calibrate
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -34,7 +35,7 @@ def called(capsys, module, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of a program called in this process."""
   capsys.readouterr()
   try:
-    program.run(module.main, module.Settings, args=[str(a) for a in args])
+    shell.run(module.main, module.Settings, args=[str(a) for a in args])
     got = 0
   except SystemExit as exit_:
     got = exit_.code
@@ -277,11 +278,13 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize("changes, parts", [
-    ({"seed": 1}, ["holds a run with other settings (seed)", "another --out"]),
+    ({"seed": 1}, ["holds a run with other settings (seed was 0, is 1)", "another --out"]),
     ({"questions": "one.jsonl"}, ["0 of 1 different questions", "at least 2"]),
-    ({"questions": "other.jsonl"}, ["(data)"]), ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
-    ({"out": "strange"}, ["run.json is another program's, or damaged"]), ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
-    ({"drafter": "trained"}, ["(drafter)"]),
+    ({"questions": "other.jsonl"}, ["(data has changed since)"]),
+    ({"questions": "list.jsonl"}, ["list.jsonl, line 3 is no question"]),
+    ({"out": "strange"}, ["run.json has no config, data, so it is another program's, or damaged"]),
+    ({"questions": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
+    ({"drafter": "trained"}, ["(drafter was "]),
     ({"drafter": "dflash"}, ["has no confidence head", "'markov' or 'hidden'"]),
     ({"drafter": DSPARK}, ["has no drafter.json to store temperatures in", "infer.convert"]),
     ({"drafter": "/nowhere"}, ["/nowhere does not exist"]),
@@ -292,7 +295,7 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
     ({"temperatures": [-1]}, ["temperature is -1"]), ({"temperatures": [1, 1.0]}, ["each once"]),
     ({"max_prompt_tokens": 4}, ["0 of 20 different questions"]),
     ({"out": "lost"}, ["lost holds rounds-greedy.jsonl but no"]),
-    ({"out": "hurt"}, ["rounds-greedy.jsonl is damaged", "delete it"])])
+    ({"out": "hurt"}, ["rounds-greedy.jsonl, line 1 is damaged", "delete the line"])])
 def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_path):
   """Kills: rounds of two drafters fitted together; an hour of decoding before a mistake is seen; a traceback."""
   monkeypatch.setattr(dspark_jax, "generate", None)
@@ -323,6 +326,19 @@ def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_p
   assert err.count("error: ") == 1 and files(folder) == before
 
 
+@pytest.mark.parametrize("change, part", [
+  ({"n_accept": [1]}, "lists of different lengths"), ({"n_verify": [1, 1.5]}, "key 'n_verify' is [1, 1.5]"),
+  ({"confidence": [[0.5] * 3] * 2}, "confidences of other blocks than 4 drafts"),
+  ({"tokens": 3}, "unknown key 'tokens'"), ({"confidence": None}, "key 'confidence' is None"),
+  (None, "key 'n_accept' is missing")])
+def test_damaged_rounds(change, part, tmp_path):
+  """Kills: confidences of one round counted for another after a line that an editor spoiled; a traceback for it."""
+  whole = {"id": "1", "n_accept": [1, 0], "n_verify": [4, 4], "confidence": [[0.5] * 4] * 2}
+  run_folder.append(tmp_path / "r.jsonl", [whole, {"id": "2"} if change is None else whole | change])
+  with complains("r.jsonl, line 2 is damaged", part, "delete the line, its prompt is decoded again then"):
+    calibrate.read_rounds(tmp_path / "r.jsonl", 4)
+
+
 def test_too_few_observations(capsys):
   """Kills: a temperature from three rounds; none at all because the last position was never reached; drafts past a stop
   token counted as rejected."""
@@ -336,8 +352,7 @@ def test_too_few_observations(capsys):
   err = capsys.readouterr().err
   assert "position 3 was observed 49 times" in err and "position 4 was observed 0 times" in err
   assert "position 2" not in err
-  row = lambda *observed: {"id": "1", "n_accept": [0] * len(observed), "n_verify": [*observed],
-                           "confidence": [[0.5] * 4] * len(observed)}
+  row = lambda *observed: calibrate.Prompt("1", (0,) * len(observed), observed, ((0.5,) * 4,) * len(observed))
   little = calibrate.fit_and_report("T=1", [row(3), row(2)], 4)
   assert little["temperatures"] == [1.0] * 4
   assert calibrate.plain(little["after"].ece) == [0.5, 0.25, None, None]

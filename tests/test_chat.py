@@ -112,7 +112,8 @@ def test_template_variables(tokenizer, monkeypatch):
 
 def test_thinking_is_off_unless_asked_for(tokenizer, monkeypatch):
   """Kills: drafters trained on a target that thinks and measured on one that does not (Qwen3 thinks by default)."""
-  monkeypatch.setattr(tokenizer, "chat_template", "{% if enable_thinking | default(true) %}thinks {% endif %}" + REWRITING)
+  thinks = "{% if enable_thinking | default(true) %}thinks {% endif %}"
+  monkeypatch.setattr(tokenizer, "chat_template", thinks + REWRITING)
   for encoded in (chat.encode_prompt(tokenizer, CHAT[:1]), chat.encode_conversation(tokenizer, CHAT[:2])[0]):
     assert tokenizer.decode(encoded).startswith("<|im_start|>user")
   assert tokenizer.decode(chat.encode_prompt(tokenizer, CHAT[:1], enable_thinking=True)).startswith("thinks ")

@@ -6,20 +6,24 @@ import json
 import numpy as np
 import pytest
 
+from dspark_jax.config import from_json
 from dspark_jax.decoding.acceptance import Rounds, difference, interval
-from infer import program
+from dspark_jax.programs import shell
+from dspark_jax.programs.results import Result
 from train import compare, train
 from folders import LLAMA, complains, with_tokenizer
 
 CONFIG = """
 from dataclasses import replace
 from pathlib import Path
-from train.config import CompareConfig, DrafterSettings, TrainConfig
+from train.config import CompareConfig, TrainConfig
+from dspark_jax.drafters import DSpark, Eagle3
 from dspark_jax.training.losses import EAGLE3
-dspark = DrafterSettings(taps=(-1, 0), num_layers=1, block_size=3, markov_rank=4)
+dspark = DSpark.Settings(taps=(-1, 0), num_layers=1, block_size=3, markov_rank=4)
 base = TrainConfig(target={target!r}, out=Path("unused"), drafter=dspark, steps=2, batch=2, row_length=32, anchors=4,
                    log_every=1)
-config = CompareConfig(base, {{"dspark": (dspark, base.loss), "eagle3": (replace(dspark, kind="eagle3"), EAGLE3)}},
+eagle3 = Eagle3.Settings(taps=(-1, 0), block_size=3)
+config = CompareConfig(base, {{"dspark": (dspark, base.loss), "eagle3": (eagle3, EAGLE3)}},
                        temperatures=(0.0,), datasets=({dataset!r},), samples=3, max_new_tokens=8, eval_batch=3)
 """
 
@@ -51,7 +55,8 @@ def test_a_report_of_two_drafters(folder, one_seed, monkeypatch):
   assert [row["drafter"] for row in found] == ["dspark", "eagle3"] and {row["samples"] for row in found} == {3}
   for row in found:
     assert f"{row['accepted_length']:.2f}" in text and f"`{row['drafter']}`" in text
-  runs = {name: json.loads((folder / "out" / f"{name}-seed0" / "run.json").read_text()) for name in ("dspark", "eagle3")}
+  runs = {name: json.loads((folder / "out" / f"{name}-seed0" / "run.json").read_text())
+          for name in ("dspark", "eagle3")}
   assert runs["dspark"]["data"] == runs["eagle3"]["data"]
   assert [gap["drafter"] for gap in result["differences"]] == ["eagle3"]
   gap = result["differences"][0]
@@ -92,15 +97,19 @@ def test_seeds_are_taken_together(folder, one_seed, monkeypatch):
 def test_a_seed_is_compared_with_its_own(tmp_path):
   """Kills: a drafter compared with the first drafter of another seed, or one seed's samples taken for all."""
   kept = {"a-seed0": 1, "a-seed1": 2, "b-seed0": 3, "b-seed1": 0}  # drafts in each of four rounds
-  results = [dict(target="t", drafter=run, dataset="d", mode="greedy", threshold=0.0, block_size=3, tokens=4 * (n + 1),
-                  tokens_per_second=1.0, accepted_length=n + 1.0) for run, n in kept.items()]
+  empty = dict.fromkeys(f.name for f in dataclasses.fields(Result)) | dict(
+      target="t", kind="dspark", dataset="d", mode="greedy", threshold=0.0, block_size=3, samples=1, rounds=4,
+      accepted_tokens=0, rejected_tokens=0, tokens_per_second=1.0)
+  results = [from_json(Result, empty | dict(drafter=run, tokens=4 * (n + 1), accepted_length=n + 1.0), run)
+             for run, n in kept.items()]
   (tmp_path / "samples").mkdir()
   for run, n in kept.items():
-    record = dict(id="1", n_accept=[n] * 4, n_verify=[3] * 4, n_commit=[n + 1] * 4)
+    record = dict(id="1", turns=1, tokens=4 * (n + 1), seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
+                  n_commit=[n + 1] * 4)
     (tmp_path / "samples" / f"t--{run}--d--greedy--threshold=0.jsonl").write_text(json.dumps(record) + "\n")
   rows, (gap,) = compare.pool(tmp_path, results, {run: run[0] for run in kept})
   assert (gap["drafter"], gap["less"], gap["by_run"], gap["difference"]) == ("b", "a", [2, -2], 0)
-  assert [(r["drafter"], r["accepted_length"], r["by_seed"]) for r in rows] == [("a", 2.5, [2, 3]), ("b", 2.5, [4, 1])]
+  assert [(r.drafter, r.accepted_length, r.by_seed) for r in rows] == [("a", 2.5, (2, 3)), ("b", 2.5, (4, 1))]
 
 
 def test_differences_are_paired():
@@ -119,8 +128,8 @@ def test_differences_are_paired():
 
 
 def test_differences_between_seeds_count():
-  """Kills: intervals over samples alone, which take a lucky training for a better drafter; seeds resampled unpaired, where
-  both drafters have the seed's luck in common."""
+  """Kills: intervals over samples alone, which take a lucky training for a better drafter; seeds resampled unpaired,
+  where both drafters have the seed's luck in common."""
   rng = np.random.default_rng(0)
   rounds = lambda chance: {str(i): Rounds(n := (rng.random(400) < chance) + 0, np.full(400, 4), n + 1, None)
                            for i in range(20)}
@@ -129,7 +138,8 @@ def test_differences_between_seeds_count():
   shared = [rounds(0.4 + luck) for luck in (-0.1, 0, 0.1)]
   width = lambda gap: gap["interval"][1] - gap["interval"][0]
   apart, alike = difference(lucky, base), difference(lucky, shared)
-  assert apart["by_run"] == pytest.approx([0, 0.1, 0.2], abs=0.02) and alike["by_run"] == pytest.approx([0.1] * 3, abs=0.02)
+  assert apart["by_run"] == pytest.approx([0, 0.1, 0.2], abs=0.02)
+  assert alike["by_run"] == pytest.approx([0.1] * 3, abs=0.02)
   assert width(apart) > 0.15 > 0.05 > width(alike)
   wide, = np.diff(interval([list(run.values()) for run in lucky]))
   assert wide > 0.15 > 0.05 > np.diff(interval([[text for run in lucky for text in run.values()]]))
@@ -138,7 +148,8 @@ def test_differences_between_seeds_count():
 @pytest.mark.parametrize("old, new, part", [
     ('datasets=(', 'datasets=("gsm8k",', "nothing says where the benchmark gsm8k is"),
     ("temperatures=(0.0,)", "temperatures=(-1.0,)", "temperature is -1.0"), ("steps=2, ", "", "give --steps"),
-    ('kind="eagle3"', 'kind="eagle3", taps=(9,)', "taps [9] are out of range")])
+    ("Eagle3.Settings(taps=(-1, 0)", "Eagle3.Settings(taps=(9,)", "taps [9] are out of range"),
+    ("Eagle3.Settings(", "Eagle3.Settings(num_layers=5, ", "unexpected keyword argument 'num_layers'")])
 def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
   """Kills: hours of training, then the sentence that says what was wrong from the start."""
   text = (folder / "config.py").read_text()
@@ -155,8 +166,8 @@ def test_mistakes(folder, capsys):
   for words, parts in ((("--config", "configs/demo.py"), ("CompareConfig",)),
                        (("--config", folder / "config.py", "--seeds", 1, 1), ("each once",))):
     with pytest.raises(SystemExit) as exit_:
-      program.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
-                                                        str(folder / "no")])
+      shell.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
+                                                      str(folder / "no")])
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert all(part in err for part in parts) and "Traceback" not in err

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
-from dspark_jax.drafters import DRAFTERS
+from dspark_jax.drafters import DRAFTERS, heads
 from dspark_jax.sampling import make_sampling
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
+from folders import assert_same_weights
 from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target
 
 WORDS = (1, 2, 5, 7, 8, 11)
@@ -32,7 +33,8 @@ KINDS = {  # (name in DRAFTERS, what differs from a small default)
   "eagle3 words": ("eagle3", dict(draft_vocab_size=len(WORDS))),
   "mtp": ("mtp", {}),
 }
-KINDS |= {name: (name, {}) for name in DRAFTERS if name not in (of for of, _ in KINDS.values())}  # a new one is tested, too
+KINDS |= {name: (name, {}) for name in DRAFTERS if name not in (of for of, _ in KINDS.values())}  # new ones, too
+KINDS |= {name: ("dspark", dict(markov_head=name)) for name in heads.HEADS if name not in KINDS}
 NAMED = {name: next(kind for kind, (of, _) in KINDS.items() if of == name) for name in DRAFTERS}  # one kind of each
 GOLDENS = ("dspark_qwen3_vanilla", "dspark_qwen3_gated", "dspark_qwen3_rnn", "dflash_qwen3",
            "dflash_original")
@@ -207,6 +209,36 @@ def test_teacher_forced_equals_sampled(kind):
     close(jax.nn.sigmoid(confidence), proposal.confidence)
 
 
+class Averaged(heads.MarkovHead):
+  """A head as one might add it: latent = gain * the mean of the embeddings so far, the anchor's too."""
+
+  def __init__(self, rank, vocab_size, words, hidden_size, *, rngs):
+    super().__init__(rank, vocab_size, words, hidden_size, rngs=rngs)
+    self.gain = nnx.Param(jnp.ones(rank))
+
+  def first(self, embedding):
+    return jnp.zeros_like(embedding), jnp.zeros(embedding.shape[0], jnp.int32)
+
+  def step(self, state, embedding, hidden):
+    total, count = state[0] + embedding, state[1] + 1
+    return (total, count), self.gain[...][None] * total / count[:, None].astype(total.dtype)
+
+
+def test_a_new_head_is_one_class_and_one_line(monkeypatch, tmp_path):
+  """Kills: scans that know the heads they serve, or whose state must be f[N,R]; a second list of heads, in a
+  configuration or a checkpoint."""
+  monkeypatch.setitem(heads.HEADS, "averaged", Averaged)
+  monkeypatch.setitem(KINDS, "averaged", ("dspark", dict(markov_head="averaged")))
+  proposal, args = sampled_and_forced.__wrapped__("averaged")
+  close(forced(*args)[0], proposal.logits)
+  drafter, target = args[:2]
+  assert "markov_head.gain" in hf.names(drafter)
+  changed = sampled_and_forced("vanilla")[0]
+  assert np.abs(changed.logits - proposal.logits)[:, 1:].max() > 1e-2
+  dspark_jax.save_drafter(tmp_path, drafter, target)
+  assert_same_weights(dspark_jax.load_drafter(tmp_path, target), drafter)
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "original", "lens", "eagle3", "mtp"])
 def test_context_ends_before_the_anchor(kind):
   """Kills: the anchor's own features in the context, which at decoding time do not exist yet."""
@@ -219,9 +251,31 @@ def test_context_ends_before_the_anchor(kind):
   assert np.all(np.abs(last - logits(lambda x: x)).max((1, 2)) > 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["vanilla", "original", "lens"])
+def test_a_start_holds_what_training_reads(kind, target):
+  """Kills: a start that reads its neighbour's features where a document begins, the anchor's own, or rejected ones."""
+  start = small_drafter(target, kind).start
+  features = np.random.default_rng(0).normal(size=(1, 8, 32)).astype(np.float32)
+  batch, text = batch_of(random_tokens(1, 8), *packed((3, 4), 8)), jnp.asarray(features[:, 3:])
+  held = [start.init_held(1)]
+  for n in (1, 2):  # up to the anchors at 4 and 6; of each round's two rows n stay
+    rows = text[:, sum((1, 2)[:len(held) - 1]):][:, :2]
+    held.append(start.absorb(held[-1], rows, np.array([n], np.int32)))
+    assert jax.tree.structure(start.absorb(held[-1], rows, np.array([0], np.int32))) == jax.tree.structure(held[0])
+  anchors = np.array([[3, 4, 6]], np.int32)
+  read = start.held_at(batch, jnp.asarray(features), anchors)
+  for index, mine in enumerate(held):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:, index]), mine, read)
+  tokens = batch.tokens[:, [3, 4, 6]]
+  whole = start(target, tokens, read)
+  assert whole.shape == (1, 3, start.positions, 16)
+  for index, mine in enumerate(held):
+    close(start(target, tokens[:, index], mine), whole[:, index])
+
+
 def test_anchor_slot_predicts_in_one_convention_only():
   """Kills: the two slot conventions mixed up: the original DFlash runs one slot more than it drafts."""
-  kinds = {kind: small_drafter(small_target("qwen3"), kind).config.slots for kind in ("dflash", "original")}
+  kinds = {kind: small_drafter(small_target("qwen3"), kind).config.block_positions for kind in ("dflash", "original")}
   assert kinds == {"dflash": 3, "original": 4}
 
 
@@ -271,8 +325,7 @@ def test_golden_rounds(case):
   @jax.jit
   def one_round(drafter, target, state, features, n, anchor):
     state = absorb.__wrapped__(drafter, target, state, features, n)
-    block = jnp.full((1, config.slots), config.mask_token_id, jnp.int32).at[:, 0].set(anchor)
-    hidden = drafter.draft(target.embed(block), state.cache)
+    hidden = drafter.draft(drafter.start(target, anchor, state.held), state.cache)
     return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), make_sampling(0.0))
 
   state = drafter.init_state(target, 1, 64)

@@ -1,5 +1,6 @@
 """Evaluation: metrics that are the reference's, samples that do not know their batch, runs that go on after a kill."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,17 +12,20 @@ import pytest
 
 import dspark_jax
 from dspark_jax import loading
+from dspark_jax.config import to_json
 from dspark_jax.data import chat
 from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
-from infer import evaluate, program
+from dspark_jax.programs import run_folder, shell
+from infer import evaluate
 from infer.evaluate import Case, Models, Settings
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, compilation_cache, complains, with_tokenizer
 
-SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold", "samples",
-          "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached", "survival", "verified",
+SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold",
+          "samples", "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached",
+          "survival", "verified",
           "verify_rate", "drafts_per_round", "accepted_tokens", "rejected_tokens", "tokens_per_second", "temperatures",
           "reliability", "reliability_before"}
 SAMPLES = [["w116 w94 w16"], ["w25 w66 w108 w21 w53", "w84 w84"], ["w77"], ["w22 w83 w113 w94"], ["w9", "w10", "w11"]]
@@ -51,7 +55,8 @@ def folder(tmp_path_factory):
 
 def settings(folder, out, **changes) -> Settings:
   return Settings(**{**dict(targets=(str(folder / "target"),), out=Path(out), drafters=(str(DSPARK),),
-                            datasets=(str(folder / "data.jsonl"),), temperatures=(0.0, 1.0), thresholds=(0.0, 0.5), batch=3,
+                            datasets=(str(folder / "data.jsonl"),), temperatures=(0.0, 1.0), thresholds=(0.0, 0.5),
+                            batch=3,
                             max_new_tokens=10), **changes})
 
 
@@ -100,8 +105,8 @@ def golden_texts(run: str) -> tuple[list[Rounds], dict]:
 
 @pytest.mark.parametrize("run", ["t0", "t1"])
 def test_metrics_are_the_reference_s(run):
-  """Kills: means of means over samples; a verify rate without the bonus slots; a stop token counted twice; acceptance by
-  position of drafts that were never verified."""
+  """Kills: means of means over samples; a verify rate without the bonus slots; a stop token counted twice; acceptance
+  by position of drafts that were never verified."""
   rounds, wanted = golden_texts(run)
   got = acceptance.summary(rounds, 5)
   assert got["accepted_length"] == pytest.approx(float(wanted["acceptance_length"]), rel=1e-6)
@@ -126,11 +131,13 @@ def test_metrics_by_hand():
   nothing = acceptance.summary([Rounds.of([], [], [], [])], 2)
   assert nothing["accepted_length"] is None and nothing["acceptance"] == [None, None] and nothing["rounds"] == 0
   json.dumps(nothing, allow_nan=False)
-  assert acceptance.reliability_of([Rounds.of([], [], [], []), Rounds.of([1], [2], [2], [[0.5, 0.5]])], 2).ece.shape == (2,)
+  assert acceptance.reliability_of([Rounds.of([], [], [], []), Rounds.of([1], [2], [2], [[0.5, 0.5]])],
+                                   2).ece.shape == (2,)
 
 
 def test_interval():
-  """Kills: a bootstrap over rounds, which takes the rounds of one text for independent; another interval at each start."""
+  """Kills: a bootstrap over rounds, which takes the rounds of one text for independent; another interval at each
+  start."""
   even = [Rounds.of([n] * 50, [4] * 50, [n + 1] * 50) for n in (0, 4)]
   low, high = acceptance.interval([even])
   assert (low, high) == (1, 5)  # one draw in four takes the same text twice
@@ -178,15 +185,15 @@ def called(capsys, *args, code: int = 0):
   """(JSON of the last line of stdout or None, stderr) of the program called in this process."""
   capsys.readouterr()
   with pytest.raises(SystemExit) if code else pytest.MonkeyPatch.context() as exit_:
-    program.run(evaluate.main, Settings, args=[str(a) for a in args])
+    shell.run(evaluate.main, Settings, args=[str(a) for a in args])
   out, err = capsys.readouterr()
   assert "Traceback" not in err and (not code or exit_.value.code == code), err
   return (None if code else json.loads(out.splitlines()[-1])), err
 
 
 def test_results(folder, whole, capsys):
-  """Kills: a missing key; a threshold that saves no drafts; NaN in JSON; a table that lacks a row; a program that prints
-  something else than it wrote."""
+  """Kills: a missing key; a threshold that saves no drafts; NaN in JSON; a table that lacks a row; a program that
+  prints something else than it wrote."""
   results = read(whole / "results.json")
   assert set(results) == {"settings", "versions", "results"} and results["settings"]["thresholds"] == [0, 0.5]
   assert results["versions"]["jax"] == jax.__version__
@@ -207,8 +214,8 @@ def test_results(folder, whole, capsys):
 
 
 def test_plain(folder, whole, tmp_path):
-  """Kills: greedy text that depends on the drafter or the threshold; accepted lengths of plain decoding; a plain row for
-  every threshold."""
+  """Kills: greedy text that depends on the drafter or the threshold; accepted lengths of plain decoding; a plain row
+  for every threshold."""
   evaluate.main(settings(folder, tmp_path, drafters=("none",), temperatures=(0.0,)))
   row, = read(tmp_path / "results.json")["results"]
   assert set(row) == SCHEMA and {k for k, v in row.items() if v is not None} == {
@@ -218,7 +225,8 @@ def test_plain(folder, whole, tmp_path):
   count = lambda records: {r["id"]: r["tokens"] for r in records}
   assert set(count(plain)) == set("12345") and all("confidence" not in r for r in plain)
   for threshold in ("0", "0.5"):
-    assert count(plain) == count(lines(whole / "samples" / f"target--{DSPARK.name}--data--greedy--threshold={threshold}.jsonl"))
+    drafted = f"target--{DSPARK.name}--data--greedy--threshold={threshold}.jsonl"
+    assert count(plain) == count(lines(whole / "samples" / drafted))
 
 
 def arguments(folder, out, **changes) -> list:
@@ -238,7 +246,8 @@ def test_every_target_has_its_own_drafters(folder, tmp_path, capsys):
   evaluate.main(settings(folder, tmp_path / "out", drafters=("none", str(DSPARK), str(dflash)), **both))
   assert "greedy--threshold=0.5: no temperatures are stored for greedy" in " ".join(capsys.readouterr().err.split())
   found = [(r["target"], r["drafter"], r["threshold"]) for r in read(tmp_path / "out" / "results.json")["results"]]
-  assert found == [("llama", "none", None), ("target", "none", None), ("target", DSPARK.name, 0), ("target", DSPARK.name, 0.5),
+  assert found == [("llama", "none", None), ("target", "none", None), ("target", DSPARK.name, 0),
+                   ("target", DSPARK.name, 0.5),
                    ("target", dflash.name, 0)]
   other = GOLDEN / "drafter_dspark_qwen3_vanilla"
   with complains(f"{other.name} was made for none of the targets"):
@@ -254,7 +263,7 @@ def test_a_sample_does_not_know_its_batch(temperature, threshold, folder):
   rows that drop out."""
   m, case = models(folder), Case("target", "drafter", "data", temperature, threshold)
   samples = [Sample(str(i), tuple(turns)) for i, turns in enumerate(SAMPLES, 1)][:3]
-  of = lambda batch, *parts: {record["id"]: record for part in parts for record in evaluate.ask(
+  of = lambda batch, *parts: {decoded.id: to_json(decoded) for part in parts for decoded in evaluate.ask(
       settings(folder, folder, batch=batch, turns="all"), case, m, list(part))}
   together = of(3, samples)
   alone = [of(1, *([s] for s in samples))] if temperature else []
@@ -264,7 +273,7 @@ def test_a_sample_does_not_know_its_batch(temperature, threshold, folder):
   assert [r["turns"] for r in together.values()] == [1, 2, 1]
   if temperature:
     seeds = [evaluate.ask(settings(folder, folder, seed=seed), case, m, samples) for seed in (0, 1)]
-    assert [r["n_accept"] for r in seeds[0]] != [r["n_accept"] for r in seeds[1]]
+    assert [r.n_accept for r in seeds[0]] != [r.n_accept for r in seeds[1]]
 
 
 def test_all_turns(folder):
@@ -280,27 +289,28 @@ def test_all_turns(folder):
     out = evaluate.decode_rows(settings(folder, folder), case, m, [chat.encode_prompt(m.tokenizer, messages)], [0])[0]
     messages.append({"role": "assistant", "content": m.tokenizer.decode(out["text"], skip_special_tokens=True)})
     rounds, tokens = rounds + len(out["n_accept"]), tokens + len(out["text"])
-  assert (record["turns"], record["tokens"], len(record["n_accept"])) == (3, tokens, rounds)
+  assert (record.turns, record.tokens, len(record.n_accept)) == (3, tokens, rounds)
   first = evaluate.ask(settings(folder, folder), case, m, [Sample("x", turns)])[0]
-  assert first["turns"] == 1 and first["tokens"] <= 10
+  assert first.turns == 1 and first.tokens <= 10
   long = ("w5", " ".join(["w6"] * 505), "w7")
-  assert evaluate.ask(settings(folder, folder, turns="all"), case, m, [Sample("x", long)])[0] | {"seconds": 0, "id": 0} == (
-      evaluate.ask(settings(folder, folder), case, m, [Sample("y", long[:1])])[0] | {"seconds": 0, "id": 0})
+  same = lambda turns, said: dataclasses.replace(
+      evaluate.ask(settings(folder, folder, turns=turns), case, m, [Sample("x", said)])[0], seconds=0)
+  assert same("all", long) == same("first", long[:1])
 
 
 def test_killed_and_gone_on(folder, whole, monkeypatch, tmp_path):
   """Kills: decoding again what is there; a batch that is lost or counted twice; a line that the kill cut in the middle,
   kept or fatal."""
-  real, left = evaluate.save, [3]
-  def save(path, records):
+  real, left = run_folder.append, [3]
+  def append(path, records):
     real(path, records)
     left[0] -= 1
     if not left[0]:
       raise RuntimeError("killed")
-  monkeypatch.setattr(evaluate, "save", save)
+  monkeypatch.setattr(run_folder, "append", append)
   with pytest.raises(RuntimeError, match="killed"):
     evaluate.main(settings(folder, tmp_path))
-  monkeypatch.setattr(evaluate, "save", real)
+  monkeypatch.setattr(run_folder, "append", real)
   assert not (tmp_path / "results.json").exists()
   cut = tmp_path / "samples" / f"target--{DSPARK.name}--data--greedy--threshold=0.5.jsonl"
   cut.write_bytes(cut.read_bytes()[:-20])  # in the middle of the third sample
@@ -321,8 +331,8 @@ def test_killed_and_gone_on(folder, whole, monkeypatch, tmp_path):
 
 
 def test_more_cases_in_the_same_folder(folder, whole, tmp_path, monkeypatch):
-  """Kills: an evaluation that decodes again what is there when it is given one more threshold, or that refuses it; results
-  that list the first call's cases."""
+  """Kills: an evaluation that decodes again what is there when it is given one more threshold, or that refuses it;
+  results that list the first call's cases."""
   evaluate.main(settings(folder, tmp_path, thresholds=(0.5,), temperatures=(0.0,)))
   asked, ask = [], evaluate.ask
   def watched(settings, case, models, samples):
@@ -352,19 +362,19 @@ def test_calibrated_confidences(folder, tmp_path):
     np.testing.assert_allclose(fitted[0]["reliability_before"][name], raw[0]["reliability"][name], atol=1e-4)
   assert fitted[0]["reliability"]["pred_mean"] != pytest.approx(raw[0]["reliability"]["pred_mean"], abs=1e-2)
   assert fitted[1]["reliability_before"] is fitted[1]["temperatures"] is None  # T=1 has none
-  with complains("holds an evaluation with other settings", "target--drafter has changed since"):
+  with complains("holds a run with other settings", "target--drafter has changed since"):
     evaluate.main(settings(folder, tmp_path / "raw", **common))
 
 
 @pytest.mark.parametrize("change, part", [
     (dict(max_new_tokens=9), "max_new_tokens was 10, is 9"), (dict(seed=1), "seed was 0, is 1"),
-    ("data", "the samples of data were others")])
+    ("data", "samples: data has changed since")])
 def test_other_settings_in_the_same_folder(change, part, folder, whole):
   """Kills: results of half of one evaluation and half of another."""
   before = (folder / "data.jsonl").read_text()
   if change == "data":
     (folder / "data.jsonl").write_text(before.replace("w77", "w78"))
-  with complains("holds an evaluation with other settings", part, "another --out"):
+  with complains("holds a run with other settings", part, "another --out"):
     evaluate.main(settings(folder, whole, **({} if change == "data" else change)))
   (folder / "data.jsonl").write_text(before)
 
@@ -372,7 +382,14 @@ def test_other_settings_in_the_same_folder(change, part, folder, whole):
 @pytest.mark.parametrize("spoil, part", [
     (lambda r: "}{", "line 2 is damaged"), (lambda r: "[]", "line 2 is damaged"),
     (lambda r: json.dumps(r | {"id": "99"}), "'99' is not among those asked"),
-    (lambda r: json.dumps({k: v for k, v in r.items() if k != "tokens"}), "KeyError"),
+    (lambda r: json.dumps({k: v for k, v in r.items() if k != "tokens"}), "key 'tokens' is missing"),
+    (lambda r: json.dumps(r | {"tokens": -1}), "key 'tokens' is -1, expected an integer of at least 0"),
+    (lambda r: json.dumps(r | {"seconds": "1"}), "key 'seconds' is '1', expected a number of at least 0"),
+    (lambda r: json.dumps(r | {"n_verify": [6, 6]}), "counts out of range"),
+    (lambda r: json.dumps(r | {"n_commit": [3, 1]}), "counts out of range"),
+    (lambda r: json.dumps(r | {"n_commit": [2, -1]}), "counts out of range"),
+    (lambda r: json.dumps(r | {"confidence": [[0.5] * 5, [0.5] * 4]}), "other confidences than rounds"),
+    (lambda r: json.dumps({k: v for k, v in r.items() if k != "confidence"}), "other confidences than rounds"),
     (lambda r: json.dumps(r | {"n_accept": [9] * len(r["n_accept"])}), "counts out of range"),
     (lambda r: json.dumps(r | {"n_verify": [1]}), "lists of different lengths"),
     (lambda r: json.dumps(r | {"confidence": [[0.5]]}), "other confidences than rounds"),
@@ -384,7 +401,7 @@ def test_damaged_samples(spoil, part, folder, tmp_path):
   (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(record), spoil(record | {"id": "2"}), ""]))
   samples = [Sample(str(i), tuple(turns)) for i, turns in enumerate(SAMPLES, 1)]
   with complains("x.jsonl, line 2 is damaged", part, "delete the line"):
-    evaluate.read_records(tmp_path / "x.jsonl", samples, models(folder))
+    evaluate.read_decoded(tmp_path / "x.jsonl", samples, models(folder))
 
 
 def test_damaged_run(folder, tmp_path):
@@ -398,16 +415,20 @@ def test_damaged_run(folder, tmp_path):
 
 
 MISTAKES = [
-    ("thresholds", "1.5", "threshold is 1.5, expected 0 (verify every draft) to 1"), ("thresholds", "nan", "threshold is nan"),
+    ("thresholds", "1.5", "threshold is 1.5, expected 0 (verify every draft) to 1"),
+    ("thresholds", "nan", "threshold is nan"),
     ("thresholds", [0.5, 0.5], "would be decoded 2 times"), ("temperatures", "-1", "temperature is -1"),
-    ("temperatures", "inf", "temperature is inf"), ("batch", "0", "batch is 0"), ("max_new_tokens", "0", "max_new_tokens is 0"),
+    ("temperatures", "inf", "temperature is inf"), ("batch", "0", "batch is 0"),
+    ("max_new_tokens", "0", "max_new_tokens is 0"),
     ("turns", "two", "turns is 'two', expected first or all"), ("dtype", "float16", "expected float32 or bfloat16"),
-    ("datasets", "gsm9k", "dataset gsm9k is neither known nor a file"), ("datasets", "gsm8k", "where the benchmark gsm8k is"),
+    ("datasets", "gsm9k", "dataset gsm9k is neither known nor a file"),
+    ("datasets", "gsm8k", "where the benchmark gsm8k is"),
     ("samples", "0", "the number of samples is 0"), ("targets", "/nowhere", "target /nowhere does not exist"),
     ("targets", QWEN3, "has no tokenizer.json"), ("drafters", "/nowhere", "/nowhere does not exist: expected a folder"),
     ("drafters", "/nowhere/none", "which means plain decoding"), ("drafters", [], "drafters is empty"),
     ("drafters", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
-    ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"), ("speed", "11", "--speed")]
+    ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"),
+    ("speed", "11", "--speed")]
 
 
 @pytest.mark.parametrize("name, value, part", MISTAKES)

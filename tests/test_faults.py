@@ -13,10 +13,12 @@ import dspark_jax
 from dspark_jax.checkpoints import hf, state
 from dspark_jax.config import to_json
 from dspark_jax.data import chat
+from dspark_jax.drafters import DSpark
+from dspark_jax.drafters.dspark import DSparkChoices
 from dspark_jax.loading import target_id
 from dspark_jax.targets.decoder import Decoder
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, copied, cut, fresh_drafter, qwen3, sharded, spoiled, words
-from train.config import DrafterSettings, TrainConfig
+from train.config import TrainConfig
 
 # Weight files
 
@@ -158,7 +160,8 @@ def test_all_problems_of_a_drafter_at_once():
 
 def test_other_width():
   """Kills: shape errors from inside a matrix product."""
-  with complains("width is 64, the target's is 48", "vocabulary is 257, the target's is 131", "made for another target"):
+  with complains("width is 64, the target's is 48", "vocabulary is 257, the target's is 131",
+                 "made for another target"):
     dspark_jax.load_drafter(GOLDEN / "drafter_dspark_qwen3_vanilla", qwen3())
 
 
@@ -170,7 +173,8 @@ def test_same_width_other_weights(tmp_path):
   double = lambda tensors: tensors | {"model.embed_tokens.weight": 2 * tensors["model.embed_tokens.weight"]}
   for name, change in (("w", dict(tensors=double)), ("c", dict(config=lambda c: c | {"rms_norm_eps": 1e-5}))):
     other = dspark_jax.load_target(copied(QWEN3, tmp_path / name, **change))
-    with complains(f"made for target {target_id(qwen3())}, this target is {target_id(other)}", "load the target it was"):
+    with complains(f"made for target {target_id(qwen3())}, this target is {target_id(other)}",
+                   "load the target it was"):
       dspark_jax.load_drafter(tmp_path / "ours", other)
 
 
@@ -196,14 +200,15 @@ def test_prompts_and_settings(prompts, settings, parts):
 
 def test_training_settings_at_fault():
   """Kills: settings that surface after the target was loaded, or in the middle of a run; one complaint at a time."""
-  drafter = DrafterSettings(taps=(1,), mask_token_id=0, from_bigrams=True, kind="eagle")
-  with complains("kind is 'eagle', expected one of dspark, eagle3", "batch is 0, expected at least 1",
-                 "minutes is -1, expected more than 0", "'float16', expected float32",
-                 "expected draft_vocab_size 1..16384, got 0"):
-    TrainConfig(target="t", out=Path("o"), drafter=drafter, batch=0, minutes=-1, compute_dtype="float16")
-  with complains("lens is for drafters of the kind dspark, not eagle3"):
-    TrainConfig(target="t", out=Path("o"), drafter=DrafterSettings(taps=(1,), kind="eagle3", lens=True))
-  with complains("a lens predicts a draft in every slot: sample_from_anchor must be true"):
+  with complains("drafter is a DSparkChoices, expected one of DSparkSettings, Eagle3Settings, MTPSettings",
+                 "batch is 0, expected at least 1", "minutes is -1, expected more than 0",
+                 "'float16', expected float32"):
+    TrainConfig(target="t", out=Path("o"), drafter=DSparkChoices(taps=(1,)), batch=0, minutes=-1,
+                compute_dtype="float16")
+  with complains("kind is 'eagle', expected dspark", "expected draft_vocab_size 1..16384, got 0",
+                 "set markov_head to vanilla"):
+    DSpark.Settings(taps=(1,), from_bigrams=True, kind="eagle", markov_head="rnn")
+  with complains("a lens predicts a draft at every position of its block: sample_from_anchor must be true"):
     fresh_drafter(lens=True, sample_from_anchor=False)
 
 
@@ -238,8 +243,9 @@ def save_ours(folder, drafter, *, sidecar=None, weights=None) -> None:
     (lambda s: s | {"config": [1]}, ["expected an object"]),
     (lambda s: s | {"config": s["config"] | {"depth": 3, "taps": None, "block_size": "7"}}, ["unknown key 'depth'"]),
     (lambda s: s | {"config": {k: v for k, v in s["config"].items() if k != "taps"}}, ["key 'taps' is missing"]),
-    (lambda s: s | {"config": s["config"] | {"taps": None, "block_size": "7"}}, ["'taps' is None", "'block_size' is '7'"]),
-    (lambda s: s | {"config": s["config"] | {"spec": {"hidden_size": 48}}}, ["key 'num_heads' is missing"]),
+    (lambda s: s | {"config": s["config"] | {"taps": None, "block_size": "7"}},
+     ["'taps' is None", "'block_size' is '7'"]),
+    (lambda s: s | {"config": s["config"] | {"spec": {"hidden_size": 48}}}, ["key 'spec.num_heads' is missing"]),
     (lambda s: s | {"config": s["config"] | {"taps": [0, 5]}}, ["taps [5] are out of range"])])
 def test_sidecar_at_fault(change, parts, tmp_path):
   """Kills: a newer format read as if it were ours; a misspelt key ignored; a KeyError for a damaged file."""

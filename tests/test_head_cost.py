@@ -10,13 +10,19 @@ import pytest
 from flax import nnx
 
 from dspark_jax import sampling as sp
-from dspark_jax.config import BlockSpec, TargetConfig
+from dspark_jax.config import to_json
 from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import TargetConfig
 from infer import head_cost, plots
 from folders import QWEN3, called, qwen3
 
 TINY = TargetConfig("qwen3", BlockSpec(16, 32, 2, 1, 8, 1e-6, 1e4, qk_norm=True), 4, 200, False, 4096)
 SETTINGS = head_cost.Settings("tiny", None, layers=1, rank=4)
+MEASURED = {"device", "block_size", "percent", "percent_quartiles", "round_seconds", "round_seconds_without",
+            "head_seconds_alone", "percent_alone"}
+COUNTED = {"device", "block_size", "percent", "round_bytes", "compiler", "percent_bytes_reported", "percent_flops",
+           "round_bytes_reported", "round_flops"}
 
 
 def test_percent_is_of_the_round_that_has_the_head():
@@ -50,7 +56,8 @@ def test_slots_draw_the_same_blocks():
   drafter.markov_head.markov_w2.weight.set_value(500 * drafter.markov_head.markov_w2.weight[...])  # so that it decides
 
   def propose(drafter, anchor, keys, sampling, kind):
-    return kind.propose(drafter, target, drafter.head(target), drafter.init_state(target, 2, 64), anchor, keys, sampling)
+    return kind.propose(drafter, target, drafter.head(target), drafter.init_state(target, 2, 64), anchor, keys,
+                        sampling)
 
   args = jnp.asarray([3, 70], jnp.int32), jax.vmap(jax.random.key)(jnp.arange(2)), sp.make_sampling(0.0)
   looped, unrolled = (jax.jit(propose, static_argnums=4)(drafter, *args, kind) for kind in (DSpark, head_cost.Slots))
@@ -64,10 +71,11 @@ def test_layers_are_counted_each(monkeypatch):
   monkeypatch.setattr(head_cost, "CONTEXT", 128)
   monkeypatch.setattr(head_cost, "FEW", 2)
   row, whole = head_cost.counted(SETTINGS, None, 2, TINY), head_cost.round_cost(SETTINGS, TINY, 2, 4, None)
-  assert row["round_bytes_reported"] == pytest.approx(whole["bytes"], rel=0.02) and 0 < row["percent"] < 100
+  assert row.round_bytes_reported == pytest.approx(whole["bytes"], rel=0.02) and 0 < row.percent < 100
   multiply_adds = 2 * TINY.vocab_size * 4  # W2 . latent in both slots
-  assert row["percent_flops"] * whole["flops"] / 100 >= 2 * multiply_adds
-  assert row["round_flops"] == pytest.approx(whole["flops"], rel=0.02) and row["block_size"] == 2
+  assert row.percent_flops * whole["flops"] / 100 >= 2 * multiply_adds
+  assert row.round_flops == pytest.approx(whole["flops"], rel=0.02) and row.block_size == 2
+  assert set(to_json(row)) == COUNTED
 
 
 def test_bytes_that_must_be_read():
@@ -84,7 +92,8 @@ def test_bytes_that_must_be_read():
 def test_program(capsys, tmp_path):
   """Kills: a file that infer.plots cannot draw, a block measured twice, a percentage of something else than rounds."""
   out = tmp_path / "new" / "head_cost.json"
-  result, _ = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", out, "--blocks", 2, 2, "--layers", 1, "--rank", 4,
+  result, _ = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", out, "--blocks", 2, 2,
+                     "--layers", 1, "--rank", 4,
                      "--repeats", 2, "--rounds", 2)
   assert json.loads(out.read_text()) == result and [p.name for p in out.parent.iterdir()] == [out.name]
   rows = result["head_cost"]
@@ -92,7 +101,9 @@ def test_program(capsys, tmp_path):
   for r in rows:
     assert r["percent"] == pytest.approx(head_cost.percent(r["round_seconds"], r["round_seconds_without"]))
     assert r["percent_quartiles"][0] <= r["percent_quartiles"][1] and str(QWEN3.parent) not in r["device"]
-  assert plots.read([out]) == ([], rows)
+  assert [set(r) for r in rows] == [MEASURED]
+  results, costs = plots.read([out])
+  assert results == [] and [to_json(cost) for cost in costs] == rows
 
 
 @pytest.mark.parametrize("flag, value, part", [
@@ -108,5 +119,6 @@ def test_mistakes(flag, value, part, capsys, tmp_path):
 def test_no_compiler(capsys, monkeypatch, tmp_path):
   """Kills: minutes of measuring before the missing compiler is found out; advice that does not name the extra."""
   monkeypatch.setitem(head_cost.TOPOLOGIES, "v5e", "no such topology")
-  _, err = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", tmp_path / "cost.json", "--compiler", "v5e", code=2)
+  _, err = called(capsys, head_cost.main, head_cost.Settings, "--target", QWEN3, "--out", tmp_path / "cost.json",
+                  "--compiler", "v5e", code=2)
   assert "no TPU compiler for v5e" in err and "tpu-compiler" in err

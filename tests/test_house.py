@@ -1,8 +1,12 @@
 """The rules of the house, read from the source: who imports whom, what a library must not do, how long things get."""
 
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +17,14 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "dspark_jax").rglob("*.py"))
 PROGRAMS = sorted(p for part in ("infer", "train") for p in (ROOT / part).glob("*.py"))
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
+SOURCES = sorted(p for part in ("dspark_jax", "train", "infer", "configs", "tests")
+                 for p in (ROOT / part).rglob("*.py"))
 # A file imports from earlier lines and from its own folder. Folders that share a line are siblings: strangers.
 ORDER = [["types"], ["config"], ["metrics"], ["sampling"], ["nn"], ["targets", "drafters"], ["decoding", "training"],
-         ["data"], ["checkpoints"], ["loading"], ["__init__"]]
+         ["data"], ["checkpoints"], ["loading"], ["__init__"], ["programs"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-PURE = {"argparse", "time", "datetime", "tyro", "rich", "click", "matplotlib", "tensorboardX", "pickle", "torch", "infer",
-        "train", "configs", "tests"}  # not for the library: command lines, clocks, output, and what depends on it
+NOWHERE = {"argparse", "click", "pickle", "torch", "infer", "train", "configs", "tests"}  # also not for programs/
+PURE = NOWHERE | {"time", "datetime", "tyro", "rich", "matplotlib", "tensorboardX"}  # command lines, clocks, output
 
 
 def name_of(path: Path) -> str:
@@ -60,12 +66,20 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("source, part", [
     ("from dspark_jax.targets import qwen3", "drafters"), ("import dspark_jax.loading", "data"),
-    ("def f():\n  from dspark_jax.checkpoints.hf import names", "training"), ("from dspark_jax import load_target", "nn"),
-    ("from dspark_jax.training import step", "decoding"), ("from dspark_jax import sampling", "types")])
+    ("def f():\n  from dspark_jax.checkpoints.hf import names", "training"),
+    ("from dspark_jax import load_target", "nn"), ("from dspark_jax.training import step", "decoding"),
+    ("from dspark_jax import sampling", "types")])
 def test_wrong_imports_are_seen(source, part):
   """Kills: a check of imports that never finds anything."""
   assert wrong_imports(source, part)
   assert not wrong_imports(source, "__init__")
+
+
+@pytest.mark.parametrize("part", ["loading", "__init__", "decoding"])
+def test_programs_are_imported_by_programs_alone(part):
+  """Kills: `import dspark_jax` that needs tyro and rich, or a loader that draws a progress bar."""
+  assert wrong_imports("from dspark_jax.programs import shell", part) == ["dspark_jax.programs.shell"]
+  assert not wrong_imports("import dspark_jax\nfrom dspark_jax import loading", "programs")
 
 
 def test_programs_import_one_way():
@@ -79,11 +93,12 @@ def test_programs_import_one_way():
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_the_library_keeps_to_itself(path):
   """Kills: a library that prints, parses a command line, reads the clock or the environment, or keeps globals."""
-  tree = ast.parse(path.read_text())
-  assert not PURE & {module.split(".")[0] for module in imports(tree)}
+  tree, program = ast.parse(path.read_text()), path.parent.name == "programs"  # the one folder that talks to people
+  assert not (NOWHERE if program else PURE) & {module.split(".")[0] for module in imports(tree)}
+  spoken, outside = ((), ()) if program else (("print", "input"), ("environ", "getenv", "putenv"))
   for node in ast.walk(tree):
-    assert not (isinstance(node, ast.Name) and node.id in ("print", "input")), f"line {node.lineno}: {node.id}"
-    assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")), node.lineno
+    assert not (isinstance(node, ast.Name) and node.id in spoken), f"line {node.lineno}: {node.id}"
+    assert not (isinstance(node, ast.Attribute) and node.attr in outside), node.lineno
     assert not isinstance(node, (ast.Global,)), f"line {node.lineno}: global"
     assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"line {node.lineno}: bare except"
 
@@ -97,6 +112,13 @@ def test_sizes(path):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
       length = node.end_lineno - node.lineno + 1
       assert length <= 60, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_widths(path):
+  """Kills: lines over 120 columns, whose ends nobody sees where two files stand side by side."""
+  lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+  assert [f"line {number}: {len(line)}" for number, line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("path", LIBRARY + PROGRAMS, ids=name_of)
@@ -140,3 +162,22 @@ def test_every_folder_is_packaged():
   import tomllib
   listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
   assert listed == {".".join(p.parent.relative_to(ROOT).parts) for p in LIBRARY}
+
+
+@pytest.mark.parametrize("failing, code", [("nothing", 0), ("test", 3), ("demo", 3)])
+def test_ci_runs_what_the_machine_has(failing, code, tmp_path):
+  """Kills: trusting an interpreter's name (pyenv's python3.13 may only fail); a swallowed exit code."""
+  for name in ("bash", "awk", "sort", "head", "tail", "dirname"):
+    (tmp_path / name).symlink_to(shutil.which(name))
+  (tmp_path / "python3").symlink_to(sys.executable)
+  for name, script in {"make": f'echo "make $*"; [ "$1" != {failing} ] || exit 3',
+                       "python3.13": "echo 3.13 3.13.9 here; exit 127"}.items():
+    (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
+    (tmp_path / name).chmod(0o755)
+  env = os.environ | dict.fromkeys(("PATH", "HOME", "PYENV_ROOT", "UV_PYTHON_INSTALL_DIR"), str(tmp_path))
+  run = subprocess.run(["bash", ROOT / ".ci/run"], env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+  assert (run.returncode, run.stderr) == (code, "")
+  calls = [line.split() for line in run.stdout.splitlines() if line.startswith("make ")]
+  version = "%d.%d" % sys.version_info[:2]
+  assert all(call[-2:] == [f"PYTHON={tmp_path}/python3", f"VENV=.venv-{version}"] for call in calls)
+  assert [call[1] for call in calls] == (["test"] if failing == "test" else ["test", "demo"])

@@ -1,4 +1,4 @@
-"""Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, our own folders. Nothing is lost on the way."""
+"""Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, own folders. Nothing is lost on the way."""
 
 import json
 import re
@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.flax import load_file
 
 import dspark_jax
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, copied, files, fresh_drafter, qwen3, sharded,
-                     target_of, words)
+from dspark_jax.targets import TARGETS
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3,
+                     sharded, target_of, words)
 
-DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "drafter_dspark_qwen3_vanilla",
-            "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn", "drafter_dflash_qwen3",
-            "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
+DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original",
+            "drafter_dspark_qwen3_vanilla", "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn",
+            "drafter_dflash_qwen3", "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
 KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
          "dflash": {"markov_rank": 0, "confidence": "none"}}
 
@@ -104,7 +106,8 @@ def test_trained_here_exports(kind, tmp_path):
   np.testing.assert_array_equal(stored["embed_tokens.weight"], qwen3().embed_tokens.weight[...])
 
 
-@pytest.mark.parametrize("differs, complaint", [(dict(words=words()), "reduced draft vocabulary"), (dict(lens=True), "a lens")])
+@pytest.mark.parametrize("differs, complaint", [(dict(words=words()), "reduced draft vocabulary"),
+                                                (dict(lens=True), "a lens")])
 def test_what_has_no_deepspec_form(tmp_path, differs, complaint):
   """Kills: writing the W-row head as if W were the vocabulary, or no lens, for another engine to misread."""
   dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(**differs), qwen3())
@@ -173,11 +176,42 @@ def test_dtypes(tmp_path):
 
 def test_scanned_is_stacked():
   """Kills: layers stacked in another order (10 before 2), or unrolled where one layer was to be compiled."""
-  stacked = hf.names(dspark_jax.load_target(QWEN3, scanned=True).layers)
+  (layer,) = dspark_jax.load_target(QWEN3, scanned=True).layers  # a period of one
+  stacked = hf.names(layer)
   assert isinstance(dspark_jax.load_target(QWEN3).layers, type(qwen3().layers))  # the default on a CPU
   for name, variable in stacked.items():
     for index, layer in enumerate(qwen3().layers):
       np.testing.assert_array_equal(variable[index], hf.names(layer)[name][...])
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_family_reads_back_the_layers_it_writes(family):
+  """Kills: an exported drafter whose config says something else of its layers, or names another family's."""
+  family = TARGETS[family]
+  spec, problems = family.block(json.loads((QWEN3 / "config.json").read_text()))
+  assert not problems
+  again = family.block(family.keys(spec) | dict(num_hidden_layers=1, vocab_size=8))
+  assert again == (spec, []) and type(spec) is family.spec
+
+
+class Experts(nnx.Module):
+  """A parameter that is stored in parts."""
+
+  def __init__(self):
+    self.up, self.gate = nnx.Param(jnp.zeros((3, 2, 4))), nnx.Param(jnp.zeros(2))
+
+
+def test_parameters_stored_in_parts():
+  """Kills: experts stacked in another order, or a missing or misshapen one that is not named."""
+  stored = lambda name: tuple(f"experts.{e}.up" for e in range(3)) if name == "up" else (f"model.{name}",)
+  parts = {f"experts.{e}.up": np.full((2, 4), e, np.float32) for e in range(3)} | {"model.gate": np.ones(2, np.float32)}
+  filled = hf.fill(Experts, parts, "experts", stored=stored)
+  np.testing.assert_array_equal(filled.up[:, 0, 0], [0, 1, 2])
+  np.testing.assert_array_equal(filled.gate[...], [1, 1])
+  spoiled_parts = parts | {"experts.2.up": np.ones((4, 2), np.float32)}
+  del spoiled_parts["experts.1.up"]
+  with complains("experts.1.up is missing", "experts.2.up is float32[4, 2], expected floating point [2, 4]"):
+    hf.fill(Experts, spoiled_parts, "experts", stored=stored)
 
 
 def test_hub_id(monkeypatch):

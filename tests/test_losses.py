@@ -15,11 +15,10 @@ import pytest
 from flax import nnx
 
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.config import TargetConfig
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import add, mean
 from dspark_jax.nn.layers import WordHead
-from dspark_jax.targets.decoder import Decoder
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, gradients, parameters
@@ -102,7 +101,7 @@ def test_loss_and_metrics(case):
 
 
 def test_eagle3_blocks_forward_and_loss():
-  """Kills a RoPE offset left out, own keys of other columns, a normaliser of supervised positions, a shifted teacher."""
+  """Kills a RoPE offset left out, keys of other columns, a normaliser of supervised positions, a shifted teacher."""
   expected, ours = golden("eagle3_qwen3")
   supervised = np.moveaxis(np.asarray(ours["blocks"].supervised), 2, 0)
   np.testing.assert_array_equal(supervised, expected["train/position_masks"] > 0)

@@ -157,7 +157,8 @@ def test_bigram_factors():
       logits = w1[u] @ w2.T
       np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), p, rtol=1e-3)
   total = np.array([sum(counts[u, w] for w in words) for u in range(50)])
-  np.testing.assert_allclose(w1[total == 0], np.tile(total @ w1 / total.sum(), ((total == 0).sum(), 1)), rtol=1e-4, atol=1e-6)
+  mean = np.tile(total @ w1 / total.sum(), ((total == 0).sum(), 1))
+  np.testing.assert_allclose(w1[total == 0], mean, rtol=1e-4, atol=1e-6)
   exact = total[:, None] ** 0.5 * (w1 @ w2.T)
   singular = np.linalg.svd(exact, compute_uv=False)
   for r in (2, 5):  # no matrix of rank r is nearer (Eckart-Young)

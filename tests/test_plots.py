@@ -9,7 +9,10 @@ import pytest
 from scipy import stats
 
 from dspark_jax.decoding.calibration import reliability
-from infer import plots, program
+from dspark_jax.config import from_json
+from dspark_jax.programs import shell
+from dspark_jax.programs.results import HeadCost, Result
+from infer import plots
 from folders import called
 
 FIGURES = ["figure2", "figure3", "figure4", "figure5", "figure6"]
@@ -20,9 +23,9 @@ def result(drafter="a", **changes) -> dict:
   return {**dict(
       target="t", drafter=drafter, kind="dspark", block_size=3, num_layers=2, markov_head="vanilla", dataset="gsm8k",
       mode="greedy", threshold=0.0, samples=8, tokens=240, rounds=100, accepted_length=2.4,
-      accepted_length_interval=[2.2, 2.6], acceptance=[0.8, 0.5, None], reached=[100, 80, 0], verify_rate=1.0,
-      drafts_per_round=3.0, accepted_tokens=140, rejected_tokens=160, tokens_per_second=10.0, reliability=None,
-      reliability_before=None), **changes}
+      accepted_length_interval=[2.2, 2.6], acceptance=[0.8, 0.5, None], reached=[100, 80, 0], survival=[0.8, 0.4, 0.2],
+      verified=[100, 100, 100], verify_rate=1.0, drafts_per_round=3.0, accepted_tokens=140, rejected_tokens=160,
+      tokens_per_second=10.0, temperatures=None, reliability=None, reliability_before=None), **changes}
 
 
 def calibrated() -> dict:
@@ -71,7 +74,8 @@ def test_files_are_merged_and_drawn_the_same_twice(capsys, tmp_path):
   files = [saved(tmp_path / f"{i}.json", part) for i, part in enumerate(parts)]
   bytes_ = []
   for folder in ("one", "two"):
-    out, err = called(capsys, plots.main, plots.Settings, "--results", *files, "--out", tmp_path / folder, "--formats", "svg", "pdf")
+    out, err = called(capsys, plots.main, plots.Settings, "--results", *files, "--out", tmp_path / folder,
+                      "--formats", "svg", "pdf")
     assert set(out["left_out"]) == {"figure5", "figure6"} and "figure4 shows only a part" in err
     bytes_.append({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()})
   assert bytes_[0] == bytes_[1] and len(bytes_[0]) == 3 * 2
@@ -79,7 +83,8 @@ def test_files_are_merged_and_drawn_the_same_twice(capsys, tmp_path):
 
 def test_nothing_to_draw(capsys, tmp_path):
   """Kills: a crash, or an empty picture, where nothing but plain decoding was measured, and that in both files."""
-  plain = {name: None for name in result()} | dict(target="t", drafter="none", dataset="gsm8k", mode="greedy", samples=8)
+  plain = {name: None for name in result()} | dict(
+      target="t", drafter="none", dataset="gsm8k", mode="greedy", samples=8, tokens=240)
   files = [saved(tmp_path / name, {"results": [plain]}) for name in ("a.json", "b.json")]
   out, _ = called(capsys, plots.main, plots.Settings, "--results", *files, "--out", tmp_path / "figures")
   assert out["figures"] == {} and set(out["left_out"]) == set(FIGURES) and not (tmp_path / "figures").exists()
@@ -91,22 +96,29 @@ def spoiled(**changes):
 
 DAMAGED = [
   ("", "is not JSON"), (json.dumps(PARTS["figure2"])[:90], "is not JSON"), ("[1]", "expected a dict"),
-  ("{}", "is no results file"), ('{"results": {}}', "results is no list"),
-  ('{"results": [3]}', "results 0 is no object"),
-  (json.dumps({"results": [{k: v for k, v in result().items() if k != "reached"}]}), "results 0 has no reached"),
-  (spoiled(accepted_length=float("nan")), "results 1 has accepted_length nan, expected a number or null"),
-  (spoiled(acceptance=[1.2, 0, 0]), "expected numbers in 0..1 or null"), (spoiled(reached=[1, 2]), "different lengths"),
-  (spoiled(rounds=True), "results 1 has rounds True, expected a count"), (spoiled(threshold=None), "threshold None"),
-  (spoiled(reliability={"ece": [0.1], "bin_count": [[1], [1]], "bin_pred_sum": [[1]], "bin_target_sum": [[1]]}),
-   "expected a Reliability or null"), (spoiled(drafter="a"), "and again in"),
-  ('{"head_cost": [{"device": "cpu", "block_size": 4, "percent": "1"}]}', "percent '1', expected a number")]
+  ("{}", "is no results file"), ('{"results": {}}', "key 'results' is {}, expected [an object, ...] or null"),
+  ('{"results": [3]}', "key 'results[0]' is 3, expected an object"),
+  (json.dumps({"results": [{k: v for k, v in result().items() if k != "reached"}]}), "'results[0].reached' is missing"),
+  (spoiled(accepted_length=float("nan")), "results[1].accepted_length' is nan, expected a number of at least 0 or"),
+  (spoiled(acceptance=[1.2, 0, 0]), "expected [a number in 0..1 or null, ...] or null"),
+  (spoiled(reached=[1, 2]), "results[1]: acceptance, reached, survival and verified have different lengths"),
+  (spoiled(rounds=True), "'results[1].rounds' is True, expected an integer of at least 0"),
+  (spoiled(rounds=None), "rounds is null, which it is of plain decoding alone"),
+  (spoiled(threshold=None), "threshold is null, which it is of plain decoding alone"),
+  (spoiled(depth=2), "unknown key 'results[1].depth'"),
+  (spoiled(reliability={"ece": [0.1]}), "key 'results[1].reliability.auc' is missing"),
+  (spoiled(reliability=calibrated()["reliability"] | {"ece": [0.1]}), "lengths, expected one row per position"),
+  (spoiled(reliability=calibrated()["reliability"] | {"bin_count": [[1], [1]]}), "different lengths"),
+  (spoiled(drafter="a"), "and again in"),
+  ('{"head_cost": [{"device": "cpu", "block_size": 4, "percent": "1"}]}', "percent' is '1', expected a number")]
 
 
 @pytest.mark.parametrize("text, part", DAMAGED)
 def test_damaged_files(text, part, capsys, tmp_path):
   """Kills: a traceback, an error that names no file, half of the figures written, the old ones lost."""
   (tmp_path / "r.json").write_text(text)
-  _, err = called(capsys, plots.main, plots.Settings, "--results", tmp_path / "r.json", "--out", tmp_path / "figures", code=2)
+  _, err = called(capsys, plots.main, plots.Settings, "--results", tmp_path / "r.json", "--out", tmp_path / "figures",
+                  code=2)
   lines = [line for line in err.splitlines() if line]
   assert len(lines) == 1 and lines[0].startswith("error: ") and part in err and "r.json" in err
   assert not (tmp_path / "figures").exists()
@@ -124,22 +136,27 @@ def test_mistakes(flag, value, part, capsys, tmp_path):
 def test_a_full_disk_leaves_the_old_figure(monkeypatch, tmp_path):
   """Kills: writing in place; scratch files left behind."""
   path = tmp_path / "figure2.png"
-  program.write(path, b"old")
+  shell.write(path, b"old")
 
   def full(*_):
     raise OSError("No space left on device")
 
   monkeypatch.setattr(Path, "replace", full)
   with pytest.raises(OSError):
-    program.write(path, b"new")
+    shell.write(path, b"new")
   assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # The numbers
 
 
+def records(*results: dict) -> list[Result]:
+  return [from_json(Result, json.loads(json.dumps(r)), "result") for r in results]
+
+
 def axes(prepare, results, costs=()):
-  return prepare(results, list(costs), plots.variants(results))
+  found = records(*results)
+  return prepare(found, [from_json(HeadCost, c, "cost") for c in costs], plots.variants(found))
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 5), (3, 10), (80, 100), (7, 7), (1, 1000)])
@@ -216,7 +233,7 @@ def test_reliability_diagrams():
 def test_names_and_colours():
   """Kills: two drafters under one name or in one colour; a colour that depends on the order of the files."""
   same = [result("a"), result("a", block_size=8), result("b")]
-  assert sorted(plots.variants(same).values()) == [
+  assert sorted(plots.variants(records(*same)).values()) == [
       "a (DSpark vanilla, block 3, layers 2)", "a (DSpark vanilla, block 8, layers 2)", "b"]
   names = [f"drafter {i}" for i in range(20)]
   assert plots.looks(names) == plots.looks(names[::-1]) and len(set(plots.looks(names).values())) == 20
@@ -233,4 +250,3 @@ def test_what_is_drawn_is_the_data():
   ax, = plots.draw_sweeps(axes(plots.sweep_panels, results), colours).axes
   np.testing.assert_allclose([(bar.get_y(), bar.get_height()) for bar in ax.patches], [(0, 1.4)] * 2 + [(1.4, 1.6)] * 2)
   assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "0.5"] and results == untouched
-  plots.plt.close("all")

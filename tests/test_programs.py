@@ -16,9 +16,11 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat, pipeline
-from infer import convert, generate, program
+from dspark_jax.drafters import DSpark
+from dspark_jax.programs import shell
+from infer import convert, generate
 from train import answers, train
-from train.config import DrafterSettings, TrainConfig, read_config
+from train.config import TrainConfig, read_config
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, files, llama,
                      with_tokenizer)
 
@@ -66,7 +68,8 @@ def spawn(environment, *args):
 
 def test_generate_as_a_process(folder, compiled_once):
   """Kills: a result mixed with progress on stdout; a missing key; other tokens than plain greedy decoding's."""
-  run = spawn(compiled_once, "infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens", folder / "prompts.json",
+  run = spawn(compiled_once, "infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens",
+              folder / "prompts.json",
               "--max-new-tokens", 32)
   out, err = run.communicate()
   assert run.returncode == 0, err
@@ -102,7 +105,8 @@ def test_generate_text(folder, capsys):
   common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 4)
   result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", folder / "prompts.jsonl")
   tokenizer = chat.load_tokenizer(folder / "target")
-  prompts = [tokenizer(f"<|im_start|> user {t} <|im_end|> <|im_start|> assistant")["input_ids"] for t in ("w7 w9", "w5")]
+  prompts = [tokenizer(f"<|im_start|> user {t} <|im_end|> <|im_start|> assistant")["input_ids"]
+             for t in ("w7 w9", "w5")]
   assert prompts[0] == [1, 3, 7, 9, 2, 1, 4]
   wanted = dspark_jax.generate(llama(), None, prompts, max_new_tokens=4, stop_token_ids=(2,)).tokens
   assert result["tokens"] == wanted
@@ -144,7 +148,8 @@ def test_generate_mistakes(flag, value, part, folder, capsys, tmp_path):
 @pytest.mark.parametrize("line, part", [("{", "line 2 is not JSON"), ("[]", "line 2 has no prompt"),
                                         ('{"prompt": " "}', "line 2 has no prompt"), ('{"messages": []}', "line 2"),
                                         ('{"messages": [{"content": "w5"}]}', "line 2 has no prompt"),
-                                        ('{"messages": ["w5"]}', "line 2"), ('{"messages": {"role": "user"}}', "line 2")])
+                                        ('{"messages": ["w5"]}', "line 2"),
+                                        ('{"messages": {"role": "user"}}', "line 2")])
 def test_prompt_files(line, part, folder, capsys, tmp_path):
   """Kills: a prompt of nothing, or a role of None, quietly decoded; an error that does not say which line."""
   (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n' + line + "\n")
@@ -228,8 +233,8 @@ def test_help_of_train_without_a_config(monkeypatch, capsys):
 def test_answers_go_on(folder, capsys, tmp_path):
   """Kills: asking again what is answered; a line that a kill cut in the middle, kept or fatal; an unsupervised end."""
   (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(7, 12)))
-  args = ("--target", folder / "target", "--out", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "--batch", 2,
-          "--max-new-tokens", 4)
+  args = ("--target", folder / "target", "--out", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "--batch",
+          2, "--max-new-tokens", 4)
   first, _ = called(capsys, answers.main, answers.Settings, *args, "--count", 2)
   assert set(first) == {"answers", "tokens", "tokens_per_second", "out"} and first["answers"] == 2
   whole = (tmp_path / "a.jsonl").read_text()
@@ -252,8 +257,9 @@ STEPS = 8
 
 def experiment(folder, out, **changes) -> TrainConfig:
   return TrainConfig(**{**dict(
-      target=str(folder / "target"), out=Path(out), data=(folder / "data.jsonl", folder / "data.txt"), steps=STEPS, batch=2,
-      row_length=48, anchors=4, save_every=3, log_every=1, drafter=DrafterSettings(
+      target=str(folder / "target"), out=Path(out), data=(folder / "data.jsonl", folder / "data.txt"), steps=STEPS,
+      batch=2,
+      row_length=48, anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
           taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8, draft_vocab_size=64)), **changes})
 
 
@@ -318,7 +324,8 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
   config = tmp_path / "config.py"
   config.write_text(f"from pathlib import Path, PosixPath\nfrom dspark_jax.training.losses import LossConfig\n"
                     f"from dspark_jax.training.step import OptimizerConfig\n"
-                    f"from train.config import DrafterSettings, TrainConfig\nconfig = {experiment(folder, out)!r}\n")
+                    f"from dspark_jax.drafters.dspark import DSparkSettings\n"
+                    f"from train.config import TrainConfig\nconfig = {experiment(folder, out)!r}\n")
   assert read_config(str(config)) == experiment(folder, out)
   run = spawn(compiled_once, "train.train", "--config", config)
   until = time.monotonic() + 300
@@ -351,7 +358,8 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
 
 
 def test_a_lens_is_fitted_once(folder, monkeypatch, tmp_path):
-  """Kills: outputs of the target that are kept for another batch; a resumed run that fits its lens again, or not at all."""
+  """Kills: outputs of the target that are kept for another batch; a resumed run that fits its lens again, or not at
+  all."""
   drafter = dataclasses.replace(experiment(folder, tmp_path).drafter, lens=True)
   run = lambda name: train.main(experiment(folder, tmp_path / name, drafter=drafter, lens_rows=4))
   run("kept")
@@ -375,14 +383,15 @@ def test_train_by_the_clock(folder, tmp_path):
   (["--steps", "None"], "neither steps nor minutes"), (["--batch", "0"], "batch is 0"), (["--data"], "no data"),
   (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "/nowhere.csv"], "/nowhere.csv"),
   (["--target", "/nowhere"], "/nowhere does not exist"), (["--depth", "3"], "--depth"),
-  (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "expected adamw or muon"),
-  (["--microbatches", "3"], "microbatches"), (["--row-length", "200"], "multiple"), (["--save-every", "0"], "save_every"),
+  (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "('adamw', 'muon')"),
+  (["--microbatches", "3"], "microbatches"), (["--row-length", "200"], "multiple"),
+  (["--save-every", "0"], "save_every"),
   (["--lens-rows", "0"], "lens_rows is 0")])
 def test_train_mistakes(args, part, folder, capsys, tmp_path):
   """Kills: an override that is ignored, or that fails in the middle of a run with a traceback."""
   capsys.readouterr()
   with pytest.raises(SystemExit) as exit_:
-    program.run(train.main, TrainConfig, default=lambda: experiment(folder, tmp_path / "run"), args=args)
+    shell.run(train.main, TrainConfig, default=lambda: experiment(folder, tmp_path / "run"), args=args)
   err = capsys.readouterr().err
   assert exit_.value.code == 2 and part in err and "Traceback" not in err
   assert not (tmp_path / "run" / "steps").exists() or not list((tmp_path / "run" / "steps").iterdir())

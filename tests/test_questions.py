@@ -1,12 +1,17 @@
 """The questions that the demo trains and evaluates on: the same for everyone, on one side of the split."""
 
 import hashlib
+import inspect
+import json
 import math
 import os
+import shlex
 import shutil
 import string
 import subprocess
 import sys
+import types
+import warnings
 
 import pytest
 
@@ -138,3 +143,115 @@ def test_golden_sides():
   held = q._digest("package", "argparse"), q._digest("package", "shutil")
   assert held[0] < 0.1 * 2**64 < held[1]
   assert q._digest("a", 1) == int.from_bytes(hashlib.sha256(b"a\x001").digest()[:8], "big")
+
+
+# A module that an ordinary function shares with everything that raises `error`, or lies, when it is looked at.
+HOSTILE = '''
+def plain(first, second=2):
+  """Adds two numbers, slowly and with care."""
+def fail(*_): raise error
+class Liar:
+  __get__ = lambda *_: None
+  __getattribute__ = fail
+class Number(int):
+  __class__ = property(fail)
+  __repr__ = __bool__ = fail
+class Text(str):
+  expandtabs = split = encode = __format__ = fail
+class Meta(type):
+  __getattribute__ = fail
+class Silent(metaclass=Meta): pass
+class Static(staticmethod): __func__ = __getattr__ = property(fail)
+class Owner:
+  __doc__ = 1
+  static, shared, own, prop = Static(plain), classmethod(lambda cls: 0), Liar(), property(fail)
+def default(first=Number()): pass
+def numbered(first): pass
+def documented(first): pass
+def broken(first): pass
+def wrapped(first): pass
+def signed(first): pass
+def annotated(first: Liar()): pass
+def homeless(first): pass
+numbered.__doc__, documented.__doc__ = 12, Text("Some words that stand in a docstring.")
+broken.__doc__ = "Half of a character, \\ud800, that no file can hold."
+wrapped.__wrapped__ = signed.__signature__ = liar = Liar()
+homeless.__module__ = ["not", "hashable"]
+blind = Number()
+__all__ = [[], 7, "missing", *globals()]
+globals()[5] = globals()["\\ud800"] = plain
+'''
+
+
+@pytest.fixture
+def this(monkeypatch):
+  """An empty module under a name of the standard library; it alone is asked about."""
+  found = types.ModuleType("this")
+  monkeypatch.setitem(sys.modules, "this", found)
+  monkeypatch.setattr(q, "MODULES", ["this"])
+  return found
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, SystemExit, GeneratorExit,
+                                   type("Skipped", (BaseException,), {})])
+def test_survives_any_object(this, error):
+  """Kills: catching only what today's modules raise; dropping a whole module for one bad object in it.
+
+  `select` of Python 3.13 has a method whose signature raises AttributeError, and the demo did not start.
+  """
+  this.error = error
+  exec(HOSTILE, vars(this))
+  questions = q.stdlib_questions()
+  subjects = [question.id.removeprefix("this.").rpartition("/")[0] for question in questions]
+  for name in "plain default numbered documented broken wrapped signed annotated homeless Silent Owner".split():
+    assert subjects.count(name) == 4, name
+  assert subjects.count("Owner.shared") == 2
+  json.dumps([question.question for question in questions], ensure_ascii=False).encode()
+
+
+def test_looks_only_where_it_must(this, monkeypatch):
+  """Kills: isinstance and getattr on all that a module holds: lazy objects load themselves, and properties run.
+
+  And asking the modules that others loaded: inspect.getsource wants to know the file of each.
+  """
+  asked = []
+  record = lambda found, name: asked.append((found, name))
+  lazy = type("Lazy", (), {"__getattribute__": record, "__get__": lambda *_: asked.append("get"), "__set__": record})()
+  kept = type("Kept", (), {"__module__": "this", "data": lazy, "cost": property(asked.append)})
+  stranger = types.ModuleType("stranger")
+  stranger.__getattr__ = lambda name: asked.append(name)
+  monkeypatch.setitem(sys.modules, "stranger", stranger)
+  monkeypatch.setattr(inspect, "modulesbyfile", {}, raising=False)  # where inspect notes what it has asked already
+  this.__getattr__ = asked.append
+  vars(this).update(lazy=lazy, Kept=kept, join=shlex.join)
+  assert {question.id.rpartition("/")[0] for question in q.stdlib_questions()} >= {"this", "this.Kept"}
+  this.__all__ = ["lazy", "Kept", "join"]
+  codes = [q._fields(subject).get("code") for subject in q._subjects()]
+  assert any(code and code.startswith("def join(") for code in codes)
+  assert asked == []
+
+
+@pytest.mark.parametrize("code, there", [
+  ("raise SystemExit", False), ("raise RuntimeError", False), ("def f(:", False), ("1 / 0", False),
+  ("print('hello')", True), ("import warnings; warnings.warn('old', DeprecationWarning)", True),
+  ("import sys; sys.modules[__name__] = 5", True), ("__all__ = None; __doc__ = 5", True), ("", True)])
+def test_survives_any_import(code, there, tmp_path, monkeypatch, capsys):
+  """Kills: catching ImportError alone; a module that prints into the program's output; warnings that are errors."""
+  (tmp_path / "odd_module.py").write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "odd_module", raising=False)
+  monkeypatch.setattr(q, "MODULES", ["odd_module", "math"])
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    modules = {question.module for question in q.stdlib_questions()}
+  assert modules == {"builtins", "math"} | ({"odd_module"} if there else set())
+  assert capsys.readouterr().out == ""
+
+
+def test_the_user_can_interrupt(this):
+  """Kills: catching all of BaseException: control-C would skip one object and go on."""
+  def interrupt(*_):
+    raise KeyboardInterrupt
+  this.Class = type("Class", (), {"__module__": "this", "__signature__": type("Now", (), {"__get__": interrupt})()})
+  with pytest.raises(KeyboardInterrupt):
+    q.stdlib_questions()

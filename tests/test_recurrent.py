@@ -1,4 +1,5 @@
-"""Eagle3 and MTP: training on packed rows, starting from the target, storing. Contract and goldens are with the others."""
+"""Eagle3 and MTP: training on packed rows, starting from the target, storing. Contract and goldens are with the
+others."""
 
 import dataclasses
 import functools
@@ -9,10 +10,10 @@ import pytest
 
 import dspark_jax
 from dspark_jax.checkpoints import hf
-from dspark_jax.config import RecurrentConfig
-from dspark_jax.drafters.model import init_from_target
+from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import mean
 from dspark_jax.targets.decoder import stack_layers
+from dspark_jax.training import starts
 from dspark_jax.training import step as training
 from dspark_jax.training.anchors import all_blocks
 from dspark_jax.training.losses import EAGLE3, draft_loss
@@ -80,16 +81,17 @@ def test_started_from_the_target(kind):
   """Kills a start from another layer, one that depends on stacking, and one that changes the drafter it was given."""
   target, drafter = small_target("qwen3"), small_drafter(small_target("qwen3"), kind)
   before = jax.tree.map(np.array, drafter)
-  started = init_from_target(drafter, target)
+  started = starts.from_target(drafter, target)
   jax.tree.map(np.testing.assert_array_equal, drafter, before)
-  jax.tree.map(np.testing.assert_array_equal, started, init_from_target(drafter, stack_layers(target)))
+  jax.tree.map(np.testing.assert_array_equal, started, starts.from_target(drafter, stack_layers(target)))
   assert jax.tree.structure(started) == jax.tree.structure(drafter)
   last, mine = target.layers[-1], started.layers[0]
   jax.tree.map(np.testing.assert_array_equal, mine.mlp, last.mlp)
   hidden = np.random.default_rng(0).normal(size=(1, 1, 32)).astype(np.float32)
   if kind == "eagle3":
     np.testing.assert_array_equal(mine.self_attn.k_proj.weight[:, 16:], last.self_attn.k_proj.weight[...])
-    np.testing.assert_array_equal(mine.self_attn.k_proj.weight[:, :16], drafter.layers[0].self_attn.k_proj.weight[:, :16])
+    np.testing.assert_array_equal(mine.self_attn.k_proj.weight[:, :16],
+                                  drafter.layers[0].self_attn.k_proj.weight[:, :16])
     np.testing.assert_allclose(started.fc(hidden), hidden[..., 16:], rtol=1e-6)
   else:
     np.testing.assert_array_equal(mine.self_attn.k_proj.weight[...], last.self_attn.k_proj.weight[...])
@@ -102,8 +104,9 @@ def test_started_from_the_target(kind):
 def test_stored_and_exported(kind, reduced, tmp_path):
   """Kills: a sidecar read as another drafter's; a DeepSpec folder written for what that format cannot say."""
   config = qwen3().config
-  shape = RecurrentConfig(config.spec, config.vocab_size, config.num_layers, (0, 1, 2, 3, 4), 4)
-  drafter = dspark_jax.new_drafter(shape, kind=kind, words=words() if reduced else None, seed=3)
+  shape = DRAFTERS[kind].Config(spec=config.spec, vocab_size=config.vocab_size, num_target_layers=config.num_layers,
+                                taps=(0, 1, 2, 3, 4), block_size=4)
+  drafter = dspark_jax.new_drafter(shape, words=words() if reduced else None, seed=3)
   dspark_jax.save_drafter(tmp_path / "ours", drafter, qwen3())
   again = dspark_jax.load_drafter(tmp_path / "ours", qwen3())
   assert type(again) is type(drafter) and again.config == drafter.config

@@ -59,7 +59,8 @@ def test_rows_with_settings_of_their_own(kind):
     prompts, own = some(rows)
     out = generate(target(), chosen, prompts, **own)
     assert list(zip(out.tokens, out.n_accept, out.n_verify)) == [expected[row] for row in rows]
-  assert len(expected[5][0]) == 1 and len(expected[0][0]) == NEW and len({len(text) for text, *_ in expected.values()}) > 3
+  assert len(expected[5][0]) == 1 and len(expected[0][0]) == NEW and len({len(text) for text,
+                                                                          *_ in expected.values()}) > 3
   if kind:
     kept, verified = zip(*[(sum(kept), set(verified)) for _, kept, verified in expected.values()])
     assert sum(kept) > 3 and max(map(len, verified)) > 1

@@ -1,5 +1,6 @@
 """Targets: goldens, identities of the cache and of packed rows; then the parts: attention, linear, RoPE."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -10,9 +11,8 @@ import pytest
 from flax import nnx
 
 from dspark_jax.checkpoints import hf
-from dspark_jax.config import BlockSpec
 from dspark_jax.nn import attention, layers
-from dspark_jax.nn.layers import linear, rope_table
+from dspark_jax.nn.layers import BlockSpec, linear, rope_table
 from dspark_jax.targets import TARGETS, decoder
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.types import Batch
@@ -36,15 +36,16 @@ def randomised(module, seed):
 
 def small_target(family, seed=0, **changes):
   """A random model of a family in TARGETS."""
-  config = TARGETS[family](SMALL | changes)
-  return randomised(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), seed)
+  family = TARGETS[family]
+  config = family.config(SMALL | changes)
+  return randomised(nnx.eval_shape(lambda: family.build(config, rngs=nnx.Rngs(0))), seed)
 
 
 def golden_target(case):
   raw, tensors = hf.read_folder(GOLDEN / case)
-  config = TARGETS[raw["model_type"]](raw)
-  return hf.fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), tensors, case,
-                 prefix=lambda name: name if name.startswith("lm_head") else f"model.{name}")
+  family = TARGETS[raw["model_type"]]
+  config = family.config(raw)
+  return hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, case, stored=family.stored)
 
 
 def packed(lengths, width):
@@ -146,7 +147,7 @@ def test_uncommitted_rows_are_never_read(target):
   whole, _ = extend(target, tokens[:, :8], target.init_cache(2, 16))
   cache = target.init_cache(2, 16)
   garbage = lambda tree: jax.tree.map(lambda x: x + 1e3, tree)
-  cache = cache.replace(k=garbage(cache.k), v=garbage(cache.v))
+  cache = cache.replace(layers=tuple(one.replace(k=garbage(one.k), v=garbage(one.v)) for one in cache.layers))
   _, cache = extend(target, tokens[:, 4:12], cache)
   cache = commit(target, cache, [0, 0])  # all eight rejected
   first, cache = extend(target, tokens[:, :4], cache)
@@ -160,9 +161,9 @@ def test_uncommitted_rows_are_never_read(target):
 def test_long_prompts_in_blocks(target, monkeypatch):
   """Kills: a block of the prompt that does not see the blocks before it, or sees its own twice."""
   tokens = random_tokens(1, 256)
-  assert decoder.QUERY_BLOCK == 128
+  assert attention.QUERY_BLOCK == 128
   cached, _ = extend(target, tokens, target.init_cache(1, 256))
-  monkeypatch.setattr(decoder, "QUERY_BLOCK", 256)
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 256)
   whole = jax.jit(lambda *args: encoded.__wrapped__(*args))(target, batch_of(tokens))  # traced anew
   close(cached, whole)
 
@@ -178,7 +179,7 @@ def test_length_must_fit_blocks(target):
 
 def test_packed_documents_equal_separate_rows(target, monkeypatch):
   """Kills: attention or positions that cross from one document of a row into the next."""
-  monkeypatch.setattr(decoder, "QUERY_BLOCK", 4)
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
   lengths, tokens = (5, 3, 6), random_tokens(1, 16)
   run = jax.jit(lambda *args: encoded.__wrapped__(*args))  # traced anew
   together = run(target, batch_of(tokens, *packed(lengths, 16)))
@@ -196,6 +197,40 @@ def test_scanned_layers_equal_unrolled(family):
   close(scanned, unrolled)
 
 
+@dataclasses.dataclass(frozen=True)
+class TwoKinds(decoder.TargetConfig):
+  """Layers of two kinds in turn, with keys of other widths and another rotation."""
+
+  @property
+  def period(self):
+    return self.spec, dataclasses.replace(self.spec, rope_theta=7.0, num_kv_heads=1, head_dim=4)
+
+
+def test_layers_of_two_kinds():
+  """Kills: a stack of layers of different kinds, repeats counted as layers, one kind's cache handed to the other."""
+  plain = small_target("qwen3", num_hidden_layers=4).config
+  config = TwoKinds(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+  unrolled = randomised(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), 0)
+  scanned, tokens, taps = stack_layers(unrolled), random_tokens(2, 12), (2, -1, 1)
+  assert len(scanned.layers) == 2 and len(unrolled.layers) == 4
+  assert [one.spec.num_kv_heads for one in (layer.self_attn for layer in unrolled.layers)] == [2, 1, 2, 1]
+  said = []
+  for target in (unrolled, scanned):
+    first, cache = extend(target, tokens[:, :8], target.init_cache(2, 16), taps)
+    second, _ = extend(target, tokens[:, 8:], commit(target, cache, [8, 8]), taps)
+    said.append(jnp.concatenate([first, second], 1))
+  close(*said)
+  whole = unrolled.encode(batch_of(tokens), taps)
+  close(said[0], jnp.concatenate([unrolled.head()(whole.hidden), whole.features], -1))
+  for mine, theirs in zip(scanned.last_layers(3), unrolled.last_layers(3)):
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+  with pytest.raises(ValueError, match="has 4"):
+    scanned.last_layers(5)
+  odd = dataclasses.replace(config, num_layers=3)
+  with pytest.raises(ValueError, match="3 layers cannot be scanned in periods of 2"):
+    stack_layers(nnx.eval_shape(lambda: Decoder(odd, rngs=nnx.Rngs(0))))
+
+
 def attention_case():
   """Blocks with ragged contexts; query (1, 2, 0) sees nothing, block (0, 3) only its context."""
   rng = np.random.default_rng(0)
@@ -209,7 +244,8 @@ def attention_case():
 
 def block_attention(arrays, mask, bounds):
   q, k, v, far_k, far_v = arrays
-  return attention.attend(q, k, v, mask, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, *bounds))
+  place = attention.Place(None, *bounds, mask, None)
+  return attention.attend(q / 5 ** 0.5, k, v, place, attention.Context(jnp.swapaxes(far_k, 2, 3), far_v, "columns"))
 
 
 def dense_attention(arrays, mask, bounds):
@@ -288,7 +324,7 @@ def test_rope_is_float32_in_bfloat16_models():
   module = randomised(nnx.eval_shape(lambda: layers.Attention(spec, rngs=nnx.Rngs(0))), 0)
   module = jax.tree.map(lambda x: x.astype(jnp.bfloat16), module)
   x = jnp.asarray(np.tile(np.random.default_rng(0).normal(size=(1, 1, 16)), (1, 2, 1)), jnp.bfloat16)
-  queries = jax.jit(lambda module, x, positions: module.queries(x, rope_table(positions, 8, 1e4)))
+  queries = jax.jit(lambda module, x, positions: module.project(x, positions)[0])
   start, far = np.asarray(queries(module, x, np.array([[0, 3001]], np.int32))[0], np.float64)
   angle = 3001 * 1e4 ** (-np.arange(0, 8, 2) / 8)
   turned = (start[:, :4] + 1j * start[:, 4:]) * np.exp(1j * angle)

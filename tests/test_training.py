@@ -12,12 +12,11 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from dspark_jax.config import BlockSpec, DrafterConfig, TargetConfig
-from dspark_jax.drafters.dspark import DSpark, init_from_bigrams
-from dspark_jax.drafters.model import init_from_target
+from dspark_jax.drafters.dspark import DSpark, DSparkConfig
 from dspark_jax.metrics import mean
-from dspark_jax.targets.decoder import Decoder, stack_layers
-from dspark_jax.training import lens
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
+from dspark_jax.training import starts
 from dspark_jax.training import step as subject
 from dspark_jax.training.anchors import blocks_at, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss
@@ -37,8 +36,8 @@ def target_of(vocabulary=VOCABULARY):
 
 
 def drafter_of(vocabulary=VOCABULARY, words=0, block=BLOCK):
-  config = DrafterConfig(spec=SPEC, num_layers=2, vocab_size=vocabulary, num_target_layers=3, taps=(-1, 1),
-                         mask_token_id=vocabulary - 1, block_size=block, markov_rank=4, draft_vocab_size=words)
+  config = DSparkConfig(spec=SPEC, num_layers=2, vocab_size=vocabulary, num_target_layers=3, taps=(-1, 1),
+                        mask_token_id=vocabulary - 1, block_size=block, markov_rank=4, draft_vocab_size=words)
   return DSpark(config, rngs=nnx.Rngs(1))
 
 
@@ -352,9 +351,9 @@ def test_a_drafter_started_from_its_target():
   changes the drafter it was given."""
   target, drafter = models()
   before = jax.tree.map(np.array, drafter)
-  init_from_target(drafter, target)
+  starts.from_target(drafter, target)
   jax.tree.map(np.testing.assert_array_equal, drafter, before)
-  start = lambda t, d: (init_from_target(d, t), init_from_target(d, stack_layers(t)))
+  start = lambda t, d: (starts.from_target(d, t), starts.from_target(d, stack_layers(t)))
   one, stacked = jax.jit(start)(target, drafter)
   jax.tree.map(np.testing.assert_array_equal, one, stacked)
   assert jax.tree.structure(one) == jax.tree.structure(drafter)
@@ -364,15 +363,16 @@ def test_a_drafter_started_from_its_target():
   np.testing.assert_allclose(one.fc(taps), taps[..., 16:], rtol=1e-6)
   other = dataclasses.replace(target.config, spec=dataclasses.replace(SPEC, num_heads=4))
   with pytest.raises(ValueError, match="use the target's own block"):
-    init_from_target(drafter, Decoder(other, rngs=nnx.Rngs(0)))
+    starts.from_target(drafter, Decoder(other, rngs=nnx.Rngs(0)))
 
 
 def test_a_drafter_started_from_bigrams():
-  """Kills factors in each other's place, and a backbone whose untrained logits drown the bigrams."""
+  """Kills factors in each other's place, a backbone whose untrained logits drown the bigrams, bigrams beside a lens
+  that count the first draft twice."""
   target, drafter = models()
   rng = np.random.default_rng(0)
   w1, w2 = rng.normal(size=(VOCABULARY, 4)), rng.normal(size=(30, 4))
-  started = init_from_bigrams(drafter, w1, w2)
+  started = starts.from_bigrams(drafter, w1, w2)
   assert jax.tree.structure(started) == jax.tree.structure(drafter)
   hidden, previous = rng.normal(size=(3, 16)).astype(np.float32), jnp.array([5, 0, 39])
   state, latent = started.markov_head.step(None, started.markov_head.markov_w1(previous), hidden)
@@ -380,21 +380,23 @@ def test_a_drafter_started_from_bigrams():
   np.testing.assert_allclose(with_bias - started.head(target)(hidden, None), w1[previous] @ w2.T,
                              rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(started.norm(hidden), 0.3 * drafter.norm(hidden), rtol=1e-6)
+  beside = starts.from_bigrams(DSpark(dataclasses.replace(drafter.config, lens=True), rngs=nnx.Rngs(0)), w1, w2)
+  np.testing.assert_allclose(beside.markov_head.markov_w2.weight[...], 0.25 * w2, rtol=1e-6)
   gated = DSpark(dataclasses.replace(drafter.config, markov_head="gated"), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="only a vanilla sequential head"):
-    init_from_bigrams(gated, w1, w2)
+    starts.from_bigrams(gated, w1, w2)
 
 
 def test_a_lens_fitted_in_closed_form():
-  """Against ridge regression written as a loop. Kills a slot off by one, a document that reads its neighbour, padding that
-  counts, sums that forget a batch, and layers that speak before they have learnt."""
+  """Against ridge regression written as a loop. Kills a slot off by one, a document that reads its neighbour, padding
+  that counts, sums that forget a batch, and layers that speak before they have learnt."""
   target = models()[0]
   drafter = DSpark(dataclasses.replace(drafter_of().config, lens=True), rngs=nnx.Rngs(1))
   batches = [batch_of(seed, lengths) for seed, lengths in ((0, (7, 7)), (1, (9, 4)))]
-  moments = lens.empty(drafter)
+  moments = starts.no_moments(drafter)
   for batch in batches:
-    moments, _ = jax.jit(lens.observe)(moments, drafter, target, batch)
-  fitted = jax.jit(lens.init_from_moments)(drafter, target, moments)
+    moments, _ = jax.jit(starts.observe)(moments, drafter, target, batch)
+  fitted = jax.jit(starts.from_moments)(drafter, target, moments)
 
   unit = lambda x: x / np.sqrt((x * x).mean())
   inputs, hidden, sizes = [], [], []
@@ -411,7 +413,7 @@ def test_a_lens_fitted_in_closed_form():
         sizes.append(np.sqrt((taps[1] ** 2).mean()))
   x, y = np.stack(inputs), np.stack(hidden)
   assert len(x) == moments.count == 8 * (4 + 4 + 6 + 1)
-  best = np.linalg.solve(x.T @ x + lens.RIDGE * np.eye(x.shape[1]), x.T @ y) * np.mean(sizes)
+  best = np.linalg.solve(x.T @ x + starts.RIDGE * np.eye(x.shape[1]), x.T @ y) * np.mean(sizes)
   np.testing.assert_allclose(fitted.lens.proj.weight[...].T, best[:-1], rtol=1e-3, atol=1e-4 * np.abs(best).max())
   np.testing.assert_allclose(fitted.lens.proj.bias[...], best[-1], rtol=1e-3, atol=1e-4 * np.abs(best).max())
 
@@ -419,6 +421,6 @@ def test_a_lens_fitted_in_closed_form():
   state = fitted.init_state(target, 1, 16)
   newest = TargetOutput(encoded.hidden[:1, :3], encoded.features[:1, :3])
   state = fitted.absorb(target, state, Committed(newest, None, jnp.full(1, 3)))
-  np.testing.assert_array_equal(state.features, features)
-  slots = fitted.slots(target, jnp.array([5]), features)
-  np.testing.assert_array_equal(fitted.draft(slots, state.cache), fitted.norm(slots))
+  np.testing.assert_array_equal(state.held, features)
+  start = fitted.start(target, jnp.array([5]), features)
+  np.testing.assert_array_equal(fitted.draft(start, state.cache), fitted.norm(start))

@@ -13,8 +13,6 @@ The last line of stdout is a JSON object with the keys answers, tokens, tokens_p
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from pathlib import Path
 
@@ -22,8 +20,7 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET
-from dspark_jax.loading import locate_target
-from infer import program
+from dspark_jax.programs import run_folder, shell
 
 
 @dataclasses.dataclass
@@ -50,10 +47,8 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  with program.stderr.status("loading"):
-    tokenizer = chat.load_tokenizer(locate_target(settings.target))
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
-  return answer(settings, target, tokenizer, read_questions(settings))
+  questions = read_questions(settings)
+  return answer(settings, *shell.load(settings.target, settings.dtype), questions)
 
 
 def read_questions(settings: Settings) -> list[tuple[str, str]]:
@@ -61,13 +56,8 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   if settings.questions is None:
     return [(q.id, q.question) for q in split(stdlib_questions())[0]]
   questions = []
-  for number, line in enumerate(settings.questions.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
-    if not line.strip():
-      continue
-    try:
-      text = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-      text = None
+  for number, record in shell.objects(settings.questions):
+    text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
       raise ValueError(f'{settings.questions}, line {number} is no question: expected {{"prompt": TEXT}}')
     questions.append((str(number), text))
@@ -76,46 +66,36 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
 
 def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str]]) -> dict:
   """Asks what is not answered yet, a batch at a time, and appends every batch whole."""
-  settings.out.parent.mkdir(parents=True, exist_ok=True)
-  known, broken = answered(settings.out)
-  if broken is not None:
-    os.truncate(settings.out, broken)  # a line that a kill cut in the middle
+  # The ids alone: a file of answers may be larger than the memory that is left beside the target.
+  known = set(run_folder.read_lines(settings.out, lambda record: record["id"],
+                                    remedy="delete the line, its question is asked again then"))
   prompts = [(name, chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]))
              for name, text in questions if name not in known]
   prompts = [(n, ids) for n, ids in prompts if len(ids) <= settings.max_prompt_tokens]
   prompts = prompts[:None if settings.count is None else max(settings.count - len(known), 0)]
   stops, began, tokens, done = chat.stop_ids(tokenizer), time.monotonic(), 0, 0
-  with program.bar() as bar, settings.out.open("a") as out:
+  with shell.bar() as bar:
+    # The bar counts towards all questions, and time usually ends it: so the name says when.
     name = f"answers, for {settings.minutes:g} minutes" if settings.minutes else "answers"
     task = bar.add_task(name, total=len(prompts), note="the first batch, with its compilation")
+    # At least one batch: a minute that went by in compilation should not leave an empty file.
     while done < len(prompts) and not (done and settings.minutes and time.monotonic() - began > settings.minutes * 60):
       part = prompts[done:done + settings.batch]
       padded = part + part[-1:] * (settings.batch - len(part))  # one compilation: the last batch is filled up
       replies = dspark_jax.generate(target, None, [ids for _, ids in padded], max_new_tokens=settings.max_new_tokens,
                                     temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                                    # Row r adds r to it: no two answers of a run share their random numbers.
                                     seed=settings.seed + done, stop_token_ids=stops).tokens
-      out.write("".join(json.dumps({"id": name, "tokens": ids + reply, "loss_mask": [0] * len(ids) + [1] * len(reply)})
-                        + "\n" for (name, ids), reply in zip(part, replies)))
-      out.flush()
+      run_folder.append(settings.out, [
+          # In tokens, not in text: encoding the text again need not give what the target wrote.
+          {"id": name, "tokens": ids + reply, "loss_mask": [0] * len(ids) + [1] * len(reply)}
+          for (name, ids), reply in zip(part, replies)])
       done += len(part)
-      tokens += sum(map(len, replies[:len(part)]))
+      tokens += sum(map(len, replies[:len(part)]))  # not those of the copies
       bar.update(task, completed=done, note=f"{tokens / (time.monotonic() - began):.0f} tokens/s")
   seconds = time.monotonic() - began
   return dict(answers=len(known) + done, tokens=tokens, tokens_per_second=tokens / seconds, out=str(settings.out))
 
 
-def answered(path: Path) -> tuple[set[str], int | None]:
-  """(ids of the whole lines of an output file, where a broken last line begins or None)."""
-  if not path.exists():
-    return set(), None
-  known, at = set(), 0
-  for line in path.read_bytes().splitlines(keepends=True):
-    if not line.endswith(b"\n"):
-      return known, at
-    known.add(json.loads(line)["id"])
-    at += len(line)
-  return known, None
-
-
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -16,33 +16,29 @@ temperatures, ece and auroc (before and after), observations (fit and report), a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 from rich import box
 from rich.table import Table
 
 import dspark_jax
+from dspark_jax.config import from_json, to_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
-from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.decoding.session import PROMPT_BUCKET
-from dspark_jax.loading import drafter_folder, drafter_id, locate_target, save_temperatures, stored_temperatures, target_id
+from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
+from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import make_sampling
-from infer import program
-from train import answers, train
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+from train import answers
 
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
+# The first and the second of every two prompts: a user's file may be in some order, which both halves should see.
 HALVES = {"fit": 0, "report": 1}
 
 
@@ -71,6 +67,19 @@ class Settings:
   """float32 or bfloat16"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What the rounds of one prompt said: a line of rounds-MODE.jsonl."""
+  id: str
+  n_accept: tuple[int, ...]                  # per round, drafts kept
+  n_verify: tuple[int, ...]                  # and verified
+  confidence: tuple[tuple[float, ...], ...]  # of each draft, raw
+
+  def __post_init__(self):
+    if not len(self.n_accept) == len(self.n_verify) == len(self.confidence):
+      raise ValueError("lists of different lengths")
+
+
 @dataclasses.dataclass
 class Rounds:
   """What N rounds said of their drafts, and what became of them. Confidences are raw."""
@@ -79,9 +88,11 @@ class Rounds:
   observed: np.ndarray    # i32[N]     drafts verified: the positions that `accepted` knows
 
   @classmethod
-  def of(cls, records: list[dict], block: int) -> Rounds:
+  def of(cls, prompts: list[Prompt], block: int) -> Rounds:
     """All rounds of some prompts."""
-    flat = lambda key, dtype, *shape: np.asarray([x for r in records for x in r[key]], dtype).reshape(-1, *shape)
+    # Shaped, since a list without rounds does not know its block.
+    joined = lambda name: [x for prompt in prompts for x in getattr(prompt, name)]
+    flat = lambda name, dtype, *shape: np.asarray(joined(name), dtype).reshape(-1, *shape)
     kept = flat("n_accept", np.int32)
     return cls(flat("confidence", np.float32, block), np.arange(block) < kept[:, None], flat("n_verify", np.int32))
 
@@ -100,26 +111,25 @@ class Rounds:
 def main(settings: Settings) -> dict:
   modes = check(settings)
   questions = read_questions(settings)
-  with program.stderr.status("loading"):
-    tokenizer = chat.load_tokenizer(locate_target(settings.target))
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
-    drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  target, tokenizer = shell.load(settings.target, settings.dtype)
+  drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   if not drafter.has_confidence:
     raise ValueError(f"{settings.drafter} has no confidence head, so there is nothing to calibrate: train a DSpark "
                      f"drafter with confidence 'markov' or 'hidden'")
   stored_temperatures(settings.drafter, drafter)  # what is damaged should not come out after an hour
   prompts = choose(settings, tokenizer, questions)
+  # Beside the drafter and not in it: a drafter's folder is replaced as a whole when it is saved again.
   out = settings.out or settings.drafter.resolve().with_name(settings.drafter.resolve().name + "-calibration")
   open_run(out, settings, target, drafter, questions)
-  records = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
-  results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in records.items()}
-  program.write(out / "calibration.json", json.dumps(dict(target=settings.target, drafter=str(settings.drafter), modes={
-      mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}),
-      indent=1, allow_nan=False) + "\n")
+  decoded = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
+  results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in decoded.items()}
+  shell.write_json(out / "calibration.json", dict(target=settings.target, drafter=str(settings.drafter), modes={
+      mode: {k: v.to_json() if k in ("before", "after") else v for k, v in r.items()} for mode, r in results.items()}))
   picture(out / "calibration.png", results)
-  program.say(table(results))
+  shell.say(table(results))
   save_temperatures(settings.drafter, drafter, {mode: r["temperatures"] for mode, r in results.items()})
-  program.say(f"temperatures stored with {settings.drafter}; picture: {out / 'calibration.png'}")
+  shell.say(f"temperatures stored with {settings.drafter}; picture: {out / 'calibration.png'}")
+  # Here by position, for scripts; whole diagrams, which are long, are in calibration.json.
   by_position = lambda field: {mode: {when: plain(getattr(r[when], field)) for when in ("before", "after")}
                                for mode, r in results.items()}
   by_mode = lambda key: {mode: r[key] for mode, r in results.items()}
@@ -129,14 +139,11 @@ def main(settings: Settings) -> dict:
 
 def check(settings: Settings) -> dict[str, float]:
   """Sampling temperature by mode. ValueError for settings that cannot work, before anything is loaded."""
-  for name, least in (("samples", 2), ("batch", 1), ("max_new_tokens", 2), ("max_prompt_tokens", 1)):
-    if getattr(settings, name) < least:
-      raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {least}")
-  if settings.dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"dtype is {settings.dtype!r}, expected float32 or bfloat16")
+  shell.at_least(settings, samples=2, batch=1, max_new_tokens=2, max_prompt_tokens=1)
+  shell.one_of(settings, dtype=shell.DTYPES)
   for temperature in settings.temperatures:
-    make_sampling(temperature)
-  modes = {calibration.mode_name(t): t for t in settings.temperatures}
+    make_sampling(temperature)  # for its ValueError
+  modes = {calibration.mode_name(t): t for t in settings.temperatures}  # 1 and 1.0 are one mode, and one file
   if not modes or len(modes) != len(settings.temperatures):
     raise ValueError(f"temperatures are {', '.join(map(str, settings.temperatures)) or 'none'}, expected one or more, "
                      f"each once")
@@ -173,71 +180,61 @@ def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int
                      f"{settings.max_prompt_tokens} tokens, expected at least 2: raise max_prompt_tokens or give "
                      f"others with --questions")
   if len(prompts) < settings.samples:
-    program.say(f"{len(prompts)} prompts, not {settings.samples}: there are no more of at most "
-                f"{settings.max_prompt_tokens} tokens")
+    shell.say(f"{len(prompts)} prompts, not {settings.samples}: there are no more of at most "
+              f"{settings.max_prompt_tokens} tokens")
   return prompts
 
 
 def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
   """Makes the folder and records what its rounds depend on. ValueError if it holds rounds of something else."""
+  # Neither the batch nor the number of samples: a prompt's rounds depend on its own seed, and more may be asked for.
   config = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "seed", "dtype")}
   record = {"config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
-            "data": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]}
-  out.mkdir(parents=True, exist_ok=True)
-  if (out / "run.json").exists():
-    train.known_run(out, record)
-  elif held := sorted(p.name for p in out.glob("rounds-*.jsonl")):
-    raise ValueError(f"{out} holds {', '.join(held)} but no run.json that says where from: choose another --out")
+            "data": run_folder.digest(json.dumps(questions).encode())}
+  if run_folder.is_begun(out, work="rounds-*.jsonl"):
+    run_folder.resumed(out, record)
   else:
-    program.write(out / "run.json", json.dumps(record, indent=2) + "\n")
+    run_folder.write_record(out, record)
 
 
-def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops, out: Path) -> dict[str, list]:
-  """The records of all prompts by mode, in the order of the prompts; what is missing is decoded and appended."""
-  known = {mode: read_rounds(out / f"rounds-{mode}.jsonl") for mode in modes}
+def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops,
+            out: Path) -> dict[str, list[Prompt]]:
+  """The rounds of all prompts by mode, in the order of the prompts; what is missing is decoded and appended."""
+  known = {mode: read_rounds(out / f"rounds-{mode}.jsonl", drafter.block_size) for mode in modes}
   missing = {mode: [(i, *prompt) for i, prompt in enumerate(prompts) if prompt[0] not in known[mode]] for mode in modes}
   batch = min(settings.batch, len(prompts))
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(modes) * len(prompts), note="")
     bar.advance(task, sum(len(prompts) - len(rows) for rows in missing.values()))
     for mode, temperature in modes.items():
-      with (out / f"rounds-{mode}.jsonl").open("a") as file:
-        for at in range(0, len(missing[mode]), batch):
-          part = missing[mode][at:at + batch]
-          padded = part + part[-1:] * (batch - len(part))  # one compilation: the last batch is filled up
-          found = dspark_jax.generate(
-              target, drafter, [ids for _, _, ids in padded], max_new_tokens=settings.max_new_tokens,
-              temperature=temperature, seeds=[settings.seed + i for i, _, _ in padded], stop_token_ids=stops)
-          new = [record(name, found, row) for row, (_, name, _) in enumerate(part)]
-          file.write("".join(json.dumps(r) + "\n" for r in new))
-          file.flush()
-          known[mode] |= {r["id"]: r for r in new}
-          bar.update(task, advance=len(part), note=f"{mode}, {found.accepted_length:.2f} tokens per round")
+      for at in range(0, len(missing[mode]), batch):
+        part = missing[mode][at:at + batch]
+        padded = part + part[-1:] * (batch - len(part))  # one compilation: the last batch is filled up
+        found = dspark_jax.generate(
+            target, drafter, [ids for _, _, ids in padded], max_new_tokens=settings.max_new_tokens,
+            temperature=temperature, seeds=[settings.seed + i for i, _, _ in padded], stop_token_ids=stops)
+        new = [Prompt(name, tuple(found.n_accept[row]), tuple(found.n_verify[row]),
+                      tuple(map(tuple, found.confidence[row].tolist()))) for row, (_, name, _) in enumerate(part)]
+        run_folder.append(out / f"rounds-{mode}.jsonl", list(map(to_json, new)))
+        known[mode] |= {prompt.id: prompt for prompt in new}
+        bar.update(task, advance=len(part), note=f"{mode}, {found.accepted_length:.2f} tokens per round")
   return {mode: [known[mode][name] for name, _ in prompts] for mode in modes}
 
 
-def record(name: str, found: Generation, row: int) -> dict:
-  """The rounds of one prompt as a JSON object."""
-  return {"id": name, "n_accept": found.n_accept[row], "n_verify": found.n_verify[row],
-          "confidence": found.confidence[row].tolist()}
+def read_rounds(path: Path, block: int) -> dict[str, Prompt]:
+  """What is in a file of rounds, by id. ValueError for a damaged line, and for blocks of another length."""
+  def keyed(record):
+    prompt = from_json(Prompt, record, "no rounds of a prompt")
+    if any(len(row) != block for row in prompt.confidence):
+      raise ValueError(f"confidences of other blocks than {block} drafts")
+    return prompt.id, prompt
+
+  return dict(run_folder.read_lines(path, keyed, remedy="delete the line, its prompt is decoded again then"))
 
 
-def read_rounds(path: Path) -> dict[str, dict]:
-  """Records by id; a last line that a kill cut in the middle is cut off."""
-  if not path.exists():
-    return {}
-  try:
-    _, broken = answers.answered(path)
-    if broken is not None:
-      os.truncate(path, broken)
-    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is damaged ({error}): delete it, its prompts are decoded again then") from error
-
-
-def fit_and_report(mode: str, records: list[dict], block: int) -> dict:
+def fit_and_report(mode: str, prompts: list[Prompt], block: int) -> dict:
   """Temperatures from every other prompt, and the reliability before and after on the ones between."""
-  halves = {half: records[first::2] for half, first in HALVES.items()}
+  halves = {half: prompts[first::2] for half, first in HALVES.items()}
   rounds = {half: Rounds.of(rows, block) for half, rows in halves.items()}
   for half, r in rounds.items():
     if not r.counts()[0]:
@@ -245,21 +242,23 @@ def fit_and_report(mode: str, records: list[dict], block: int) -> dict:
                        f"end at once: give others with --questions, or raise --samples")
   temperatures = fit(mode, rounds["fit"])
   before, after = rounds["report"].reliability(), rounds["report"].reliability(temperatures)
+  # A fit of few rounds can be worse than none. It is stored all the same: half of the prompts cannot tell for sure.
   if after.summary()["ece_mean"] > before.summary()["ece_mean"]:
-    program.say(f"{mode}: on the prompts that report, the calibration error rose from "
-                f"{before.summary()['ece_mean']:.2%} to {after.summary()['ece_mean']:.2%}: raise --samples")
+    shell.say(f"{mode}: on the prompts that report, the calibration error rose from "
+              f"{before.summary()['ece_mean']:.2%} to {after.summary()['ece_mean']:.2%}: raise --samples")
   return dict(temperatures=temperatures, before=before, after=after,
               observations={half: r.counts().tolist() for half, r in rounds.items()},
-              prompts={half: [r["id"] for r in rows] for half, rows in halves.items()})
+              prompts={half: [prompt.id for prompt in rows] for half, rows in halves.items()})
 
 
 def fit(mode: str, rounds: Rounds) -> list[float]:
   """One temperature per position; 1 from the first position on that too few rounds observed."""
   counts = rounds.counts()
+  # Positions are fitted left to right, each under those before it: past a gap there is nothing to stand on.
   block, enough = len(counts), int((counts >= MIN_OBSERVATIONS).sum())  # counts fall: the positions form a prefix
   for k in range(enough, block):
-    program.say(f"{mode}: position {k + 1} was observed {counts[k]} times in the prompts that fit, expected at least "
-                f"{MIN_OBSERVATIONS}: it keeps temperature 1; raise --samples or --max-new-tokens")
+    shell.say(f"{mode}: position {k + 1} was observed {counts[k]} times in the prompts that fit, expected at least "
+              f"{MIN_OBSERVATIONS}: it keeps temperature 1; raise --samples or --max-new-tokens")
   if not enough:
     return [1.0] * block
   confidence = rounds.confidence[:, :enough].astype(np.float64)
@@ -292,8 +291,8 @@ def table(results: dict[str, dict]) -> Table:
 def picture(path: Path, results: dict[str, dict]) -> None:
   """Reliability diagrams: a row per mode, a panel per position."""
   block = len(next(iter(results.values()))["temperatures"])
-  figure, axes = plt.subplots(len(results), block, figsize=(2.6 * block + 1, 3 * len(results)), layout="constrained",
-                              squeeze=False, sharex=True, sharey=True)
+  figure = Figure(figsize=(2.6 * block + 1, 3 * len(results)), layout="constrained")
+  axes = figure.subplots(len(results), block, squeeze=False, sharex=True, sharey=True)
   for row, (mode, r) in zip(axes, results.items()):
     for k, panel in enumerate(row):
       panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -307,11 +306,8 @@ def picture(path: Path, results: dict[str, dict]) -> None:
   axes[0, 0].legend()
   figure.supxlabel("predicted survival")
   figure.supylabel("accepted")
-  scratch = path.with_name(path.name + ".new")
-  figure.savefig(scratch, format="png", dpi=120)
-  scratch.replace(path)
-  plt.close(figure)
+  shell.write(path, shell.image(figure))
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -8,8 +8,8 @@ same command is given again.
     python -m train.compare --config configs/compare.py --data answers.jsonl --seeds 0 1 2 --out runs/compare3
 
 The output folder holds a training run per drafter and seed (NAME-seedN), evaluation/ (infer.evaluate, of each of them),
-results.json (the same, with the seeds of a drafter taken together), figures/ (infer.plots) and report.md. More seeds may be
-given later. The last line of stdout is a JSON object with the keys report, results and differences.
+results.json (the same, with the seeds of a drafter taken together), figures/ (infer.plots) and report.md. More seeds
+may be given later. The last line of stdout is a JSON object with the keys report, results and differences.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-import dspark_jax
-from dspark_jax.checkpoints.hf import names, read_json
-from dspark_jax.data import chat
+from dspark_jax.checkpoints.hf import names
+from dspark_jax.config import from_json, to_json
 from dspark_jax.decoding import acceptance
-from dspark_jax.loading import load_drafter, locate_target
-from infer import evaluate, plots, program
+from dspark_jax.loading import load_drafter
+from dspark_jax.programs import results, shell
+from dspark_jax.programs.results import Result
+from infer import evaluate, plots
 from train import train
 from train.config import CompareConfig, read_config
 
@@ -60,17 +61,18 @@ def main(settings: Settings) -> dict:
       datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
       max_new_tokens=config.max_new_tokens, folder=settings.folder, hub=settings.hub, out=evaluation)
   evaluate.check(asked), evaluate.read_samples(asked)  # a mistake is seen now, not after hours of training
+  # Seed by seed: killed in the middle, there are whole comparisons and not all seeds of one drafter.
   trained = train_all([run for runs_of_seed in zip(*runs.values()) for run in runs_of_seed])
   evaluate.main(asked)
-  found = read_json(evaluation / "results.json")
-  rows, gaps = pool(evaluation, found["results"], {run.out.name: name for name, seeds in runs.items() for run in seeds})
-  results = settings.out / "results.json"
-  program.write(results, json.dumps(found | {"results": rows}, indent=1, allow_nan=False) + "\n")
-  drawn = plots.main(plots.Settings(results=(results,), out=settings.out / "figures"))
-  text = report(settings, config, runs, trained, found["versions"], rows, gaps, drawn["figures"])
-  program.write(settings.out / "report.md", text)
-  program.say(text)
-  return {"report": str(settings.out / "report.md"), "results": str(results), "differences": gaps}
+  found = results.read(evaluation / "results.json")
+  rows, gaps = pool(evaluation, found.results, {run.out.name: name for name, seeds in runs.items() for run in seeds})
+  pooled = settings.out / "results.json"
+  shell.write_json(pooled, to_json(dataclasses.replace(found, results=tuple(rows))))
+  drawn = plots.main(plots.Settings(results=(pooled,), out=settings.out / "figures"))
+  text = report(settings, config, runs, trained, found.versions, rows, gaps, drawn["figures"])
+  shell.write(settings.out / "report.md", text)
+  shell.say(text)
+  return {"report": str(settings.out / "report.md"), "results": str(pooled), "differences": gaps}
 
 
 def planned(settings: Settings, config: CompareConfig, name: str) -> list:
@@ -83,31 +85,30 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
 
 def train_all(runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
-  with program.stderr.status("loading"):
-    target = dspark_jax.load_target(runs[0].target, dtype=runs[0].target_dtype)
-    tokenizer = chat.load_tokenizer(locate_target(runs[0].target))
+  target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype)
   for run in runs:
     train.drafter_config(run.drafter, target)  # what does not fit the target is seen before anything is trained
   trained = {}
-  for run in runs:
-    program.say(f"[{run.out.name}]")
+  for run in runs:  # also those that are done: train returns their last numbers without compiling anything
+    shell.say(f"[{run.out.name}]")
     result = train.train(run, target, tokenizer)
-    if result["steps"] < read_json(run.out / "run.json")["total_steps"]:
-      raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same command to "
-                       f"go on")
-    weights = names(load_drafter(run.out, target))
+    if train.is_stopped(run, result):
+      raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same "
+                       f"command to go on")
+    weights = names(load_drafter(run.out, target))  # the drafter's own: no copy of the target's embedding or head
     trained[run.out.name] = {**result, "parameters": sum(int(np.prod(v.shape)) for v in weights.values())}
   return trained
 
 
-def pool(evaluation: Path, results: list[dict], names: dict[str, str]) -> tuple[list[dict], list[dict]]:
-  """The results with the seeds of each drafter taken together, `by_seed` with the accepted length of each, and how much the
-  accepted lengths differ from those of the first drafter on the same samples. names: the drafter of each run."""
+def pool(evaluation: Path, found: tuple[Result, ...], names: dict[str, str]) -> tuple[list[Result], list[dict]]:
+  """The results with the seeds of each drafter taken together, and how much the accepted lengths differ from those of
+  the first drafter on the same samples. names: the drafter of each run."""
   rows, runs = {}, {}  # by drafter, dataset and mode: an entry per seed
-  for row in results:
-    key = names[row["drafter"]], row["dataset"], row["mode"]
+  for row in found:
+    key = names[row.drafter], row.dataset, row.mode
     rows.setdefault(key, []).append(row)
     runs.setdefault(key, []).append(texts(evaluation, row))
+  # Differences are paired sample by sample and seed by seed: what makes a text easy for all drafters drops out.
   first = next(iter(names.values()))
   gaps = [dict(dataset=dataset, mode=mode, drafter=name, less=first,
                **acceptance.difference(mine, runs[first, dataset, mode]))
@@ -115,53 +116,48 @@ def pool(evaluation: Path, results: list[dict], names: dict[str, str]) -> tuple[
   return [together(name, rows[name, *rest], runs[name, *rest]) for name, *rest in rows], gaps
 
 
-def texts(evaluation: Path, row: dict) -> dict[str, acceptance.Rounds]:
+def texts(evaluation: Path, row: Result) -> dict[str, acceptance.Rounds]:
   """The rounds of every sample of an entry of the results, by id."""
-  case = evaluate.Case(*(row[k] for k in ("target", "drafter", "dataset")), temperature_of(row["mode"]), row["threshold"])
-  lines = (evaluation / "samples" / f"{case.key}.jsonl").read_text().splitlines()
-  records = {record["id"]: record for record in map(json.loads, lines)}
-  return {name: acceptance.Rounds.of(*(record[k] for k in evaluate.COUNTERS), record.get("confidence"))
-          for name, record in sorted(records.items())}
+  samples = results.read_decoded(evaluation / "samples" / f"{row.key}.jsonl")
+  # A file has them in the order in which they were decoded; intervals pair the samples of several runs by place.
+  return {name: decoded.rounds for name, decoded in sorted(samples.items())}
 
 
-def together(name: str, rows: list[dict], runs: list[dict[str, acceptance.Rounds]]) -> dict:
+def together(name: str, rows: list[Result], runs: list[dict[str, acceptance.Rounds]]) -> Result:
   """One entry for several seeds: all their rounds, with the interval over samples and seeds."""
-  block, tokens = rows[0]["block_size"], sum(row["tokens"] for row in rows)
+  block, tokens = rows[0].block_size, sum(row.tokens for row in rows)
   rounds = [text for run in runs for text in run.values()]
   curve = acceptance.reliability_of(rounds, block)
-  return rows[0] | acceptance.summary(rounds, block) | dict(
-      drafter=name, tokens=tokens, tokens_per_second=tokens / sum(row["tokens"] / row["tokens_per_second"] for row in rows),
+  # From the rounds themselves, speed too: a mean of the seeds' rates would weigh short texts like long ones.
+  return from_json(Result, to_json(rows[0]) | acceptance.summary(rounds, block) | dict(
+      drafter=name, tokens=tokens, tokens_per_second=tokens / sum(row.tokens / row.tokens_per_second for row in rows),
       accepted_length_interval=acceptance.interval([list(run.values()) for run in runs]),
-      by_seed=[row["accepted_length"] for row in rows], reliability=curve and curve.to_json(),
-      temperatures=None, reliability_before=None)  # each seed has its own, or none
+      by_seed=[row.accepted_length for row in rows], reliability=curve and curve.to_json(),
+      temperatures=None, reliability_before=None), name)  # each seed has its own temperatures, or none
 
 
-def temperature_of(mode: str) -> float:
-  """The inverse of `calibration.mode_name`."""
-  return 0.0 if mode == "greedy" else float(mode.removeprefix("T="))
-
-
-def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict, versions: dict, rows: list[dict],
+def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict, versions: dict, rows: list[Result],
            gaps: list[dict], figures: dict[str, str]) -> str:
   """The report as Markdown."""
-  table = lambda head, rows: evaluate.markdown(head, rows).splitlines()
+  table = lambda head, rows: results.markdown(head, rows).splitlines()
   base, to = config.base, lambda x, spec: "" if x is None else format(x, spec)
+  seeds = [f"seed {seed}" for seed in settings.seeds]
   parts = [f"# Drafters for {base.target}, trained alike", "",
            f"{len(runs)} drafters, each trained for {settings.steps or base.steps} steps of {base.batch} x "
-           f"{base.row_length} tokens on the same data in the same order (seeds {', '.join(map(str, settings.seeds))}), then "
-           f"evaluated on {config.samples} held-out samples of {', '.join(config.datasets)}, {config.max_new_tokens} new "
-           f"tokens each. Intervals: 95 %, bootstrapped over samples, and over seeds where there are several. Versions: "
-           + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", "",
-           "## Training", ""]
+           f"{base.row_length} tokens on the same data in the same order (seeds "
+           f"{', '.join(map(str, settings.seeds))}), then evaluated on {config.samples} held-out samples of "
+           f"{', '.join(config.datasets)}, {config.max_new_tokens} new tokens each. Intervals: 95 %, bootstrapped over "
+           f"samples, and over seeds where there are several. Versions: "
+           + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", "", "## Training", ""]
   parts += table(["run", "parameters", "loss", "tau (training)", "tokens/s"],
                  [[label, f"{t['parameters'] / 1e6:.1f} M", f"{t['loss']:.3f}", to(t["tau"], ".2f"),
                    f"{t['tokens_per_second']:.0f}"] for label, t in trained.items()])
-  parts += ["", "## Evaluation", ""] + table(evaluate.COLUMNS, [evaluate.cells(row) for row in rows])
+  parts += ["", "## Evaluation", ""] + table(results.COLUMNS, [row.cells() for row in rows])
   parts += ["", "## Accepted length by seed", ""]
-  parts += table(["drafter", "dataset", "mode", *(f"seed {seed}" for seed in settings.seeds)],
-                 [[row["drafter"], row["dataset"], row["mode"], *(to(x, ".3f") for x in row["by_seed"])] for row in rows])
-  parts += ["", f"## Accepted length less that of {rows[0]['drafter']}, on the same samples", ""]
-  parts += table(["drafter", "dataset", "mode", "difference", "95 % interval", *(f"seed {seed}" for seed in settings.seeds)],
+  parts += table(["drafter", "dataset", "mode", *seeds],
+                 [[row.drafter, row.dataset, row.mode, *(to(x, ".3f") for x in row.by_seed)] for row in rows])
+  parts += ["", f"## Accepted length less that of {rows[0].drafter}, on the same samples", ""]
+  parts += table(["drafter", "dataset", "mode", "difference", "95 % interval", *seeds],
                  [[g["drafter"], g["dataset"], g["mode"], to(g["difference"], "+.3f"),
                    "{:+.3f} to {:+.3f}".format(*g["interval"]) if g["interval"] else "",
                    *(to(x, "+.3f") for x in g["by_run"])] for g in gaps])
@@ -176,4 +172,4 @@ def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict,
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

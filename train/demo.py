@@ -13,26 +13,20 @@ The last line of stdout is a JSON object with the table's numbers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
-from dspark_jax.loading import locate_target
-from infer import program
+from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import read_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 
 
 @dataclasses.dataclass
@@ -50,23 +44,23 @@ class Settings:
 def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
-  with program.stderr.status("loading SmolLM2-135M-Instruct"):
-    tokenizer = chat.load_tokenizer(locate_target(config.target))
-    target = dspark_jax.load_target(config.target)
+  # In float32 greedy text is the same token for token, whatever wrote it; for training it is cast as the config says.
+  target, tokenizer = shell.load(config.target, "float32")
+  # 192: with the longest question (64 tokens) an answer fills a training row. 64 rows read each weight once for all.
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
-  if not (settings.out / "run.json").exists():  # a run that began keeps its data
-    program.say("the target answers questions about Python's standard library")
+  if not run_folder.is_begun(settings.out):  # a run that began keeps its data
+    shell.say("the target answers questions about Python's standard library")
     answers.answer(ask, target, tokenizer, answers.read_questions(ask))
-  program.say("a drafter learns from the answers")
+  shell.say("a drafter learns from the answers")
   trained = train.train(config, target, tokenizer)
-  if trained["steps"] < read_json(settings.out / "run.json")["total_steps"]:
-    return {"training": trained}  # stopped by SIGTERM: the same command goes on
+  if train.is_stopped(config, trained):
+    return {"training": trained}  # the same command goes on
   drafter = dspark_jax.load_drafter(settings.out, target)
-  program.say("both ways of decoding, on questions about modules that were not in the training data")
+  shell.say("both ways of decoding, on questions about modules that were not in the training data")
   result = compare(settings, target, drafter, tokenizer)
   picture(settings.out, result)
-  program.say(table(result))
-  program.say(f"picture: {settings.out / 'demo.png'}")
+  shell.say(table(result))
+  shell.say(f"picture: {settings.out / 'demo.png'}")
   return {"training": trained, **result}
 
 
@@ -79,9 +73,10 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
   sessions = {"plain": Session(target), "speculative": Session(target, drafter)}
   how = dict(max_new_tokens=settings.new_tokens, stop_token_ids=chat.stop_ids(tokenizer))
   text, seconds, kept = {"plain": [], "speculative": []}, {"plain": 0.0, "speculative": 0.0}, []
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(questions), note="compiling")
     for prompt in questions:
+      # In turn, question by question: what else the machine does falls on both.
       for name, session in sessions.items():
         (batch,) = session.prepare([prompt], **how)
         if not text[name]:  # one bucket, so one program, compiled and warm before the clock starts
@@ -94,6 +89,7 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
       bar.update(task, advance=1, note="")
   count = sum(map(len, text["plain"]))
   kept = np.asarray(kept)
+  # Position k is reached where k drafts were kept, so the rates are of neighbours in this list.
   reached = [int((kept >= k).sum()) for k in range(drafter.block_size + 1)]
   return dict(identical=text["plain"] == text["speculative"], tokens=count, rounds=len(kept),
               plain_tokens_per_second=count / seconds["plain"],
@@ -116,8 +112,9 @@ def table(result: dict) -> Table:
 
 def picture(folder: Path, result: dict) -> None:
   """demo.png: the training curve, and acceptance by position."""
-  log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+  log = run_folder.read_lines(folder / train.LOG)
+  figure = Figure(figsize=(10, 3.6), layout="constrained")
+  left, right = figure.subplots(1, 2)
   left.plot([r["step"] for r in log], [r["tau"] for r in log], color="tab:blue")
   left.set(xlabel="optimizer step", ylabel="tau (expected accepted length)", title="training")
   loss = left.twinx()
@@ -127,9 +124,8 @@ def picture(folder: Path, result: dict) -> None:
   right.bar(range(1, len(rates) + 1), rates, color="tab:blue")
   right.set(xlabel="draft position", ylabel="accepted, given all before", ylim=(0, 1), xticks=range(1, len(rates) + 1),
             title=f"held-out: {result['accepted_length']:.2f} tokens per step, {result['speedup']:.2f}x plain")
-  figure.savefig(folder / "demo.png", dpi=120)
-  plt.close(figure)
+  shell.write(folder / "demo.png", shell.image(figure))
 
 
 if __name__ == "__main__":
-  program.run(main, Settings)
+  shell.run(main, Settings)

@@ -1,10 +1,13 @@
 """Train a drafter on a frozen target, which runs inside the training step: no hidden-state files.
 
-When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and data of your own. A run that is killed, or stopped
-by SIGTERM, goes on exactly where it was when the same command is given again.
+When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and data of your own. A run that is killed,
+or stopped by SIGTERM, goes on exactly where it was when the same command is given again.
 
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b
+
+Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
+drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
 Data: JSONL of conversations ({"messages": [...]}) or of tokens (train.answers), or .txt, .md and .py files. The run
 folder holds run.json (resolved configuration), metrics.jsonl, steps/ (Orbax) and drafter/ (what load_drafter reads).
@@ -16,13 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +31,18 @@ import numpy as np
 import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
-from dspark_jax.drafters.dspark import init_from_bigrams
-from dspark_jax.drafters.model import init_from_target
-from dspark_jax.loading import locate_target
-from dspark_jax.training import lens
+from dspark_jax.drafters.model import DrafterSettings
+from dspark_jax.programs import run_folder, shell
+from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
-from infer import program
-from train.config import DrafterSettings, TrainConfig, read_config
+from train.config import TrainConfig, read_config
 
+LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
+TIMED = 4             # steps whose median says how long one takes: the first of them may compile
+FEWEST = 8            # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
 
 
 def main(config: TrainConfig) -> dict:
@@ -50,10 +50,7 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
-  with program.stderr.status("loading"):
-    target = dspark_jax.load_target(config.target, dtype=config.target_dtype)
-    tokenizer = chat.load_tokenizer(locate_target(config.target))
-  return train(config, target, tokenizer)
+  return train(config, *shell.load(config.target, config.target_dtype))
 
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
@@ -61,27 +58,29 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length,
                                        encode_conversation=chat.encode_conversation)
   packed = pipeline.pack(source.documents, config.row_length)
-  program.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows of "
-              f"{config.row_length}, {packed.fill:.0%} full")
+  shell.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows "
+            f"of {config.row_length}, {packed.fill:.0%} full")
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
   batch_of = lambda step: jax.device_put(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
+  # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 1000)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   record = describe(config, packed)
-  run = known_run(config.out, record) if saved.latest is not None else None
+  # Without a checkpoint nothing would be mixed: the run begins anew, under whatever settings.
+  run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if saved.latest is not None else None
   if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
     saved.close()
-    program.say(f"all {run['total_steps']} steps are done")
+    shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
   step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
-  with program.stderr.status("compiling the training step"):
+  with shell.stderr.status("compiling the training step"):
     compiled = step.lower(state, target, batch_of(0)).compile()
-  program.say(f"step: {program.memory_report(compiled)}")
+  shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
-  if run is None and config.drafter.lens:
+  if run is None and getattr(config.drafter, "lens", False):  # not every kind has one
     drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
     state = state.replace(drafter=drafter)
 
@@ -97,8 +96,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   restored = checkpoints.restore(saved, state)
   if restored is not None:
     state = restored
-    forget_after(config.out / "metrics.jsonl", int(state.step))
-    program.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+    run_folder.forget_after(config.out / LOG, int(state.step))
+    shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   state, last = loop(config, advance, state, saved, run["total_steps"])
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
@@ -108,88 +107,74 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 def build_drafter(config: TrainConfig, target, documents, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
-  words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops) if s.draft_vocab_size else None
-  drafter = dspark_jax.new_drafter(drafter_config(s, target), kind=s.kind, words=words, seed=config.seed)
+  words = None
+  if s.draft_vocab_size:
+    words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops)
+  drafter = dspark_jax.new_drafter(drafter_config(s, target), words=words, seed=config.seed)
   if s.from_target:
-    drafter = init_from_target(drafter, target)
-  if s.from_bigrams:
+    drafter = starts.from_target(drafter, target)
+  if getattr(s, "from_bigrams", False):  # not every kind has a head for them
     factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
-    drafter = init_from_bigrams(drafter, *factors, strength=0.25 if s.lens else 1.0)  # a lens knows the bigrams' first draft too
+    drafter = starts.from_bigrams(drafter, *factors)
   return drafter
 
 
 def drafter_config(settings: DrafterSettings, target):
-  """The drafter's own configuration for this target, before its words are chosen. ValueError when they do not fit."""
-  kind = DRAFTERS[settings.kind].Config
-  shape = {f.name: getattr(settings, f.name) for f in dataclasses.fields(kind) if hasattr(settings, f.name)}
-  return kind(**shape | dict(spec=target.config.spec, vocab_size=target.config.vocab_size,
-                             num_target_layers=target.config.num_layers, draft_vocab_size=0))
+  """The drafter's own configuration for this target. ValueError when they do not fit."""
+  return DRAFTERS[settings.kind].Config.for_target(settings, target.config)
 
 
 def describe(config: TrainConfig, packed) -> dict:
   """What must be the same for a run to go on: settings that matter to the result, and the data."""
-  settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+  settings = run_folder.plain(dataclasses.asdict(config))
+  # These change where and how often something is written, and how the number of steps is found: no step of it. Data
+  # count by content, so that files may be moved or split.
   settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
-  digest = hashlib.sha256(packed.rows.tokens.tobytes() + packed.rows.loss_mask.tobytes()).hexdigest()[:16]
-  return {"config": settings, "data": digest}
-
-
-def known_run(folder: Path, record: dict) -> dict:
-  """The record of the run in `folder`; ValueError when it is not the one described by `record`."""
-  run = read_json(folder / "run.json")
-  if not isinstance(run.get("config"), dict) or "data" not in run:
-    raise ValueError(f"{folder / 'run.json'} is another program's, or damaged: choose another --out")
-  differ = [k for k, v in record["config"].items() if run["config"].get(k) != v]
-  differ += ["data"] if run["data"] != record["data"] else []
-  if differ:
-    raise ValueError(f"{folder} holds a run with other settings ({', '.join(differ)}): give the same ones to go on with "
-                     f"it, or another --out")
-  return run
+  return {"config": settings, "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
 
 
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
   run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
-  program.write(config.out / "run.json", json.dumps(run, indent=2) + "\n")
-  (config.out / "metrics.jsonl").unlink(missing_ok=True)
+  run_folder.write_record(config.out, run)
+  (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
   return run
 
 
-def forget_after(log: Path, step: int) -> None:
-  """Drops the lines of steps that a kill took back and that will be run again."""
-  if log.exists():
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+def is_stopped(config: TrainConfig, result: dict) -> bool:
+  """Whether SIGTERM ended a training before its last step; `result` is what it returned."""
+  return result["steps"] < run_folder.read_record(config.out, {"total_steps": int})["total_steps"]
 
 
 def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   """(the drafter with its lens fitted to the first batches, in at most half of the minutes; what the target said of
   them by index of the batch, up to SAID_BYTES: the first steps of training need not ask it again)."""
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
-  observe, moments, said = jax.jit(lens.observe, donate_argnums=0), lens.empty(drafter), {}
+  observe, moments, said = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter), {}
   began = time.monotonic()
-  with program.bar() as bar:
+  with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
+      # Blocked on, or the clock below would be that of the queue.
       moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
       if (len(said) + 1) * sum(x.nbytes for x in jax.tree.leaves(encoded)) <= SAID_BYTES:
         said[index] = encoded
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
       if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
-  program.say(f"lens: fitted to {int(moments.count)} positions")
-  return jax.jit(lens.init_from_moments)(drafter, target, lens.checked(moments)), said
+  shell.say(f"lens: fitted to {int(moments.count)} positions")
+  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), said
 
 
 def steps_in(left: float, state, advance, known: int) -> int:
   """How many steps fit into the seconds that are left, from timing a few on a copy of the state. The first `known` are
   quicker than those that follow: the target has already run."""
-  state = jax.tree.map(jnp.copy, state)
+  state = jax.tree.map(jnp.copy, state)  # the steps are donated their state, and the run begins from this one
 
   def seconds(first):
     nonlocal state
     times = []
-    for index in range(first, first + 4):
+    for index in range(first, first + TIMED):
       began = time.perf_counter()
       state, _ = jax.block_until_ready(advance(state, index))
       times.append(time.perf_counter() - began)
@@ -197,39 +182,39 @@ def steps_in(left: float, state, advance, known: int) -> int:
 
   slow = seconds(known)
   quick = seconds(0) if known else slow
-  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), 8)
+  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST)
 
 
 def loop(config: TrainConfig, advance, state, saved, total_steps: int):
   """Runs the remaining steps; SIGTERM ends them early, after a save."""
-  stop = []
+  stop = []  # a handler may run in the middle of a step: it leaves a note, and the loop ends the run
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   first, window, result, began = int(state.step), [], {}, time.perf_counter()
   try:
-    with program.bar() as bar, (config.out / "metrics.jsonl").open("a") as log:
+    with shell.bar() as bar:
       task = bar.add_task("training", total=total_steps, completed=first, note="")
       for index in range(first, total_steps):
         state, metrics = advance(state, index)
         window.append(metrics)
         finished = bool(stop) or index + 1 == total_steps
+        # Also when it saves: a run that goes on from there must not lack a line for the steps before.
         if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
           result = summarise(window)
           window = []
           if result["loss"] is None or result["grad_norm"] is None:  # before a broken state could be saved
-            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last checkpoint "
-                             f"is whole")
+            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last "
+                             f"checkpoint is whole")
           rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
-          log.write(json.dumps({"step": index + 1, **result, "tokens_per_second": rate}) + "\n")
-          log.flush()
+          run_folder.append(config.out / LOG, [{"step": index + 1, **result, "tokens_per_second": rate}])
           bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
                      f"{rate:.0f} tokens/s")
           result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
         saved.save_checkpointables(index + 1, {"state": state}, force=finished)
         if finished and stop:
-          program.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
+          shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
           break
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    signal.signal(signal.SIGTERM, previous)  # train.demo and train.compare go on after this
   return state, result or summarise_saved(config)
 
 
@@ -242,14 +227,15 @@ def summarise(window: list) -> dict:
 
 def summarise_saved(config: TrainConfig) -> dict:
   """The last logged numbers of a run that had nothing left to do."""
-  last = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])
+  last = run_folder.read_lines(config.out / LOG)[-1]
   return {k: last[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
 
 
 if __name__ == "__main__":
+  # The file gives the defaults that tyro then overrides, so it is read, and its two words taken out, before.
   words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
   if "--config" not in words[:-1]:
-    program.stderr.print(__doc__, markup=False, highlight=False)
+    shell.stderr.print(__doc__, markup=False, highlight=False)
     sys.exit(0 if {"-h", "--help"} & set(words) else 2)
   where = words.index("--config")
-  program.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])
+  shell.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])

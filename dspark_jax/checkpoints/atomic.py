@@ -16,33 +16,37 @@ def new_folder(folder: Path, ours: set[str]):
   what the kill left is swept away by the next call (of two writers at once the later one wins, the other one fails).
   ValueError if the place is taken by a file, or by a folder with other things in it: they would be lost.
   """
-  folder = Path(folder).resolve()
+  folder = Path(folder).resolve()  # through links: what a link points to is replaced, not the link
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, expected a folder or nothing: choose another place")
   folder.parent.mkdir(parents=True, exist_ok=True)
+  # Before the sweep below: of what a kill left, `.old` may be the only copy.
   put_back(folder)
   others = sorted({p.name for p in folder.iterdir()} - ours) if folder.exists() else []
   if others:
-    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected {', '.join(sorted(ours))} or "
-                     f"nothing: choose another place")
+    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected "
+                     f"{', '.join(sorted(ours))} or nothing: choose another place")
   prefix, old = f".{folder.name}.new-", _old(folder)
   for left in [old, *(p for p in folder.parent.iterdir() if p.name.startswith(prefix))]:
     shutil.rmtree(left, ignore_errors=True)
+  # A sibling, as no rename crosses disks; its name is drawn, as another writer may be at work.
   scratch = folder.with_name(prefix + secrets.token_hex(4))
   scratch.mkdir()
   try:
     yield scratch
+    # Two renames: none replaces a folder that is not empty.
     if folder.exists():
       folder.rename(old)
     scratch.rename(folder)
   finally:
+    # First of all: where the second rename failed, `old` holds the only copy.
     put_back(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def put_back(folder: Path) -> None:
-  """Restores a folder that a kill caught in the instant between the two renames of `new_folder`; to do before reading."""
+  """Restores a folder that a kill caught between the two renames of `new_folder`; to do before reading."""
   folder = Path(folder).resolve()
   if not folder.exists() and _old(folder).exists():
     _old(folder).rename(folder)

@@ -12,23 +12,32 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import DrafterConfig, RecurrentConfig, hf_spec, raise_all
+from dspark_jax.config import raise_all
+from dspark_jax.drafters.dspark import DSparkConfig
+from dspark_jax.drafters.eagle3 import Eagle3Config
+from dspark_jax.drafters.model import DrafterConfig
+from dspark_jax.targets import TARGETS
 from dspark_jax.types import Target
 
 FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...],
           "lm_head.weight": lambda target: target.head().weight}
 
+ORIGINAL = "DFlashDraftModel"
+# (kind of drafter, reader of its layers) by architecture: DeepSpec's say which family's layers the drafter repeats, the
+# original's are Qwen3's.
+ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family in TARGETS.values()
+                 for name, kind in (("DSpark", "dspark"), ("Eagle3", "eagle3"))}
+ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
 
-ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel", "Qwen3Eagle3Model", "LlamaEagle3Model", "DFlashDraftModel")
 
-
-def drafter_config(hf: dict) -> tuple[str, DrafterConfig | RecurrentConfig]:
-  """(name of the drafter, configuration) in a stored config.json; ValueError lists what is missing or not understood."""
-  kind = (hf.get("architectures") or ["none"])[0]
-  if kind not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {kind!r} is not supported, only {', '.join(ARCHITECTURES)} are")
-  spec, problems = hf_spec(hf, qk_norm=not kind.startswith("Llama"))
-  return ("eagle3", _eagle3(hf, spec, problems)) if "Eagle3" in kind else ("dspark", _dspark(hf, spec, problems))
+def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
+  """(name of the drafter, configuration) in a stored config.json; ValueError: all that is missing or not understood."""
+  architecture = (hf.get("architectures") or ["none"])[0]
+  if architecture not in ARCHITECTURES:
+    raise NotImplementedError(f"drafter architecture {architecture!r} is not supported, only "
+                              f"{', '.join(ARCHITECTURES)} are")
+  kind, block = ARCHITECTURES[architecture]
+  return kind, (_eagle3 if kind == "eagle3" else _dspark)(hf, *block(hf))
 
 
 def _eagle3(hf, spec, problems):
@@ -37,26 +46,32 @@ def _eagle3(hf, spec, problems):
   layers = hf.get("draft_num_hidden_layers", hf.get("num_hidden_layers"))
   problems += [f"an Eagle3 drafter of {layers} layers is not supported, only of one"] if layers != 1 else []
   raise_all("drafter config", problems)
-  return RecurrentConfig(spec, hf["vocab_size"], hf["num_target_layers"], tuple(hf["target_layer_ids"]), hf["ttt_length"])
+  # As many drafts as it was unrolled for: the file names no other number.
+  return Eagle3Config(spec=spec, vocab_size=hf["vocab_size"], num_target_layers=hf["num_target_layers"],
+                      taps=tuple(hf["target_layer_ids"]), block_size=hf["ttt_length"])
 
 
 def _dspark(hf, spec, problems):
-  original = hf["architectures"][0] == "DFlashDraftModel"
+  original = hf["architectures"][0] == ORIGINAL
+  # Newer files of the original have these keys, block_size among them, in dflash_config alone.
   own = {**hf, **hf.get("dflash_config", {})} if original else hf
-  needed = ["block_size", "num_target_layers", "mask_token_id"] + ([] if original else ["target_layer_ids", "markov_rank"])
+  needed = ["block_size", "num_target_layers", "mask_token_id"]
+  needed += [] if original else ["target_layer_ids", "markov_rank"]
   problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]
   raise_all("drafter config", problems)
   common = dict(spec=spec, num_layers=hf["num_hidden_layers"], vocab_size=hf["vocab_size"],
                 num_target_layers=own["num_target_layers"], mask_token_id=own["mask_token_id"])
   if original:
+    # Its block_size counts the anchor's slot, which predicts nothing: one draft less than slots.
     taps = own.get("target_layer_ids") or default_taps(own["num_target_layers"], hf["num_hidden_layers"])
-    return DrafterConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
-                         sample_from_anchor=False)
+    return DSparkConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
+                        sample_from_anchor=False)
+  # Keys about a head that is not there are absent, not false.
   confidence = "none" if not hf.get("enable_confidence_head") else (
       "markov" if hf.get("confidence_head_with_markov") else "hidden")
-  return DrafterConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
-                       markov_rank=hf["markov_rank"], markov_head=hf.get("markov_head_type") or "vanilla",
-                       confidence=confidence)
+  return DSparkConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
+                      markov_rank=hf["markov_rank"], markov_head=hf.get("markov_head_type") or "vanilla",
+                      confidence=confidence)
 
 
 def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -66,19 +81,20 @@ def default_taps(num_target_layers: int, num_draft_layers: int) -> tuple[int, ..
   return tuple(round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1)) for i in range(num_draft_layers))
 
 
-def stores_frozen(config: DrafterConfig | RecurrentConfig) -> bool:
-  """Whether the drafter's stored form holds copies of the target's embedding and head: all but the original DFlash's."""
-  return getattr(config, "sample_from_anchor", True)
+def stores_frozen(config: DrafterConfig) -> bool:
+  """Whether a drafter's stored form holds copies of the target's embedding and head; the original DFlash's does not."""
+  return getattr(config, "sample_from_anchor", True)  # recurrent drafters have no such choice
 
 
 def check_frozen(tensors: Mapping, target: Target) -> list[str]:
-  """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser of both dtypes)."""
+  """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser dtype)."""
   problems = []
   for name, own in FROZEN.items():
     if name not in tensors:
       problems.append(f"tensor {name} is missing")
       continue
     stored, mine = tensors[name], own(target)
+    # Equal shapes prove nothing: another target's drafter would load, and no draft of it would be accepted.
     coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
     if stored.shape != mine.shape or not bool(jnp.array_equal(jnp.asarray(stored, coarse), mine.astype(coarse))):
       problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
@@ -86,22 +102,20 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
   return problems
 
 
-def deepspec_config(kind: str, config: DrafterConfig | RecurrentConfig) -> str:
+def deepspec_config(kind: str, config: DrafterConfig) -> str:
   """The text of a DeepSpec config.json for a drafter trained here; ValueError where that format has no word for it."""
   raise_all("export to DeepSpec", (["a reduced draft vocabulary cannot be stored"] if config.draft_vocab_size else [])
             + (["a lens cannot be stored"] if getattr(config, "lens", False) else [])
             + ([] if stores_frozen(config) else ["the original DFlash's slots cannot be stored"])
             + ([] if kind in ("dspark", "eagle3") else [f"a drafter of the kind {kind} cannot be stored"]))
-  spec, family = config.spec, "Qwen3" if config.spec.qk_norm else "Llama"
-  out = dict(
-      attention_bias=False, head_dim=spec.head_dim, hidden_act="silu", hidden_size=spec.hidden_size,
-      intermediate_size=spec.intermediate_size, model_type=family.lower(), num_attention_heads=spec.num_heads,
-      num_key_value_heads=spec.num_kv_heads, num_target_layers=config.num_target_layers, rms_norm_eps=spec.rms_norm_eps,
-      rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"}, target_layer_ids=list(config.taps),
-      tie_word_embeddings=False, vocab_size=config.vocab_size)
+  # Untied whatever the target is: both copies are stored.
+  out = dict(num_target_layers=config.num_target_layers, target_layer_ids=list(config.taps), tie_word_embeddings=False,
+             vocab_size=config.vocab_size)
+  family, layers = _layers(config)
+  out |= layers
   if kind == "eagle3":
     out |= dict(architectures=[f"{family}Eagle3Model"], draft_num_hidden_layers=1, num_hidden_layers=1,
-                ttt_length=config.block_size, step_loss_decay=0.8)
+                ttt_length=config.block_size, step_loss_decay=0.8)  # of the reference's training
     return json.dumps(out, indent=2, sort_keys=True) + "\n"
   out |= dict(architectures=[f"{family}DSparkModel"], block_size=config.block_size,
               enable_confidence_head=config.confidence != "none", markov_rank=config.markov_rank,
@@ -110,12 +124,24 @@ def deepspec_config(kind: str, config: DrafterConfig | RecurrentConfig) -> str:
     out["confidence_head_with_markov"] = config.confidence == "markov"
   if config.markov_rank:
     out["markov_head_type"] = config.markov_head
+  # Indented and sorted as transformers writes its configs.
   return json.dumps(out, indent=2, sort_keys=True) + "\n"
+
+
+def _layers(config):
+  """(prefix of the architecture, what config.json says of the layers) of the family that reads these layers back."""
+  for name, family in TARGETS.items():
+    if type(config.spec) is family.spec:  # not isinstance: a family's may extend another's
+      keys = family.keys(config.spec)
+      if family.block(keys | dict(num_hidden_layers=1, vocab_size=config.vocab_size)) == (config.spec, []):
+        return family.prefix, keys | {"model_type": name}
+  raise ValueError(f"export to DeepSpec: no family there has layers like {config.spec}")
 
 
 def frozen_copies(target: Target, dtype) -> dict[str, jax.Array]:
   """The target's embedding and head under DeepSpec's names. ValueError when that would invent digits."""
   theirs = target.head().weight.dtype
   if jnp.finfo(theirs).bits < jnp.finfo(dtype).bits:
-    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and head would be rounded: load the target in {dtype}")
+    raise ValueError(f"export to DeepSpec: the drafter is {dtype}, its copies of the target's {theirs} embedding and "
+                     f"head would be rounded: load the target in {dtype}")
   return {name: own(target).astype(dtype) for name, own in FROZEN.items()}

@@ -50,7 +50,7 @@ class Tensors(collections.abc.Mapping):
     tensor = self.stored[name]
     # np.array copies: what is stored as float32 would otherwise be a view of the file.
     array = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-    heads = self.heads.get(name.split(".")[-2])
+    heads = self.heads.get(name.split(".")[-2])  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
     return array if heads is None else unpermute(array, heads)
 
   def __iter__(self):
@@ -84,6 +84,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Tensors]:
     names |= {f"model.layers.{layer}.{hf}": f"blk.{layer}.{name}" for hf, name in LAYER_NAMES.items()}
   if missing := sorted(set(names.values()) - set(stored)):
     raise ValueError(f"{path} lacks the tensors {missing}: convert the model again")
+  # What would stay unread is a bias, a norm or an expert that the model was trained with.
   if unknown := sorted(set(stored) - set(names.values())):
     raise NotImplementedError(f"{path} has tensors that a plain llama does not have: {unknown}: "
                               "only dense models without biases are read from GGUF")
@@ -100,6 +101,7 @@ def refuse_unsupported(path: str | os.PathLike, metadata: dict[str, Any], stored
   if metadata.get("split.count", 1) > 1:
     raise NotImplementedError(f"{path} is one of {metadata['split.count']} parts: "
                               "join them with `llama-gguf-split --merge`")
+  # Llama 3's frequencies come as a tensor, other scalings as metadata.
   scaling = metadata.get("llama.rope.scaling.type", "none")
   if scaling != "none" or "rope_freqs.weight" in stored:
     raise NotImplementedError(f"{path} scales its RoPE frequencies (type {scaling!r}), which is not read "
@@ -117,6 +119,7 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
   for name in ("rms_norm_eps", "rope_theta"):
     config[name] = float(str(np.float32(config[name])))  # stored in float32: 1e-5, not 9.999999747378752e-06
   heads = config["num_attention_heads"]
+  # One width for all: GGUF knows others for values, and rotates a part of the head where dimension_count is smaller.
   head_dim = metadata.get("llama.attention.key_length", config["hidden_size"] // heads)
   for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
     if metadata.get(key, head_dim) != head_dim:
@@ -130,7 +133,7 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
     "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
     "head_dim": head_dim,
     "vocab_size": int(stored["token_embd.weight"].shape[1]),  # gguf's shapes start at the fastest dimension
-    "tie_word_embeddings": "output.weight" not in stored,
+    "tie_word_embeddings": "output.weight" not in stored,  # no key says so
     "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
   }

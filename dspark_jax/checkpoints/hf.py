@@ -33,6 +33,7 @@ class Tensors(Mapping):
     raise_all(f"{folder}", [f"weight file {f} is missing: download it again" for f in missing])
     self._files = {f: _open(folder / f) for f in files}
     self._table = table or {name: one for name in self._files[one].keys()}
+    # An index beside the shards of another download is found here, not as a KeyError halfway through loading.
     held = {f: set(opened.keys()) for f, opened in self._files.items()}
     raise_all(f"{folder}", [f"{name} is listed in the index but not in {f}: download both again"
                             for name, f in self._table.items() if name not in held[f]])
@@ -54,9 +55,10 @@ class Tensors(Mapping):
 
 def _open(path):
   try:
-    return safe_open(path, framework="flax")
+    return safe_open(path, framework="flax")  # not numpy, which has no bfloat16
   except (SafetensorError, OSError) as error:
-    raise ValueError(f"{path} cannot be read ({error}): it is truncated or no safetensors file; download it again") from error
+    raise ValueError(f"{path} cannot be read ({error}): it is truncated or no safetensors file; download it "
+                     f"again") from error
 
 
 def read_json(path: Path, kind: type = dict):
@@ -68,8 +70,8 @@ def read_json(path: Path, kind: type = dict):
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is not JSON ({error}): restore it from where it came") from error
   if not isinstance(value, kind):
-    raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}: restore it from where it "
-                     f"came")
+    raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}: restore it from where "
+                     f"it came")
   return value
 
 
@@ -83,25 +85,33 @@ def names(module: nnx.Module) -> dict[str, nnx.Variable]:
   return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-def fill(build, tensors: Mapping, what: str, *, dtype=None, prefix=lambda name: name, extra_ok=(),
+def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: (name,), extra_ok=(),
          problems=()) -> nnx.Module:
   """The module build() with its parameters taken from `tensors`, in `dtype` (default: as stored).
 
-  Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found before. prefix
-  maps a parameter's path to its stored name; stored names in extra_ok may stay unused.
+  Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found before. stored
+  gives the names of the tensors that make a parameter, by its path: one, or several that are stacked along a new first
+  axis (experts). Stored names in extra_ok may stay unused.
   """
+  # Shapes alone: random weights that are about to be replaced would take the model's memory once more.
   module = nnx.eval_shape(build)
-  wanted = {prefix(name): v for name, v in names(module).items()}
-  problems = [*problems, *(f"tensor {n} is missing" for n in wanted if n not in tensors)]
-  problems += [f"tensor {n} is not part of this model" for n in tensors if n not in wanted and n not in extra_ok]
-  for name, variable in wanted.items():
-    if name in tensors:
-      array = tensors[name]
-      if tuple(array.shape) != tuple(variable.shape) or not jnp.issubdtype(array.dtype, jnp.floating):
-        problems.append(f"tensor {name} is {array.dtype}{list(array.shape)}, expected floating point "
-                        f"{list(variable.shape)}")
-      elif not problems:
-        variable.set_value(jnp.asarray(array, dtype))
+  wanted = {stored(name): v for name, v in names(module).items()}
+  known = [part for parts in wanted for part in parts]
+  problems = [*problems, *(f"tensor {n} is missing" for n in known if n not in tensors)]
+  problems += [f"tensor {n} is not part of this model" for n in tensors if n not in known and n not in extra_ok]
+  # Every tensor is read once, even when nothing can be loaded any more: its shape is checked for the list.
+  for parts, variable in wanted.items():
+    arrays, shape = [], variable.shape[len(parts) > 1:]  # of a part: without the axis along which several are stacked
+    for name in parts:
+      if name in tensors:
+        array = tensors[name]
+        # Integers are quantised weights, whose scales nobody here applies.
+        if tuple(array.shape) != tuple(shape) or not jnp.issubdtype(array.dtype, jnp.floating):
+          problems.append(f"tensor {name} is {array.dtype}{list(array.shape)}, expected floating point {list(shape)}")
+        arrays.append(array)
+    if not problems:
+      arrays = [jnp.asarray(array, dtype) for array in arrays]
+      variable.set_value(jnp.stack(arrays) if len(parts) > 1 else arrays[0])
   raise_all(what, problems)
   return module
 
@@ -109,7 +119,7 @@ def fill(build, tensors: Mapping, what: str, *, dtype=None, prefix=lambda name: 
 def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array], metadata: dict[str, str] | None) -> None:
   """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all."""
   with new_folder(folder, {"config.json", "model.safetensors"}) as new:
-    (new / "config.json").write_bytes(config.encode())
+    (new / "config.json").write_bytes(config.encode())  # bytes: line ends as they came in
     try:
       save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata=metadata)
     except SafetensorError as error:

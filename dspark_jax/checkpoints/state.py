@@ -44,8 +44,8 @@ def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   try:
     weights = ocp.load((folder / "weights").absolute())
   except Exception as error:  # Orbax has no common error; every cause has the same remedy
-    raise ValueError(f"{folder / 'weights'} cannot be read ({type(error).__name__}): it is incomplete; save the drafter "
-                     f"again") from error
+    raise ValueError(f"{folder / 'weights'} cannot be read ({type(error).__name__}): it is incomplete; save the "
+                     f"drafter again") from error
   return sidecar, weights
 
 
@@ -53,6 +53,7 @@ class Checkpointer(ocp.training.Checkpointer):
   """Orbax's, with every tree stored flat, by path: it cannot read back the mixed keys of a list of modules."""
 
   def save_checkpointables(self, step, checkpointables, **options):
+    """Whether the trees, by name, were saved at this step: Orbax's policies decide, or `force`."""
     return super().save_checkpointables(step, {k: _flat(tree) for k, tree in checkpointables.items()}, **options)
 
 
@@ -61,6 +62,7 @@ def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:
   if every < 1:
     raise ValueError(f"save_every is {every}, expected at least 1")
   Path(folder).mkdir(parents=True, exist_ok=True)
+  # Two are kept, as the newest may turn out damaged. Without policies Orbax saves at every call and keeps everything.
   return Checkpointer(
       Path(folder).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
@@ -75,8 +77,8 @@ def restore(checkpoints: Checkpointer, state):
   try:
     leaves = checkpoints.load_checkpointables(step, {"state": _flat(state)})["state"]
   except Exception as error:  # Orbax has no common error, and its texts print the whole state
-    raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}): it is damaged or of another "
-                     f"version; delete that step's folder to go on from the one before") from error
+    raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}): it is damaged or of "
+                     f"another version; delete that step's folder to go on from the one before") from error
   return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in _flat(state)])
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dspark_jax.data.questions import split, stdlib_questions
 
-COUNTS = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 256, "livecodebench": 500, "mt-bench": 80,
-          "alpaca": 500, "arena-hard-v2": 500}  # how many samples the reference takes of each
+COUNTS = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 256, "livecodebench": 500,
+          "mt-bench": 80, "alpaca": 500, "arena-hard-v2": 500}  # how many samples the reference takes of each
 STDLIB, STDLIB_COUNT = "stdlib", 64
 SEED = 980406  # the reference's: of the same file it takes the same samples
 
@@ -28,7 +28,7 @@ class Sample:
 
 def load_samples(name: str | os.PathLike, *, folder: str | os.PathLike | None = None, hub: str | None = None,
                  count: int | None = None) -> list[Sample]:
-  """Samples of a benchmark, of `stdlib` or of a JSONL file, chosen as the reference does: shuffled, then the first ones.
+  """Samples of a benchmark, of `stdlib` or of a JSONL file, chosen as the reference does: shuffled, then the first.
 
   A benchmark is `<folder>/<name>.jsonl`, else that file of the dataset `hub` (owner/name) on the Hugging Face hub;
   `stdlib` is the part of questions.py that no drafter is trained on. count: default COUNTS, of a file all; where there
@@ -48,6 +48,7 @@ def load_samples(name: str | os.PathLike, *, folder: str | os.PathLike | None = 
   else:
     raise ValueError(f"dataset {name} is neither known nor a file: expected a JSONL file, {STDLIB} or one of "
                      f"{', '.join(COUNTS)}")
+  # All of the file before the cut: fewer samples are the first ones of more.
   random.Random(SEED).shuffle(samples)
   return samples[:count]
 
@@ -81,14 +82,15 @@ def _locate(name, folder, hub):
   if folder is not None:
     path = Path(folder) / file
     if not path.is_file():
-      raise ValueError(f"{path} is missing: expected the benchmark {name} there, one {{\"turns\": [TEXT, ...]}} per line")
+      raise ValueError(f"{path} is missing: expected the benchmark {name} there, one {{\"turns\": [TEXT, ...]}} per "
+                       f"line")
     return path
   if hub is None:
-    raise ValueError(f"nothing says where the benchmark {name} is: give a folder that holds {file}, or a dataset on the "
-                     f"hub (owner/name) that does; {STDLIB} needs neither")
+    raise ValueError(f"nothing says where the benchmark {name} is: give a folder that holds {file}, or a dataset on "
+                     f"the hub (owner/name) that does; {STDLIB} needs neither")
   from huggingface_hub import hf_hub_download  # slow to import, and rarely needed
   try:
     return Path(hf_hub_download(hub, file, repo_type="dataset"))
   except Exception as error:  # the hub's errors have no common base; the remedy is the same
-    raise ValueError(f"{file} could not be fetched from the dataset {hub} on the hub ({type(error).__name__}): check the "
-                     f"name and the network, or download it to a folder") from error
+    raise ValueError(f"{file} could not be fetched from the dataset {hub} on the hub ({type(error).__name__}): check "
+                     f"the name and the network, or download it to a folder") from error

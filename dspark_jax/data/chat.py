@@ -96,7 +96,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, **vari
   """Tokens of `messages` up to where the next reply begins.
 
   Past replies are tokenized apart from what precedes them, as they were generated. `variables` go to the template;
-  enable_thinking is False unless given: drafters are trained on and measured with replies without thinking (DSpark, 4.1).
+  enable_thinking is False unless given: drafters are trained and measured on replies without thinking (DSpark, 4.1).
   """
   text = render(tokenizer, messages, add_generation_prompt=True, **variables)
   return encode(tokenizer, messages, text, variables)[0]
@@ -139,6 +139,7 @@ def encode(tokenizer, messages: Messages, text: str, variables: dict) -> tuple[l
 
 
 def render(tokenizer, messages: Messages, **variables) -> str:
+  """The text that the chat template makes of the messages; ValueError when it refuses them."""
   try:
     return tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **variables})
   except jinja2.TemplateError as error:  # templates refuse with this, e.g. two user messages in a row
@@ -146,5 +147,6 @@ def render(tokenizer, messages: Messages, **variables) -> str:
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
+  """The tokens of a text, and none besides."""
   # The template writes the special tokens, the beginning of sequence included.
   return tokenizer(text, add_special_tokens=False)["input_ids"]

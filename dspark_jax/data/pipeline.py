@@ -81,6 +81,7 @@ def pack(documents: Sequence[Document], length: int) -> Packed:
   used = np.zeros(len(documents), np.int64)  # one row each at worst; the empty ones never come to be
   places, n_rows = [], 0
   for size in sizes:
+    # next(row for row in range(n_rows + 1) if used[row] + size <= length), for thousands of rows
     row = int(np.argmax(used[:n_rows + 1] + size <= length))
     places.append((row, int(used[row])))
     used[row] += size
@@ -135,6 +136,7 @@ def top_words(documents: Iterable[Document], k: int, vocab_size: int, always: It
       raise ValueError(f"document {number} has token {ids.max()}, the vocabulary has {vocab_size}: "
                        "it was written with another tokenizer")
     np.add.at(counts, ids, 1)
+  # Above every count, so that the ids are in; below, the stable sort leaves ties in the order of the ids.
   counts[always] = np.iinfo(np.int64).max
   return np.sort(np.argsort(-counts, kind="stable")[:k]).astype(np.int32)
 
@@ -160,9 +162,12 @@ def bigram_factors(documents: Iterable[Document], words: np.ndarray, vocab_size:
   np.add.at(counts, (row, following), 1)
   total, frequency = counts.sum(1, keepdims=True), counts.sum(0) + 0.1  # no word is impossible
   log_p = np.log((counts + prior * frequency / frequency.sum()) / (total + prior))
+  # A softmax does not see a constant per u, which would take up one of the R directions.
   log_p -= log_p.mean(1, keepdims=True)
   rank_here = min(rank, len(words))
+  # The leading right singular vectors of sqrt(total) * log_p, from a matrix of W x W however many u occur.
   square, basis = scipy.linalg.eigh(log_p.T @ (total * log_p), subset_by_index=(len(words) - rank_here, len(words) - 1))
+  # Squares that should be 0 come out small and of either sign, and the root divides.
   root = np.maximum(square, square[-1] * 1e-12) ** 0.25  # of the singular values: both factors get the same size
   seen_rows = log_p @ basis / root
   w1, w2 = np.zeros((vocab_size, rank), np.float32), np.zeros((len(words), rank), np.float32)
@@ -177,6 +182,7 @@ def _read_text(path: str, tokenizer: Any, max_len: int) -> Iterator[Encoded]:
       text = file.read()
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+  # Cut after tokenizing: in a piece of the text, the words at its ends would be other tokens.
   tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
   for start in range(0, len(tokens), max_len):
     piece = tokens[start:start + max_len]
@@ -184,7 +190,7 @@ def _read_text(path: str, tokenizer: Any, max_len: int) -> Iterator[Encoded]:
 
 
 def _read_jsonl(path: str, tokenizer: Any, encode_conversation: Callable) -> Iterator[Encoded]:
-  with open(path, "rb") as file:
+  with open(path, "rb") as file:  # bytes: json decodes them, so that a line that is no UTF-8 is named
     for number, line in enumerate(file, 1):
       if not line.strip():
         continue

@@ -2,20 +2,24 @@
 
 They are read off the modules of the running interpreter (names, signatures, first paragraphs of docstrings,
 short sources), so two Python versions differ a little, and two runs of one version do not. No library code
-runs but what an import runs.
+runs but what an import runs, and what a function or class runs when it is asked for an attribute: that may be
+anything, on a machine that nobody here has seen, so all of it goes through `_safely`.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import importlib
 import inspect
 import keyword
+import linecache
 import sys
 import textwrap
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,13 +155,16 @@ def stdlib_questions(seed: int = 0) -> list[Question]:
   The seed chooses which templates meet which subject, and the order.
   """
   questions = []
-  for subject in _subjects():
-    templates, wanted = TEMPLATES[subject.kind]
-    fields = _fields(subject)
-    ranked = sorted(range(len(templates)), key=lambda i: _digest(seed, subject.name, i))
-    texts = ((i, _fill(templates[i], fields)) for i in ranked)
-    chosen = [(i, text) for i, text in texts if text][:wanted]
-    questions += [Question(f"{subject.name}/{i}", subject.module, text) for i, text in chosen]
+  # A deprecated module is still one to ask about; what one prints must not mix with what the program prints.
+  with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    warnings.simplefilter("ignore")
+    for subject in _subjects():
+      templates, wanted = TEMPLATES[subject.kind]
+      fields = _fields(subject)
+      ranked = sorted(range(len(templates)), key=lambda i: _digest(seed, subject.name, i))
+      texts = ((i, _fill(templates[i], fields)) for i in ranked)
+      chosen = [(i, text) for i, text in texts if text][:wanted]
+      questions += [Question(f"{subject.name}/{i}", subject.module, text) for i, text in chosen]
   return sorted(questions, key=lambda question: _digest(seed, question.id))
 
 
@@ -181,32 +188,38 @@ def _digest(*parts: Any) -> int:
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def _safely(function: Callable, *args: Any, otherwise: Any = None) -> Any:
+  """function(*args), or `otherwise` where it raises anything: an import may exit, an attribute may be any code."""
+  try:
+    return function(*args)
+  except KeyboardInterrupt:  # the user's, not the object's
+    raise
+  except BaseException:
+    return otherwise
+
+
+def _safe_text(function: Callable, *args: Any) -> str | None:
+  """As _safely; None for what is not exactly a str: a subclass is as much a stranger's code as any object."""
+  found = _safely(function, *args)
+  return found if type(found) is str else None
+
+
 def _subjects() -> Iterator[Subject]:
   words = sorted(word for word in keyword.kwlist if word.islower())
   for word, other in _with_neighbour(words):
     yield Subject(word, "keyword", "builtins", None, other)
   seen = set()
   for module in MODULES:
-    found = _import(module)
-    if found is not None:
+    # None: not in this version, not built on this machine, or broken there.
+    if (found := _safely(importlib.import_module, module)) is not None:
       yield from _module_subjects(module, found, seen)
-
-
-def _import(name: str) -> Any:
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # a deprecated module is still one to ask about
-    try:
-      return importlib.import_module(name)
-    except ImportError:  # not in this version, or not built on this machine
-      return None
 
 
 def _module_subjects(module: str, found: Any, seen: set[int]) -> Iterator[Subject]:
   prefix = "" if found is builtins else module + "."
   by_kind: dict[str, dict[str, Any]] = {"function": {}, "class": {}, "error": {}}
-  for short, value in _public(module, found):
-    kind = _kind(value)
-    if kind and id(value) not in seen:
+  for short, kind, value in _public(module, found):
+    if id(value) not in seen:
       seen.add(id(value))
       by_kind[kind][prefix + short] = value
   names = tuple(name for kind in ("function", "class") for name in by_kind[kind])
@@ -220,36 +233,61 @@ def _module_subjects(module: str, found: Any, seen: set[int]) -> Iterator[Subjec
         yield Subject(f"{name}.{method}", "method", module, methods[method], other)
 
 
-def _public(module: str, found: Any) -> list[tuple[str, Any]]:
-  """Names that belong to the module, sorted. vars() and not getattr(): a lazy module would run code."""
-  names = getattr(found, "__all__", None)
+def _public(module: str, found: Any) -> list[tuple[str, str, Any]]:
+  """(name, kind, value) of the functions, classes and errors that belong to the module, sorted by name."""
+  names = _safely(_listed, found)
   owned = {module, "_" + module} | ({"io", "_io"} if found is builtins else set())
   chosen = []
-  for name, value in vars(found).items():
-    home = getattr(value, "__module__", None)
+  for name, value in _own(found):
+    # The kind first: of what is neither a class nor a function, no attribute is touched.
+    if (kind := _kind(value)) is None:
+      continue
+    home = _safe_text(getattr, value, "__module__", None)
     listed = name in names if names is not None else home in owned
     # Other packages hang their own objects on standard modules; those are not Python's.
-    if listed and not name.startswith("_") and _is_stdlib(home, module):
-      chosen.append((name, value))
-  return sorted(chosen, key=lambda item: item[0])
+    if listed and (home or module).partition(".")[0] in sys.stdlib_module_names:
+      chosen.append((name, kind, value))
+  return chosen
 
 
-def _is_stdlib(home: Any, module: str) -> bool:
-  return (home if isinstance(home, str) else module).partition(".")[0] in sys.stdlib_module_names
+def _listed(found: Any) -> set[str] | None:
+  """What the module's __all__ lists, None without one."""
+  names = vars(found).get("__all__")
+  return None if names is None else {name for name in names if type(name) is str}
+
+
+def _own(value: Any) -> list[tuple[str, Any]]:
+  """What a module or class itself holds under public names, sorted. vars() and not getattr(), which runs code."""
+  held = _safely(lambda: list(vars(value).items()), otherwise=[])
+  names = [item for item in held if type(item[0]) is str and item[0].isidentifier() and not item[0].startswith("_")]
+  return sorted(names, key=lambda item: item[0])
 
 
 def _kind(value: Any) -> str | None:
-  if isinstance(value, type):
+  if _is_class(value):
     return "error" if issubclass(value, BaseException) else "class"
-  return "function" if inspect.isroutine(value) else None
+  return "function" if _is_routine(value) else None
+
+
+def _is_class(value: Any) -> bool:
+  """isinstance(value, type) without asking value.__class__: a lazy object loads itself then, a mock lies."""
+  return issubclass(type(value), type)
+
+
+def _is_routine(value: Any) -> bool:
+  """As inspect.isroutine (functions, methods, what makes methods when looked up) without asking value.__class__."""
+  has = lambda name: _safely(inspect.getattr_static, type(value), name, None) is not None
+  bound = issubclass(type(value), (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType))
+  return bound or (has("__get__") and not has("__set__"))
 
 
 def _methods(cls: type, seen: set[int]) -> dict[str, Any]:
   """The class's own public methods, not the inherited ones: those are asked about where they are defined."""
   found = {}
-  for name, value in sorted(vars(cls).items()):
-    value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if not name.startswith("_") and inspect.isroutine(value) and id(value) not in seen:
+  for name, value in _own(cls):
+    if issubclass(type(value), (staticmethod, classmethod)):
+      value = _safely(getattr, value, "__func__")
+    if _is_routine(value) and id(value) not in seen:
       seen.add(id(value))
       found[name] = value
   return found
@@ -280,32 +318,35 @@ def _fields(subject: Subject) -> dict[str, str | None]:
 
 def _arguments(subject: Subject) -> dict[str, str]:
   """signature, parameter (one of them), option and its default (one that has a default): those that exist."""
-  try:
-    signature = inspect.signature(subject.value)
-  except (ValueError, TypeError):  # C code without a text signature; a metaclass that hides it
-    return {}
-  plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-  named = [p for p in signature.parameters.values()
-           if p.kind not in plain and p.name not in ("self", "cls") and not p.name.startswith("_")]
+  # Raises for C code without a text signature, for a metaclass that hides it, and for names that are not there.
+  text, named = _safely(_signature, subject.value, otherwise=("", []))
   fields = {}
-  text = str(signature)
   # "<" is the repr of an object: it would carry an address, which differs from run to run.
   if named and len(text) < 200 and "<" not in text:
     fields["signature"] = text
   if named:
-    fields["parameter"] = named[_digest("parameter", subject.name) % len(named)].name
-  defaults = [p for p in named if isinstance(p.default, (str, int, float, type(None)))
-              and "<" not in repr(p.default) and len(repr(p.default)) < 30]
+    fields["parameter"] = named[_digest("parameter", subject.name) % len(named)][0]
+  shown = [(name, _safe_text(repr, default)) for name, default in named
+           if issubclass(type(default), (str, int, float, type(None)))]
+  defaults = [(name, value) for name, value in shown if value and "<" not in value and len(value) < 30]
   if defaults:
-    option = defaults[_digest("option", subject.name) % len(defaults)]
-    fields |= {"option": option.name, "default": repr(option.default)}
+    fields["option"], fields["default"] = defaults[_digest("option", subject.name) % len(defaults)]
   return fields
+
+
+def _signature(value: Any) -> tuple[str, list[tuple[str, Any]]]:
+  """The signature as text; name and default of each argument that has a public name of its own."""
+  signature = inspect.signature(value)
+  plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  named = [(p.name, p.default) for p in signature.parameters.values()
+           if p.kind not in plain and p.name not in ("self", "cls") and not p.name.startswith("_")]
+  return str(signature), named
 
 
 def _first_paragraph(value: Any, short: str) -> str | None:
   """First paragraph of prose in the docstring, whole sentences, at most 45 words."""
-  own = vars(value).get("__doc__") if isinstance(value, type) else getattr(value, "__doc__", None)
-  if not isinstance(own, str):
+  own = _safe_text(lambda: vars(value).get("__doc__") if _is_class(value) else value.__doc__)
+  if own is None:
     return None
   for paragraph in inspect.cleandoc(own).split("\n\n"):
     words = paragraph.split()
@@ -322,24 +363,25 @@ def _first_paragraph(value: Any, short: str) -> str | None:
 
 def _short_source(value: Any, short: str) -> str | None:
   """The source of a function of two to twelve lines and at most 60 words."""
-  code = getattr(value, "__code__", None)
-  if code is None or code.co_name != short:  # C, or a decorator's wrapper
+  code = _safely(getattr, value, "__code__")
+  if type(code) is not types.CodeType or code.co_name != short:  # C, or a decorator's wrapper
     return None
   # Finding the end of a function tokenises it, so the long ones are left out before that.
   last = max((line for *_, line in code.co_lines() if line), default=0)
   if not 1 <= last - code.co_firstlineno <= 11:
     return None
-  try:
-    source = textwrap.dedent(inspect.getsource(code)).strip()
-  except (OSError, TypeError, SyntaxError):  # installed without sources
-    return None
+  # Not inspect.getsource: it asks every module that anyone loaded for its file. No lines: installed without sources.
+  lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1:]
+  source = textwrap.dedent("".join(_safely(inspect.getblock, lines, otherwise=[]))).strip()
   return source if len(source.split()) <= 60 and source.startswith(("def ", "@", "async ")) else None
 
 
 def _fill(template: str, fields: dict[str, str | None]) -> str | None:
-  """The question, or None when the subject lacks a field that the template names."""
+  """The question, or None when the subject lacks a field that the template names, or has one no file can hold."""
   given = {key: value for key, value in fields.items() if value is not None}
   try:
-    return template.format(**given)
-  except KeyError:
+    text = template.format(**given)
+    text.encode()  # a str may hold halves of surrogate pairs, which are not text
+  except (KeyError, UnicodeEncodeError):
     return None
+  return text

@@ -13,8 +13,8 @@ import numpy as np
 
 from dspark_jax.decoding.calibration import Reliability, reliability
 
-RESAMPLES = 1000
-COVERAGE = 0.95  # of the bootstrap interval
+RESAMPLES = 1000  # 25 of them lie beyond either end of the interval
+COVERAGE = 0.95   # of the bootstrap interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Rounds:
   def of(cls, n_accept: list[int], n_verify: list[int], n_commit: list[int], confidence=None) -> Rounds:
     """From lists as JSON has them."""
     plain = [np.asarray(x, np.int64) for x in (n_accept, n_verify, n_commit)]
-    confidence = None if confidence is None else np.asarray(confidence, np.float64)
+    confidence = None if confidence is None else np.asarray(confidence, np.float64)  # no rounds: [], of one axis
     return cls(*plain, confidence if confidence is None or confidence.ndim == 2 else confidence.reshape(0, 0))
 
 
@@ -45,9 +45,9 @@ def summary(texts: list[Rounds], block_size: int) -> dict[str, Any]:
   """The metrics of these texts, ready for JSON; None where nothing was observed.
 
   accepted_length: tokens per round; accepted_length_interval: of 95 %, by resampling texts. acceptance[k]: P(draft k is
-  kept | those before it are, and it is verified), reached[k]: how often that was so. survival[k]: drafts kept / verified
-  at position k (the reference's accept_rates_by_position), verified[k]: the latter. verify_rate: tokens / (drafts
-  verified + rounds). drafts_per_round: drafts verified / rounds.
+  kept | those before it are, and it is verified), reached[k]: how often that was so. survival[k]: drafts kept /
+  verified at position k (the reference's accept_rates_by_position), verified[k]: the latter. verify_rate: tokens /
+  (drafts verified + rounds). drafts_per_round: drafts verified / rounds.
   """
   n_accept, n_verify, n_commit = (np.concatenate([np.zeros(0, np.int64), *(getattr(text, name) for text in texts)])
                                   for name in ("n_accept", "n_verify", "n_commit"))
@@ -65,6 +65,7 @@ def positions(n_accept: np.ndarray, n_verify: np.ndarray, block_size: int) -> tu
   """Per position, in how many rounds its draft was kept, verified with all before it kept, and verified: i[G] each."""
   place = np.arange(block_size)
   kept, there = place < n_accept[:, None], place < n_verify[:, None]
+  # Up to the first rejection, which counts as reached (<=), but not past the cut: nobody saw what comes there.
   return kept.sum(0), ((place <= n_accept[:, None]) & there).sum(0), there.sum(0)
 
 
@@ -87,8 +88,8 @@ def difference(mine: list[dict[str, Rounds]], base: list[dict[str, Rounds]]) -> 
   """
   ids, all_ids = (join(*map(set, mine + base)) for join in (set.intersection, set.union))
   if ids != all_ids or len(mine) != len(base):
-    raise ValueError(f"drafters are compared on other samples: {len(all_ids - ids)} of {len(all_ids)} were decoded with "
-                     f"some of them only, in {len(mine)} and {len(base)} runs; evaluate them again")
+    raise ValueError(f"drafters are compared on other samples: {len(all_ids - ids)} of {len(all_ids)} were decoded "
+                     f"with some of them only, in {len(mine)} and {len(base)} runs; evaluate them again")
   counts = _counts([[run[name] for name in mine[0]] for run in mine + base])
   if not counts.size:
     return {"difference": None, "interval": None, "by_run": [None] * len(mine)}
@@ -103,14 +104,17 @@ def _counts(runs: list[list[Rounds]]) -> np.ndarray:
   """Tokens and rounds, i[runs,texts,2], of those texts that have rounds in every run."""
   counts = [[(text.n_commit.sum(), len(text.n_commit)) for text in run] for run in runs]
   counts = np.array(counts, np.int64).reshape(len(runs), -1, 2)
+  # A text without rounds (its first token ended it) has no length, and runs are compared on the same texts.
   return counts[:, (counts[..., 1] > 0).all(0)]
 
 
 def _resampled(counts: np.ndarray) -> np.ndarray:
   """Accepted lengths of RESAMPLES draws of texts and runs, the same for every call with as many: f[RESAMPLES]."""
+  # Of each draw: sum(counts[r, t] for r in its runs for t in its texts), tokens / rounds. A ratio of sums: a mean over
+  # texts would let a text of two rounds weigh as much as one of two hundred.
   rng = np.random.default_rng(0)
   runs, texts, _ = counts.shape
-  drawn = rng.integers(0, texts, (RESAMPLES, 1, texts))
+  drawn = rng.integers(0, texts, (RESAMPLES, 1, texts))  # the same texts for all runs of a draw, as in the data
   tokens, rounds = counts[rng.integers(0, runs, (RESAMPLES, runs, 1)), drawn].sum((1, 2)).T
   return tokens / rounds
 
@@ -138,7 +142,7 @@ def uncalibrate(confidence: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
   """sigmoid(logit(confidence) * temperature): what `calibration.calibrate` was given, f[N,G]; exactly 0 and 1 stay."""
   with np.errstate(divide="ignore"):
     logits = (np.log(confidence) - np.log1p(-confidence)) * temperatures
-  return np.exp(-np.logaddexp(0, -logits))
+  return np.exp(-np.logaddexp(0, -logits))  # 1 / (1 + exp(-x)) overflows
 
 
 def _ratio(a, b) -> float | None:

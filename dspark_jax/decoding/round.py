@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from dspark_jax import sampling as sp

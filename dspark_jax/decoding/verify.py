@@ -86,7 +86,8 @@ def cut_at_stop(tokens: Array, n_accept: Array, stop_ids: Array) -> tuple[Array,
   """
   slots = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
   block = tokens.shape[1]
-  first = jnp.min(jnp.where(is_stop(tokens, stop_ids) & (slots < n_accept[:, None]), slots, block), axis=1, initial=block)
+  first = jnp.min(jnp.where(is_stop(tokens, stop_ids) & (slots < n_accept[:, None]), slots, block), axis=1,
+                  initial=block)
   return jnp.minimum(first + 1, n_accept), first < block
 
 

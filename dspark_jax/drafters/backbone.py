@@ -10,12 +10,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import DrafterConfig
-from dspark_jax.drafters.model import DraftModel, last_of
-from dspark_jax.nn import cache as kv
-from dspark_jax.nn.attention import Context, attend, bidirectional, sequence
-from dspark_jax.nn.layers import Block, Linear, RMSNorm, rope_table
-from dspark_jax.types import Array, Batch, Blocks
+from dspark_jax.drafters.model import DrafterConfig, DraftModel, last_of
+from dspark_jax.nn.attention import at_once, attend, sequence
+from dspark_jax.nn.cache import Cache
+from dspark_jax.nn.layers import Block, Linear, RMSNorm
+from dspark_jax.types import Array, Batch, Blocks, Target
 
 
 class Backbone(DraftModel):
@@ -26,61 +25,51 @@ class Backbone(DraftModel):
     spec = config.spec
     self.fc = Linear(len(config.taps) * spec.hidden_size, spec.hidden_size, rngs=rngs)
     self.hidden_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-    self.layers = nnx.List([Block(spec, rngs=rngs) for _ in range(config.num_layers)])
+    self.layers = nnx.List([spec.build(rngs=rngs) for _ in range(config.num_layers)])
     self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-
-  def _rope(self, positions):
-    return rope_table(positions, self.config.spec.head_dim, self.config.spec.rope_theta)
 
   def context(self, features: Array) -> Array:
     """f[B,T,D] from tapped features f[B,T,F]."""
     return self.hidden_norm(self.fc(features))
 
-  def empty_context(self, batch: int, max_len: int) -> kv.Cache:
+  def empty_context(self, target: Target, batch: int, max_len: int) -> Cache:
     """The drafter's own cache: keys and values of the context, per draft layer."""
-    spec = self.config.spec
-    return kv.empty(self.config.num_layers, batch, spec.num_kv_heads, max_len, spec.head_dim, self.fc.weight[...].dtype)
+    empty = lambda: self.config.spec.init_cache(batch, max_len, self.fc.weight.dtype, layout=target.cache_layout)
+    return Cache(tuple(empty() for _ in self.layers), jnp.zeros(batch, jnp.int32))
 
-  def absorb_context(self, cache: kv.Cache, features: Array, n: Array) -> kv.Cache:
+  def absorb_context(self, cache: Cache, features: Array, n: Array) -> Cache:
     """The cache with the first n: i32[B] of T newly verified rows committed. features: f[B,T,F]."""
     context = self.context(features)
-    rope = self._rope(cache.length[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None])
-    for index, block in enumerate(self.layers):
-      cache = kv.write(cache, index, *block.self_attn.keys_values(context, rope))
-    return kv.commit(cache, n)
+    positions = cache.length[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)[None]
+    layers = (one.write(*layer.keys_values(context, positions), cache.length)
+              for layer, one in zip(self.layers, cache.layers))
+    return cache.replace(layers=tuple(layers)).commit(n)
 
-  def draft(self, embeddings: Array, cache: kv.Cache) -> Array:
+  def draft(self, embeddings: Array, cache: Cache) -> Array:
     """Hidden states of one block per row, at positions length..length+T-1: f[B,T,D]. embeddings: f[B,T,D]."""
-    slots = embeddings.shape[1]
-    positions = cache.length[:, None] + jnp.arange(slots, dtype=jnp.int32)[None]
-    hi = jnp.broadcast_to(cache.length[:, None, None], (*positions.shape[:1], 1, slots))
-    contexts = [Context(k, v, jnp.zeros_like(hi), hi) for k, v in zip(cache.k, cache.v)]
-    return self._blocks(embeddings[:, None], self._rope(positions[:, None]), contexts)[:, 0]
+    positions = cache.length[:, None] + jnp.arange(embeddings.shape[1], dtype=jnp.int32)[None]
+    hi = jnp.broadcast_to(cache.length[:, None], positions.shape)[:, None]
+    place = at_once(positions, jnp.zeros_like(hi), hi)
+    return self._blocks(embeddings, place, [layer.context() for layer in cache.layers])
 
   def draft_all(self, embeddings: Array, batch: Batch, features: Array, blocks: Blocks) -> Array:
     """Hidden states of all training blocks: f[B,A,T,D]. embeddings: f[B,A,T,D], features: f[B,S,F]."""
-    context, slots = self.context(features), embeddings.shape[2]
-    take = lambda x: jnp.take_along_axis(x, blocks.anchors, axis=1)[..., None]
-    start, shape = take(batch.positions), embeddings.shape[:3]
+    context, shape = self.context(features), embeddings.shape[:3]
+    start = jnp.take_along_axis(batch.positions, blocks.anchors, axis=1)[..., None]
+    positions = start + jnp.arange(shape[2], dtype=jnp.int32)[None, None]
     hi = jnp.broadcast_to(jnp.where(blocks.keep, blocks.anchors, 0)[..., None], shape)
     lo = jnp.broadcast_to(blocks.anchors[..., None] - start, shape)
-    rope, contexts = self._rope(batch.positions), []
-    for block in self.layers:
-      contexts.append(sequence(*block.self_attn.keys_values(context, rope), lo, hi))
-    own = jnp.arange(slots, dtype=jnp.int32)[None, None]
-    return self._blocks(embeddings, self._rope(start + own), contexts, blocks.keep)
+    contexts = [sequence(*layer.keys_values(context, batch.positions)) for layer in self.layers]
+    return self._blocks(embeddings, at_once(positions, lo, hi, blocks.keep), contexts)
 
-  def _blocks(self, x, rope, contexts, keep=None):
-    mask = bidirectional(x.shape[2])
-    if keep is not None:
-      mask = mask & keep[..., None, None]
-    for block, context in zip(self.layers, contexts):
-      x = block(x, rope, lambda q, k, v, context=context: attend(q, k, v, mask, context))
+  def _blocks(self, x, place, contexts):
+    for layer, context in zip(self.layers, contexts):
+      x = layer.close(x, attend(*layer.project(x, place.positions), place, context))
     return self.norm(x)
 
   def start_from(self, layers: list[Block]) -> None:
-    """Takes the layers. fc starts as the last tap, hidden_norm as the mean of their input norms: `ctx` goes to k_proj and
-    v_proj in the place of a normed input."""
+    """Takes the layers. fc starts as the last tap, hidden_norm as the mean of their input norms: `ctx` goes to k_proj
+    and v_proj in the place of a normed input."""
     self.layers = nnx.List(layers)
     self.hidden_norm.weight.set_value(sum(layer.input_layernorm.weight[...] for layer in layers) / len(layers))
     self.fc.weight.set_value(last_of(self.fc.weight[...]))

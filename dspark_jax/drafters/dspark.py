@@ -2,26 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import flax.struct
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import DrafterConfig
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.backbone import Backbone
-from dspark_jax.drafters.lens import Lens
-from dspark_jax.drafters.model import newest
-from dspark_jax.nn import cache as kv
+from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
+from dspark_jax.drafters.starts import Lens, Masks
+from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Linear, WordHead
 from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
                               TargetOutput)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSparkChoices(DrafterChoices):
+  """What a user chooses of a DSpark or DFlash drafter. DFlash: markov_rank 0, confidence none."""
+  mask_token_id: int = 0
+  """what fills the block after the anchor"""
+  num_layers: int = 5
+  markov_rank: int = 256
+  """R, of the sequential head; 0: none (DFlash)"""
+  markov_head: Literal[tuple(heads.HEADS)] = "vanilla"
+  confidence: Literal["none", "hidden", "markov"] = "markov"
+  """what the confidence head reads: the hidden state, and the sequential head's embedding too (markov)"""
+  sample_from_anchor: bool = True
+  """no: the original DFlash, whose anchor predicts nothing"""
+  lens: bool = False
+  """the block starts from a linear prediction of its hidden states, fitted before training; not in the paper"""
+
+  def problems(self) -> list[str]:
+    problems = super().problems()
+    if not self.taps:
+      problems.append("taps are empty: name at least one target layer")
+    if self.confidence == "markov" and not self.markov_rank:
+      problems.append("confidence 'markov' reads the sequential head's embedding, but markov_rank is 0: use 'hidden' "
+                      "or 'none'")
+    if self.lens and not self.sample_from_anchor:
+      problems.append("a lens predicts a draft at every position of its block: sample_from_anchor must be true")
+    return problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSparkConfig(DSparkChoices, DrafterConfig):
+  """The configuration of a DSpark or DFlash drafter."""
+  # Every stored drafter says these: where one is missing a default would be a guess.
+  mask_token_id: int = dataclasses.field()
+  num_layers: int = dataclasses.field()
+
+  @property
+  def block_positions(self) -> int:
+    """T: positions of a block that are run for block_size drafts."""
+    return self.block_size + (0 if self.sample_from_anchor else 1)
+
+  def problems(self) -> list[str]:
+    known = 0 <= self.mask_token_id < self.vocab_size
+    return super().problems() + ([] if known else [
+        f"mask_token_id is {self.mask_token_id}, expected 0..{self.vocab_size - 1}"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSparkSettings(DSparkChoices, DrafterSettings):
+  """What an experiment says of a DSpark or DFlash drafter."""
+  kind: Literal["dspark"] = "dspark"
+  """the word drafter:eagle3 or drafter:mtp chooses another, with flags of its own"""
+  from_bigrams: bool = False
+  """start a vanilla sequential head from the data's bigrams (needs draft_vocab_size)"""
+
+  def problems(self) -> list[str]:
+    problems = super().problems()
+    if self.from_bigrams and not 0 < self.draft_vocab_size <= 16384:
+      problems.append(f"from_bigrams factors a matrix of words x words: expected draft_vocab_size 1..16384, got "
+                      f"{self.draft_vocab_size}")
+    if self.from_bigrams and not (self.markov_rank and self.markov_head == "vanilla"):
+      problems.append("from_bigrams starts a vanilla sequential head: set markov_head to vanilla and its rank")
+    return problems
+
+
 @flax.struct.dataclass
 class DSparkState:
-  cache: kv.Cache         # of the context, per draft layer
-  features: Array | None  # f[B,F]  of the newest column, which a lens reads
+  cache: Cache        # of the context, per draft layer
+  held: Array | None  # what the start of a block reads: with a lens f[B,F], the features of the newest column
 
 
 class ConfidenceHead(nnx.Module):
@@ -38,16 +103,21 @@ class ConfidenceHead(nnx.Module):
 class DSpark(Backbone):
   """A drafter behind the Drafter protocol (DSpark, 3.1)."""
 
-  Config = DrafterConfig
+  Config, Settings = DSparkConfig, DSparkSettings
 
-  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width, rank = config.spec.hidden_size, config.markov_rank
-    self.markov_head = heads.MarkovHead(config.markov_head, rank, config.vocab_size, config.words, width,
-                                        rngs=rngs) if rank else None
+    self.markov_head = heads.HEADS[config.markov_head](rank, config.vocab_size, config.words, width,
+                                                       rngs=rngs) if rank else None
     self.confidence_head = None if config.confidence == "none" else ConfidenceHead(
         width + (rank if config.confidence == "markov" else 0), rngs=rngs)
-    self.lens = Lens(width, len(config.taps), config.slots, rngs=rngs) if config.lens else None
+    self.lens = Lens(width, len(config.taps), config.block_positions, rngs=rngs) if config.lens else None
+
+  @property
+  def start(self) -> Masks | Lens:
+    """What a block starts from. A lens has parameters, which are stored under that name."""
+    return self.lens if self.config.lens else Masks(self.config.block_positions, self.config.mask_token_id)
 
   @property
   def has_confidence(self) -> bool:
@@ -58,32 +128,24 @@ class DSpark(Backbone):
                      None if self.markov_head is None else WordHead(self.markov_head.markov_w2.weight[...]))
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
-    features = None if self.lens is None else jnp.zeros((batch, self.fc.weight.shape[1]), self.fc.weight.dtype)
-    return DSparkState(self.empty_context(batch, max_len), features)
+    return DSparkState(self.empty_context(target, batch, max_len), self.start.init_held(batch))
 
   def absorb(self, target: Target, state: DSparkState, committed: Committed) -> DSparkState:
     features, n = committed.encoded.features, committed.n
     return state.replace(cache=self.absorb_context(state.cache, features, n),
-                         features=None if self.lens is None else newest(features, n, state.features))
-
-  def slots(self, target: Target, anchor: Array, features: Array | None) -> Array:
-    """f[...,T,D]: what the layers start from; anchor: i32[...], features: f[...,F] of the column before it (for a lens)."""
-    if self.lens is not None:
-      return self.lens(target.embed(anchor), features)
-    tokens = jnp.full((*anchor.shape, self.config.slots), self.config.mask_token_id, jnp.int32)
-    return target.embed(tokens.at[..., 0].set(anchor))
+                         held=self.start.absorb(state.held, features, n))
 
   def propose(self, target: Target, head: DraftHead, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling
               ) -> Proposal:
-    hidden = self.draft(self.slots(target, anchor, state.features), state.cache)[:, -self.block_size:]
-    return heads.propose(self.markov_head, head.bias, self._confidence, hidden, head.base(hidden), anchor, self.words, keys,
-                         sampling)
+    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
+    return heads.propose(self.markov_head, head.bias, self._confidence, hidden, head.base(hidden), anchor, self.words,
+                         keys, sampling)
 
   def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs:
     features = encoded.features
     first = jnp.where(blocks.keep, blocks.previous[:, :, 0], self.config.mask_token_id)
-    slots = self.slots(target, first, None if self.lens is None else before(batch, features, blocks.anchors))
-    hidden = self.draft_all(slots.astype(features.dtype), batch, features, blocks)[:, :, -self.block_size:]
+    start = self.start(target, first, self.start.held_at(batch, features, blocks.anchors)).astype(features.dtype)
+    hidden = self.draft_all(start, batch, features, blocks)[:, :, -self.block_size:]
     latent = embedding = None
     if self.markov_head is not None:
       flat = hidden.reshape(-1, *hidden.shape[2:])
@@ -97,25 +159,3 @@ class DSpark(Backbone):
       return None
     return lambda hidden, embedding: self.confidence_head(
         hidden, embedding if self.config.confidence == "markov" else None)
-
-
-def before(batch: Batch, features: Array, anchors: Array) -> Array:
-  """f[B,A,F]: features f[B,T,F] of the position before each anchor; zeros where a document begins."""
-  start = jnp.take_along_axis(batch.positions, anchors, axis=1)[..., None]
-  return jnp.where(start > 0, jnp.take_along_axis(features, jnp.maximum(anchors - 1, 0)[..., None], axis=1), 0)
-
-
-def init_from_bigrams(drafter: DSpark, w1: Array, w2: Array, *, strength: float = 1.0) -> DSpark:
-  """The drafter with its vanilla sequential head started from factors W1 f[V,R], W2 f[W,R] (`pipeline.bigram_factors`).
-
-  strength: what the bigrams' logits are multiplied with, where something else predicts too.
-  The final norm is scaled to 0.3, so that what an untrained backbone says does not drown the bigrams. A start for
-  training that the paper does not have: on 19,000 tokens it brought tau from 1.26 to 1.42.
-  """
-  new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
-  if getattr(getattr(new, "markov_head", None), "kind", None) != "vanilla":
-    raise ValueError("only a vanilla sequential head can start from bigrams: set markov_head to vanilla and its rank")
-  new.markov_head.markov_w1.weight.set_value(jnp.asarray(w1, new.norm.weight[...].dtype))
-  new.markov_head.markov_w2.weight.set_value(strength * jnp.asarray(w2, new.norm.weight[...].dtype))
-  new.norm.weight.set_value(0.3 * new.norm.weight[...])
-  return new

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import BlockSpec, RecurrentConfig
-from dspark_jax.drafters.model import last_of
+from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings, last_of
 from dspark_jax.drafters.recurrent import Recurrent
-from dspark_jax.nn.layers import MLP, Attention, Block, Linear, RMSNorm
+from dspark_jax.nn.layers import MLP, Attention, Block, BlockSpec, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Choices(DrafterChoices):
+  """What a user chooses of an Eagle3 drafter: it has one layer, no sequential head and no confidence."""
+
+  def problems(self) -> list[str]:
+    return super().problems() + ([] if self.taps else [
+        "an Eagle3 drafter has no taps: name the target layers that feed it (the reference takes five)"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Config(Eagle3Choices, DrafterConfig):
+  """The configuration of an Eagle3 drafter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Settings(Eagle3Choices, DrafterSettings):
+  """What an experiment says of an Eagle3 drafter."""
+  kind: Literal["eagle3"] = "eagle3"
+  """the word drafter:dspark or drafter:mtp chooses another, with flags of its own"""
 
 
 class Eagle3Block(nnx.Module):
@@ -21,9 +44,13 @@ class Eagle3Block(nnx.Module):
     self.self_attn = Attention(spec, rngs=rngs, inputs=2 * spec.hidden_size)
     self.mlp = MLP(spec, rngs=rngs)
 
-  def __call__(self, embedding: Array, hidden: Array, rope, attend) -> Array:
+  def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array]:
+    """(q f[...,H,h], k f[...,K,h], v f[...,K,h])"""
     both = jnp.concatenate([self.input_layernorm(embedding), self.hidden_norm(hidden)], axis=-1)
-    out = attend(self.self_attn.queries(both, rope), *self.self_attn.keys_values(both, rope))
+    return self.self_attn.project(both, positions)
+
+  def close(self, hidden: Array, out: Array) -> Array:
+    """f[...,D]: the next hidden state, of the one before and what attention found, f[...,H,h]."""
     x = hidden + self.self_attn.o_proj(out.reshape(*hidden.shape[:-1], -1))
     return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -31,9 +58,9 @@ class Eagle3Block(nnx.Module):
 class Eagle3(Recurrent):
   """A drafter behind the Drafter protocol, as the reference trains it."""
 
-  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
-    if not config.taps:
-      raise ValueError("an Eagle3 drafter has no taps: name the target layers that feed it (the reference takes five)")
+  Config, Settings = Eagle3Config, Eagle3Settings
+
+  def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width = config.spec.hidden_size
     self.fc = Linear(len(config.taps) * width, width, rngs=rngs)
@@ -43,7 +70,8 @@ class Eagle3(Recurrent):
     return self.fc(encoded.features)
 
   def start_from(self, layers: list[Block]) -> None:
-    """Takes the layer for the half of the attention's input that is the hidden state; the token's half stays as it is."""
+    """Takes the layer for the half of the attention's input that is the hidden state; the token's half stays as it
+    is."""
     (theirs,), mine = layers, self.layers[0]
     half = self.config.spec.hidden_size
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -55,5 +83,5 @@ class Eagle3(Recurrent):
     mine.post_attention_layernorm = theirs.post_attention_layernorm
     self.fc.weight.set_value(last_of(self.fc.weight[...]))
 
-  def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
-    return self.layers[0](embedding, hidden, rope, attend)
+  def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
+    return hidden, *self.layers[0].project(embedding, hidden, positions)

@@ -1,10 +1,12 @@
 """Sequential heads: what makes a parallel block aware of its own earlier tokens (DSpark, 3.1).
 
-p_k(v | x_<k) = softmax(U_k + W2 . latent_k), where latent_k f[R] comes from one `step` per kind of head. Adding a head
-is one `step` and one line of STEPS; the teacher-forced and the sampling scan serve them all.
+p_k(v | x_<k) = softmax(U_k + W2 . latent_k), where latent_k f[R] comes from one `step` of the head. A head is one class
+(its parameters, its first state and its step) and one line of HEADS. Two scans, teacher-forced and drawing, serve all.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,63 +17,70 @@ from dspark_jax.nn.layers import Embedding, Linear
 from dspark_jax.types import Array, Head, Proposal, Sampling
 
 
-def vanilla(head, state, embedding, hidden):
-  """latent = W1[x_{k-1}]"""
-  del hidden
-  return state, embedding
-
-
-def gated(head, state, embedding, hidden):
-  """latent = sigmoid(gate([h_k ; e])) * e, e = W1[x_{k-1}]"""
-  return state, jax.nn.sigmoid(head.gate_proj(jnp.concatenate([hidden, embedding], -1))) * embedding
-
-
-def rnn(head, state, embedding, hidden):
-  """(g, c, o) = linear([s ; e ; h_k]); s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c); latent = tanh(o)"""
-  gate, candidate, out = jnp.split(head.joint_proj(jnp.concatenate([state, embedding, hidden], -1)), 3, -1)
-  gate = jax.nn.sigmoid(gate)
-  return gate * state + (1 - gate) * jnp.tanh(candidate), jnp.tanh(out)
-
-
-STEPS = {"vanilla": vanilla, "gated": gated, "rnn": rnn}
-
-
 class MarkovHead(nnx.Module):
-  """W1 f[V,R] (over the whole vocabulary: any token may precede), W2 f[W,R] (over the draft words)."""
+  """What all heads have: W1 f[V,R], as any word of the vocabulary may precede, and W2 f[W,R] over the draft words."""
 
-  def __init__(self, kind: str, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
-    self.kind = kind
+  def __init__(self, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
     self.markov_w1 = Embedding(vocab_size, rank, rngs=rngs)
     self.markov_w2 = Embedding(words, rank, rngs=rngs)
-    if kind == "gated":
-      self.gate_proj = Linear(hidden_size + rank, rank, rngs=rngs, bias=True)
-    if kind == "rnn":
-      self.joint_proj = Linear(2 * rank + hidden_size, 3 * rank, rngs=rngs, bias=True)
 
-  def initial(self, like: Array) -> Array:
-    """s_0 = 0: f[...,R] for embeddings f[...,R]."""
-    return jnp.zeros_like(like)
+  def first(self, embedding: Array) -> Any:
+    """The state before a block, any pytree, for the anchors' embeddings f[...,R]. None: nothing is carried."""
+    return None
+
+  def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Any, Array]:
+    """(the next state, latent f[...,R]) of one draft position, from e = W1[x_{k-1}] f[...,R] and h_k f[...,D]."""
+    raise NotImplementedError
+
+
+class Vanilla(MarkovHead):
+  """latent = e"""
 
   def step(self, state, embedding, hidden):
-    """(state, latent), each f[...,R], of one slot."""
-    return STEPS[self.kind](self, state, embedding, hidden)
+    return state, embedding
+
+
+class Gated(MarkovHead):
+  """latent = sigmoid(gate([h_k ; e])) * e"""
+
+  def __init__(self, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
+    super().__init__(rank, vocab_size, words, hidden_size, rngs=rngs)
+    self.gate_proj = Linear(hidden_size + rank, rank, rngs=rngs, bias=True)
+
+  def step(self, state, embedding, hidden):
+    return state, jax.nn.sigmoid(self.gate_proj(jnp.concatenate([hidden, embedding], -1))) * embedding
+
+
+class RNN(MarkovHead):
+  """(g, c, o) = linear([s ; e ; h_k]); s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c); latent = tanh(o); s_0 = 0"""
+
+  def __init__(self, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
+    super().__init__(rank, vocab_size, words, hidden_size, rngs=rngs)
+    self.joint_proj = Linear(2 * rank + hidden_size, 3 * rank, rngs=rngs, bias=True)
+
+  def first(self, embedding):
+    return jnp.zeros_like(embedding)
+
+  def step(self, state, embedding, hidden):
+    gate, candidate, out = jnp.split(self.joint_proj(jnp.concatenate([state, embedding, hidden], -1)), 3, -1)
+    gate = jax.nn.sigmoid(gate)
+    return gate * state + (1 - gate) * jnp.tanh(candidate), jnp.tanh(out)
+
+
+HEADS = {"vanilla": Vanilla, "gated": Gated, "rnn": RNN}
 
 
 def teacher_forced(head: MarkovHead, hidden: Array, previous: Array) -> tuple[Array, Array]:
   """(latents, embeddings), each f[N,G,R], of blocks whose previous tokens i32[N,G] are known. hidden: f[N,G,D]."""
   embeddings = head.markov_w1(previous)
-
-  def step(state, slot):
-    return head.step(state, *slot)
-
-  _, latents = jax.lax.scan(step, head.initial(embeddings[:, 0]),
-                            (jnp.swapaxes(embeddings, 0, 1), jnp.swapaxes(hidden, 0, 1)))
+  along = (jnp.swapaxes(embeddings, 0, 1), jnp.swapaxes(hidden, 0, 1))
+  _, latents = jax.lax.scan(lambda state, position: head.step(state, *position), head.first(embeddings[:, 0]), along)
   return jnp.swapaxes(latents, 0, 1), embeddings
 
 
 def choose(logits: Array, keys: Array, k: Array, words: Array | None, sampling: Sampling
            ) -> tuple[Array, Array | None]:
-  """(tokens i32[B], the probabilities f32[B,W] that they were drawn from, None when greedy) of slot k."""
+  """(tokens i32[B], the probabilities f32[B,W] that they were drawn from, None when greedy) at draft position k."""
   probs = None
   if sampling.mode == "greedy":
     column = sp.argmax(logits)
@@ -88,10 +97,10 @@ def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Arra
 
   bias: of the `DraftHead`. confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.
   """
-  def step(carry, slot):
-    """One slot: (state, previous token) and (k, hidden, base logits) -> the next carry and what the slot gives."""
+  def step(carry, position):
+    """Draft position k: (state, previous token) and (k, hidden, base logits) -> the next carry and what k gives."""
     state, previous = carry
-    k, h, logits = slot
+    k, h, logits = position
     embedding = None
     if head is not None:
       embedding = head.markov_w1(previous)
@@ -101,8 +110,8 @@ def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Arra
     survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
     return (state, token), (token, logits, probs, survive)
 
-  slots = (jnp.arange(base.shape[1], dtype=jnp.int32), jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(base, 0, 1))
-  state = None if head is None else head.initial(head.markov_w1(anchor))
-  _, out = jax.lax.scan(step, (state, anchor), slots)
+  along = (jnp.arange(base.shape[1], dtype=jnp.int32), jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(base, 0, 1))
+  state = None if head is None else head.first(head.markov_w1(anchor))
+  _, out = jax.lax.scan(step, (state, anchor), along)
   tokens, logits, probs, survive = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out)
   return Proposal(tokens, logits, probs, survive, words)

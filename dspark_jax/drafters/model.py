@@ -2,12 +2,78 @@
 
 from __future__ import annotations
 
-import jax
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.nn.layers import Block
+from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.nn.cache import insert_row
+from dspark_jax.nn.layers import Block, BlockSpec
 from dspark_jax.types import Array, DraftHead, Target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterChoices:
+  """What a user chooses of a drafter, whatever the target. A kind adds its own fields, none that it does not have."""
+  taps: tuple[int, ...]
+  """target layers that feed the drafter; -1 is the embedding, the last layer is not allowed"""
+  block_size: int = 7
+  """G: drafts per round; a recurrent drafter is unrolled over as many steps in training"""
+  draft_vocab_size: int = 0
+  """W: draft over so many most frequent tokens of the data; 0: the whole vocabulary"""
+
+  def __post_init__(self):
+    raise_all("drafter config", self.problems())
+
+  def problems(self) -> list[str]:
+    """What is wrong with the fields; subclasses add what is wrong with theirs."""
+    problems = wrong_choices(self)
+    if self.block_size < 1:
+      problems.append(f"block_size is {self.block_size}, expected at least 1")
+    if self.draft_vocab_size < 0:
+      problems.append(f"draft_vocab_size is {self.draft_vocab_size}, expected at least 0")
+    return problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterConfig(DrafterChoices):
+  """The choices, and what follows from the target: all that a stored drafter says of its shape (`to_json`).
+
+  A kind's own inherits its choices first, then this: `class XConfig(XChoices, DrafterConfig)`.
+  """
+  spec: BlockSpec         # the target family's own block
+  vocab_size: int         # of the target
+  num_target_layers: int
+
+  @classmethod
+  def for_target(cls, choices: DrafterChoices, target) -> DrafterConfig:
+    """The configuration that these choices make for a target, given its configuration. ValueError: they do not fit."""
+    follows = dict(spec=target.spec, vocab_size=target.vocab_size, num_target_layers=target.num_layers)
+    chosen = [field.name for field in dataclasses.fields(cls) if field.name not in follows]
+    return cls(**{name: getattr(choices, name) for name in chosen}, **follows)
+
+  @property
+  def words(self) -> int:
+    """W: columns of the draft logits."""
+    return self.draft_vocab_size or self.vocab_size
+
+  def problems(self) -> list[str]:
+    problems, bad = super().problems(), [t for t in self.taps if not -1 <= t < self.num_target_layers - 1]
+    if bad:
+      problems.append(f"taps {bad} are out of range: the target has {self.num_target_layers} layers, allowed are -1 "
+                      f"(embedding) to {self.num_target_layers - 2} (the last layer's stored form is ambiguous)")
+    if self.draft_vocab_size > self.vocab_size:
+      problems.append(f"draft_vocab_size is {self.draft_vocab_size}, expected 0..{self.vocab_size}")
+    return problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterSettings(DrafterChoices):
+  """The choices, and how training starts: what an experiment says of its drafter. A kind's own has a field `kind`."""
+  from_target: bool = False
+  """start the draft layers from the target's last ones"""
 
 
 class DraftWords(nnx.Variable):
@@ -20,7 +86,7 @@ class DraftModel(nnx.Module):
   every_position = False
   has_confidence = False
 
-  def __init__(self, config):
+  def __init__(self, config: DrafterConfig):
     self.config = config
     self.draft_words = DraftWords(jnp.arange(config.words, dtype=jnp.int32)) if config.draft_vocab_size else None
 
@@ -40,29 +106,12 @@ class DraftModel(nnx.Module):
   def head(self, target: Target) -> DraftHead:
     return DraftHead(target.head(self.words), None)
 
+  def insert(self, state: Any, row: Array, one: Any) -> Any:
+    return insert_row(state, row, one)
+
   def start_from(self, layers: list[Block]) -> None:
     """Sets the draft layers, and what feeds them, from as many layers of the target."""
     raise NotImplementedError
-
-
-def init_from_target(drafter: DraftModel, target: Target) -> DraftModel:
-  """The drafter with layers and final norm started from the target's last layers; a start for training.
-
-  What projects the taps starts as the last tap alone: the residual stream that is nearest to what those layers read in
-  the target. ValueError when the drafter's block is not the target's.
-  """
-  config, count = drafter.config, len(drafter.layers)
-  if config.spec != target.config.spec or count > target.config.num_layers:
-    raise ValueError(f"{count} draft layers {config.spec} cannot start from the target's "
-                     f"{target.config.num_layers} layers {target.config.spec}: use the target's own block")
-  stacked = isinstance(target.layers, Block)
-  layers = [jax.tree.map(lambda x: x[i], target.layers) if stacked else target.layers[i]
-            for i in range(target.config.num_layers - count, target.config.num_layers)]
-  dtype = drafter.norm.weight[...].dtype
-  new = jax.tree.map(lambda x: x, drafter)  # merging a split would share the variables with the argument
-  new.start_from([jax.tree.map(lambda x: x.astype(dtype), layer) for layer in layers])
-  new.norm.weight.set_value(target.norm.weight[...].astype(dtype))
-  return new
 
 
 def newest(rows: Array, n: Array, before: Array) -> Array:

@@ -13,31 +13,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import RecurrentConfig
 from dspark_jax.drafters import heads
-from dspark_jax.drafters.model import DraftModel, newest
-from dspark_jax.nn import cache as kv
-from dspark_jax.nn.attention import Context, attend, attend_causally, causal, sequence
-from dspark_jax.nn.layers import RMSNorm, rope_table
+from dspark_jax.drafters.model import DrafterConfig, DraftModel, newest
+from dspark_jax.nn.attention import Place, attend, following, sequence
+from dspark_jax.nn.cache import Cache, extend
+from dspark_jax.nn.layers import RMSNorm
 from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
                               TargetOutput)
 
-QUERY_BLOCK = 128  # rows of a prompt that are absorbed as one causal block
 
 
 @flax.struct.dataclass
 class RecurrentState:
-  cache: kv.Cache     # of the committed columns' first steps
+  cache: Cache        # of the committed columns' first steps
   hidden: Array       # f[B,D]  of the newest column, before the final norm: it predicts the first draft
 
 
 class Recurrent(DraftModel):
-  """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and makes the `cell`."""
+  """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and its `cell`:
+  project, close."""
 
-  Config = RecurrentConfig
   every_position = True
 
-  def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
     super().__init__(config)
     self.norm = RMSNorm(config.spec.hidden_size, config.spec.rms_norm_eps)
 
@@ -45,62 +43,51 @@ class Recurrent(DraftModel):
     """f[...,D]: the hidden states that the first step reads, from what the target said."""
     raise NotImplementedError
 
-  def cell(self, embedding: Array, hidden: Array, rope, attend) -> Array:
-    """f[...,D]: the next hidden states, before the final norm, from embeddings and hidden states f[...,D]."""
+  def project(self, embedding: Array, hidden: Array, positions: Array) -> tuple[Array, Array, Array, Array]:
+    """(x, q, k, v): the cell's residual stream f[...,D] and what attends, from embeddings and hidden states
+    f[...,D]."""
     raise NotImplementedError
 
-  def _rope(self, positions):
-    return rope_table(positions, self.config.spec.head_dim, self.config.spec.rope_theta)
+  def close(self, x: Array, out: Array) -> Array:
+    """f[...,D]: the next hidden states, before the final norm."""
+    return self.layers[0].close(x, out)
 
   def init_state(self, target: Target, batch: int, max_len: int) -> RecurrentState:
-    spec, dtype = self.config.spec, self.norm.weight[...].dtype
-    cache = kv.empty(1, batch, spec.num_kv_heads, max_len, spec.head_dim, dtype)
+    spec, dtype = self.config.spec, self.norm.weight.dtype
+    cache = Cache((spec.init_cache(batch, max_len, dtype, layout=target.cache_layout),), jnp.zeros(batch, jnp.int32))
     return RecurrentState(cache, jnp.zeros((batch, spec.hidden_size), dtype))
 
   def absorb(self, target: Target, state: RecurrentState, committed: Committed) -> RecurrentState:
     """Runs the first step of T new columns, commits n of them, and keeps the hidden state of the last."""
-    cache, n = state.cache, committed.n
-    length = committed.next_tokens.shape[1]
-    block, steps = min(length, QUERY_BLOCK), jnp.arange(length, dtype=jnp.int32)[None]
-    hi = cache.length[:, None, None] + (steps // block * block).reshape(1, -1, block)
-
-    def attention(q, k, v):
-      nonlocal cache
-      cache = kv.write(cache, 0, k, v)
-      return attend_causally(q, k, v, causal(block), Context(cache.k[0], cache.v[0], jnp.zeros_like(hi), hi), block)
-
-    hidden = self.first(committed.encoded)
-    embeddings = target.embed(committed.next_tokens).astype(hidden.dtype)
-    hidden = self.cell(embeddings, hidden, self._rope(cache.length[:, None] + steps), attention)
-    return state.replace(cache=kv.commit(cache, n), hidden=newest(hidden, n, state.hidden))
+    cache, n, hidden = state.cache, committed.n, self.first(committed.encoded)
+    steps = jnp.arange(committed.next_tokens.shape[1], dtype=jnp.int32)[None]
+    place = following(cache.length, cache.length[:, None] + steps)
+    x, q, k, v = self.project(target.embed(committed.next_tokens).astype(hidden.dtype), hidden, place.positions)
+    layer, context = extend(cache.layers[0], k, v, place.start)
+    hidden = self.close(x, attend(q, k, v, place, context))
+    return state.replace(cache=Cache((layer,), cache.length).commit(n), hidden=newest(hidden, n, state.hidden))
 
   def propose(self, target: Target, head: DraftHead, state: RecurrentState, anchor: Array, keys: Array,
               sampling: Sampling) -> Proposal:
     """Draws a block by recurrence. The anchor itself was absorbed with the newest column."""
     spec, rows, later = self.config.spec, anchor.shape[0], self.block_size - 1
-    cache = state.cache
-    hi = cache.length[:, None, None]
-    context = Context(cache.k[0], cache.v[0], jnp.zeros_like(hi), hi)
-    scratch = jnp.zeros((rows, 1, max(later, 1), spec.num_kv_heads, spec.head_dim), cache.v[0].dtype)
+    hi, context = state.cache.length[:, None, None], state.cache.layers[0].context()
+    scratch = jnp.zeros((rows, 1, max(later, 1), spec.num_kv_heads, spec.head_dim), context.v.dtype)
 
     def drawn(hidden, k):
       logits = head(self.norm(hidden), None)
       return *heads.choose(logits, keys, k, self.words, sampling), logits
 
     def step(carry, k):
-      """Slot k: (hidden state, own keys and values) -> the next carry and (token, probabilities, logits)."""
+      """Draft position k: (hidden state, own keys and values) -> the next carry and (token, probabilities, logits)."""
       hidden, own = carry
       token, probs, logits = drawn(hidden, k)
-
-      def attention(q, *new):
-        nonlocal own
-        own = tuple(jax.lax.dynamic_update_slice_in_dim(o, x, k, axis=2) for o, x in zip(own, new))
-        seen = (jnp.arange(scratch.shape[2], dtype=jnp.int32) <= k).reshape(1, 1, 1, -1)
-        return attend(q, *own, seen, context)
-
       embedding = target.embed(token).astype(hidden.dtype)
-      hidden = self.cell(embedding[:, None, None], hidden[:, None, None], self._rope(hi + k), attention)[:, 0, 0]
-      return (hidden, own), (token, probs, logits)
+      x, q, *new = self.project(embedding[:, None, None], hidden[:, None, None], hi + k)
+      own = tuple(jax.lax.dynamic_update_slice_in_dim(o, n, k, axis=2) for o, n in zip(own, new))
+      seen = (jnp.arange(scratch.shape[2], dtype=jnp.int32) <= k).reshape(1, 1, 1, -1)
+      out = attend(q, *own, Place(hi + k, jnp.zeros_like(hi), hi, seen, None), context)
+      return (self.close(x, out)[:, 0, 0], own), (token, probs, logits)
 
     (hidden, _), out = jax.lax.scan(step, (state.hidden, (scratch, scratch)), jnp.arange(later, dtype=jnp.int32))
     join = lambda rest, last: jnp.swapaxes(jnp.concatenate([rest, last[None]]), 0, 1)
@@ -109,19 +96,18 @@ class Recurrent(DraftModel):
 
   def train_outputs(self, target: Target, batch: Batch, encoded: TargetOutput, blocks: Blocks) -> DraftOutputs:
     """Every column unrolled block_size steps on the text's own tokens. blocks: `anchors.all_blocks`."""
-    length = batch.tokens.shape[1]
-    column = jnp.arange(length, dtype=jnp.int32)[None]
+    column = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None]
     hi = jnp.broadcast_to(column, batch.tokens.shape)[..., None]
     lo = (column - batch.positions)[..., None]
-    hidden, context, own, out = self.first(encoded)[:, :, None], None, [], []
+    hidden, context, keys, values, out = self.first(encoded)[:, :, None], None, [], [], []
     for step in range(self.block_size):
-      def attention(q, k, v):
-        nonlocal context
-        context = context or sequence(k[:, :, 0], v[:, :, 0], lo, hi)  # the first steps of earlier columns
-        own.append((k, v))
-        everything = (jnp.concatenate(x, axis=2) for x in zip(*own))
-        return attend(q, *everything, jnp.ones((1, 1, 1, len(own)), bool), context)
+      positions = (batch.positions + step)[..., None]
       embedding = target.embed(blocks.previous[:, :, step, None]).astype(hidden.dtype)
-      hidden = self.cell(embedding, hidden, self._rope((batch.positions + step)[..., None]), attention)
+      x, q, k, v = self.project(embedding, hidden, positions)
+      context = context or sequence(k[:, :, 0], v[:, :, 0])  # the first steps of earlier columns
+      keys.append(k)
+      values.append(v)
+      place = Place(positions, lo, hi, jnp.ones((1, 1, 1, step + 1), bool), None)
+      hidden = self.close(x, attend(q, jnp.concatenate(keys, 2), jnp.concatenate(values, 2), place, context))
       out.append(self.norm(hidden))
     return DraftOutputs(jnp.concatenate(out, axis=2), None, None)

@@ -7,63 +7,129 @@ that call has overwritten them, so nothing is ever cleared.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.nn.attention import Context, sequence
 from dspark_jax.types import Array
+
+# How keys lie. Along columns f[...,h,S] the CPU reads them twice as fast for its products. Rows f[...,S,h] are what an
+# accelerator writes in place: a stack of caches with columns is laid out anew, all layers in every layer, by the TPU
+# compiler.
+Layout = Literal["rows", "columns"]
+
+
+@flax.struct.dataclass
+class Full:
+  """Keys and values of every token of a layer, or of a stack of L layers, of which one is meant at a time."""
+  k: Array             # f[B,K,S,h], columns f[B,K,h,S]; stacked f[L,...]
+  v: Array             # f[B,K,S,h]; stacked f[L,...]
+  layer: Array | None  # i32[]  the layer of the stack; None: there is but one
+  layout: Layout = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def empty(cls, batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype, *, layout: Layout,
+            stacked: int = 0) -> Full:
+    """The cache of a layer without a token; stacked: of so many layers."""
+    lead = ((stacked,) if stacked else ()) + (batch, num_kv_heads)
+    # What is never read must be finite all the same: attention gives it weight 0, and 0 * NaN is NaN.
+    rows, columns = (capacity, head_dim), (head_dim, capacity)
+    # An array each: of one that stands for two, only one could be donated.
+    keys, values = (jnp.zeros((*lead, *shape), dtype) for shape in (rows if layout == "rows" else columns, rows))
+    return cls(keys, values, jnp.int32(0) if stacked else None, layout)
+
+  @property
+  def capacity(self) -> int:
+    return self.v.shape[-2]
+
+  def write(self, k: Array, v: Array, start: Array) -> Full:
+    """The cache with rows k, v: f[B,T,K,h] at slots start..start+T-1 of their rows, start i32[B].
+
+    The caller keeps start + T <= capacity: a window that ran over the end would slide back over committed rows.
+    """
+    k, v = (jnp.swapaxes(x, 1, 2).astype(self.v.dtype) for x in (k, v))
+    if self.layout == "columns":
+      return self.replace(k=self._put(self.k, jnp.swapaxes(k, 2, 3), start, 3), v=self._put(self.v, v, start, 2))
+    return self.replace(k=self._put(self.k, k, start, 2), v=self._put(self.v, v, start, 2))
+
+  def _put(self, old, new, start, axis):
+    """old with a window new[b] per row b, its first slot (on `axis` of new f[B,K,...]) at start[b]."""
+    batch = new.shape[0]
+    if batch == 1:  # one plain update in place instead of a scatter of one
+      at = [jnp.int32(0)] * 4
+      at[axis] = start[0]
+      if self.layer is None:
+        return jax.lax.dynamic_update_slice(old, new, at)
+      return jax.lax.dynamic_update_slice(old, new[None], [self.layer, *at])
+    # for b in range(batch): old[layer, b, :, start[b]:start[b] + T] = new[b], where axis is 2
+    # One index per row of the batch, and whole windows: with an index per element (what `old.at[layer, rows, :, slots]`
+    # becomes) 16 rows of 8 tokens were 131,072 updates.
+    where = [jnp.arange(batch, dtype=jnp.int32), start.astype(jnp.int32)]
+    lead = () if self.layer is None else (0,)
+    if lead:
+      where.insert(0, jnp.broadcast_to(self.layer, (batch,)))
+    skip = len(lead)
+    # Rows are counted up, hence sorted and unique; in bounds by the promise that callers of `write` make.
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(*lead, skip),
+        scatter_dims_to_operand_dims=(*lead, skip, skip + axis))
+    return jax.lax.scatter(old, jnp.stack(where, axis=1), new, numbers, indices_are_sorted=True, unique_indices=True,
+                           mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+  def context(self) -> Context:
+    """All slots, to be read up to a length."""
+    # XLA's own products read this slice in place on a TPU; a kernel would get a copy of it, and should take the stack.
+    k, v = (self.k, self.v) if self.layer is None else (
+        jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+    return Context(k, v, self.layout)
+
+  def insert(self, row: Array, one: Full) -> Full:
+    """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
+    # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads. A NaN
+    # there would be read all the same (0 * NaN): a row that failed is filled whole before its seat is given away.
+    axis = 0 if self.layer is None else 1
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, axis)
+    return self.replace(k=put(self.k, one.k), v=put(self.v, one.v))
 
 
 @flax.struct.dataclass
 class Cache:
-  """Per layer k f[B,K,h,S], v f[B,K,S,h], as tuples (unrolled layers) or stacked f[L,...] (scanned layers).
-
-  Keys are stored as columns, so that the product with the queries reads them along S as they lie.
-  """
-  k: tuple[Array, ...] | Array
-  v: tuple[Array, ...] | Array
-  length: Array  # i32[B]  committed slots
+  """The caches of some layers, and what of them is committed."""
+  layers: tuple[Full, ...]  # one per layer, or stacked: one per layer of a period
+  length: Array             # i32[B]  committed slots
 
   @property
   def capacity(self) -> int:
-    return self.v[0].shape[-2]
+    return self.layers[0].capacity
+
+  def commit(self, n: Array) -> Cache:
+    """The cache after the first n: i32[B] of the rows just written have become final."""
+    return self.replace(length=self.length + n)
+
+  def insert(self, row: Array, one: Cache) -> Cache:
+    """The cache with row i32[] taken from `one`, a cache of one row."""
+    return Cache(tuple(mine.insert(row, theirs) for mine, theirs in zip(self.layers, one.layers)),
+                 insert_row(self.length, row, one.length))
 
 
-def empty(num_layers: int, batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype, *,
-          stacked: bool = False) -> Cache:
-  """A cache without a single committed slot."""
-  def zeros(*shape):
-    one = lambda *lead: jnp.zeros((*lead, batch, num_kv_heads, *shape), dtype)
-    return one(num_layers) if stacked else tuple(one() for _ in range(num_layers))
-  return Cache(zeros(head_dim, capacity), zeros(capacity, head_dim), jnp.zeros(batch, jnp.int32))
+def insert_row(state: Any, row: Array, one: Any) -> Any:
+  """A tree of per-row arrays [B,...] and caches with row i32[] taken from `one`, the same tree of one row."""
+  def put(mine, theirs):
+    if isinstance(mine, Cache):
+      return mine.insert(row, theirs)
+    return jax.lax.dynamic_update_slice_in_dim(mine, theirs.astype(mine.dtype), row, 0)
+  return jax.tree.map(put, state, one, is_leaf=lambda x: isinstance(x, Cache))
 
 
-def write(cache: Cache, layer, k: Array, v: Array) -> Cache:
-  """The cache with rows k, v: f[B,T,K,h] of one layer at slots length..length+T-1, uncommitted.
+def extend(cache: Full | None, k: Array, v: Array, start: Array | None) -> tuple[Full | None, Context]:
+  """(the cache with rows k, v: f[B,T,K,h] written at slots start.., what their queries may see).
 
-  The caller keeps length + T <= capacity: a dynamic update that runs over the end would slide back over committed rows.
+  Without a cache (whole training sequences) the rows themselves are the context.
   """
-  put = _put if isinstance(cache.k, tuple) else _put_stacked
-  dtype = cache.k[0].dtype
-  return cache.replace(k=put(cache.k, layer, jnp.transpose(k, (0, 2, 3, 1)).astype(dtype), cache.length, 3),
-                       v=put(cache.v, layer, jnp.swapaxes(v, 1, 2).astype(dtype), cache.length, 2))
-
-
-def _put(old, layer, new, start, axis):
-  at = lambda slot: tuple(slot if a == axis else 0 for a in range(1, 4))
-  if new.shape[0] == 1:  # a plain in-place update instead of a scatter
-    written = jax.lax.dynamic_update_slice(old[layer], new, (0, *at(start[0])))
-  else:
-    written = jax.vmap(lambda o, n, s: jax.lax.dynamic_update_slice(o, n, at(s)))(old[layer], new, start)
-  return old[:layer] + (written,) + old[layer + 1:]
-
-
-def _put_stacked(old, layer, new, start, axis):
-  index = [i.astype(jnp.int32) for i in jnp.ogrid[tuple(slice(n) for n in new.shape)]]
-  index[axis] = index[axis] + start[:, None, None, None]
-  return old.at[(layer, *index)].set(new, unique_indices=True, mode="drop")
-
-
-def commit(cache: Cache, n: Array) -> Cache:
-  """The cache after the first n: i32[B] of the rows just written have become final."""
-  return cache.replace(length=cache.length + n)
+  if cache is None:
+    return None, sequence(k, v)
+  cache = cache.write(k, v, start)
+  return cache, cache.context()

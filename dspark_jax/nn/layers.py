@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import BlockSpec
+from dspark_jax.nn.attention import Place, attend
+from dspark_jax.nn.cache import Full, Layout, extend
 from dspark_jax.types import Array
 
 # Below this many rows a matrix product is bound by reading its weight, and XLA's CPU backend is fast only when a
-# float32 weight is the left operand (measured at 8 rows: 25 ms a pass against 40 ms for the usual order), and when the rows
-# are a power of two (7 rows: 31 ms, 8 rows: 24 ms).
+# float32 weight is the left operand (measured at 8 rows: 25 ms a pass against 40 ms for the usual order), and when the
+# rows are a power of two (7 rows: 31 ms, 8 rows: 24 ms).
 SMALL_ROWS = 256
 
 
 def _few_rows(weight, x):
   rows = x.shape[0]
   x = jnp.pad(x, ((0, max(1 << (rows - 1).bit_length(), 4) - rows if rows <= 64 else 0), (0, 0)))
-  if x.dtype == jnp.bfloat16:  # the usual order, but never one row (8 rows: 12 ms against 40 ms; 1 row 67 ms, 4 rows 9 ms)
+  if x.dtype == jnp.bfloat16:  # the usual order (8 rows: 12 ms against 40 ms), but never one row (67 ms, 4 rows 9 ms)
     return _contract(x, weight, 1, 1)[:rows]
   # The barriers keep XLA from folding the transposes back into x @ weight.T, which is the slow order.
   x = jax.lax.optimization_barrier(x.T)
@@ -37,6 +39,7 @@ def _contract(a, b, a_axis, b_axis):
 def _product(weight, x):
   """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
   if x.shape[0] <= SMALL_ROWS and (x.shape[0] > 1 or x.dtype == jnp.bfloat16):
+    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.memory).
     return jax.lax.platform_dependent(weight, x, cpu=_few_rows, default=lambda w, x: _contract(x, w, 1, 1))
   return _contract(x, weight, 1, 1)
 
@@ -66,6 +69,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     y = linear(self.weight[...], x)
+    # Broadcast by hand, as everywhere: implicit ranks are refused (jax_numpy_rank_promotion=raise).
     return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -76,6 +80,7 @@ class WordHead:
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # logits stay within +-softcap
 
   def __call__(self, hidden: Array) -> Array:
+    # Not rounded to bfloat16 on the way, which would make ties of the largest.
     logits = linear(self.weight, hidden, jnp.float32)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
@@ -104,6 +109,7 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: Array) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    # Hugging Face rounds to x's dtype before it multiplies with the weight; in float32 that is the same.
     weight = self.weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (y * weight).astype(x.dtype)
 
@@ -122,8 +128,30 @@ def rope_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Ar
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
   """Rotary embedding in half rotation (Hugging Face order). x: f[...,heads,head_dim]; rope from `rope_table`."""
   cos, sin = rope
+  # In float32, rounded once at the end: Hugging Face rounds cos and sin to x's dtype before they meet x.
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+  """The static description of one transformer layer. A family whose layers differ in more than numbers extends it."""
+  hidden_size: int
+  intermediate_size: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rms_norm_eps: float
+  rope_theta: float
+  qk_norm: bool = False
+
+  def build(self, *, rngs: nnx.Rngs) -> Block:
+    """A layer of this kind, for targets and for the drafters that repeat it."""
+    return Block(self, rngs=rngs)
+
+  def init_cache(self, batch: int, max_len: int, dtype, *, layout: Layout, stacked: int = 0) -> Full:
+    """The cache of such a layer without a token; stacked: of so many layers."""
+    return Full.empty(batch, self.num_kv_heads, max_len, self.head_dim, dtype, layout=layout, stacked=stacked)
 
 
 class Attention(nnx.Module):
@@ -139,16 +167,23 @@ class Attention(nnx.Module):
     self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
     self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
-  def queries(self, x: Array, rope) -> Array:
-    """f[...,H,h]"""
+  def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    """(q f[...,H,h], scaled by h^-1/2, k f[...,K,h], v f[...,K,h]) of rows x f[...,D] at positions i32[...]."""
     q = self.q_proj(x).reshape(*x.shape[:-1], self.spec.num_heads, self.spec.head_dim)
-    return rotate(q if self.q_norm is None else self.q_norm(q), rope)
+    # The norm goes before the rotation: its weights differ within a pair that is rotated.
+    q = rotate(q if self.q_norm is None else self.q_norm(q), self._rope(positions))
+    # Scaled here and not in `attend`: other families scale by other numbers, kernels by their own or (splash) by none.
+    return q * jnp.asarray(self.spec.head_dim ** -0.5, q.dtype), *self.keys_values(x, positions)
 
-  def keys_values(self, x: Array, rope) -> tuple[Array, Array]:
-    """(k, v), each f[...,K,h]"""
+  def keys_values(self, x: Array, positions: Array) -> tuple[Array, Array]:
+    """(k, v), each f[...,K,h], of rows that others attend to."""
     shape = (*x.shape[:-1], self.spec.num_kv_heads, self.spec.head_dim)
     k, v = self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
-    return rotate(k if self.k_norm is None else self.k_norm(k), rope), v
+    return rotate(k if self.k_norm is None else self.k_norm(k), self._rope(positions)), v
+
+  def _rope(self, positions):
+    # Made anew by every layer, so that a layer needs no more than a place: the compiler makes it once for all of them.
+    return rope_table(positions, self.spec.head_dim, self.spec.rope_theta)
 
 
 class MLP(nnx.Module):
@@ -164,7 +199,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """A pre-norm transformer layer. `attend(q, k, v) -> f[...,H,h]` decides what each query sees."""
+  """A pre-norm transformer layer: `project`, attention, `close`. Drafters use the parts, with their own context."""
 
   def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs):
     self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -172,8 +207,21 @@ class Block(nnx.Module):
     self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     self.mlp = MLP(spec, rngs=rngs)
 
-  def __call__(self, x: Array, rope, attend: Callable[[Array, Array, Array], Array]) -> Array:
-    y = self.input_layernorm(x)
-    out = attend(self.self_attn.queries(y, rope), *self.self_attn.keys_values(y, rope))
+  def __call__(self, x: Array, place: Place, cache: Any) -> tuple[Array, Any]:
+    """(x f[B,...,D] after the layer, the cache with its rows written); without a cache x sees itself alone."""
+    q, k, v = self.project(x, place.positions)
+    cache, context = extend(cache, k, v, place.start)
+    return self.close(x, attend(q, k, v, place, context)), cache
+
+  def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    """(q f[...,H,h], k f[...,K,h], v f[...,K,h]) of the residual stream x f[...,D] at positions i32[...]."""
+    return self.self_attn.project(self.input_layernorm(x), positions)
+
+  def keys_values(self, context: Array, positions: Array) -> tuple[Array, Array]:
+    """(k, v), each f[...,K,h], of a drafter's context rows, which are normed already."""
+    return self.self_attn.keys_values(context, positions)
+
+  def close(self, x: Array, out: Array) -> Array:
+    """The residual stream f[...,D] with what attention found, f[...,H,h], and with the MLP's share."""
     x = x + self.self_attn.o_proj(out.reshape(*x.shape[:-1], -1))
     return x + self.mlp(self.post_attention_layernorm(x))

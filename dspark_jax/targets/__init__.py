@@ -2,4 +2,4 @@
 
 from dspark_jax.targets import llama, qwen3
 
-TARGETS = {"llama": llama.from_hf, "qwen3": qwen3.from_hf}
+TARGETS = {"llama": llama.FAMILY, "qwen3": qwen3.FAMILY}

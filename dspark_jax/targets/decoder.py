@@ -1,32 +1,50 @@
-"""The generic decoder over block specs: embed, blocks, taps, head. Families differ only in their configuration."""
+"""The generic decoder over periods of layers: embed, layers, taps, norm, head. Families differ in layers alone."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.nn import cache as kv
-from dspark_jax.nn.attention import Context, attend_causally, causal, sequence
-from dspark_jax.nn.layers import Block, Embedding, Linear, RMSNorm, WordHead, rope_table
-from dspark_jax.types import Array, Batch, TargetOutput
+from dspark_jax.nn.attention import Place, following
+from dspark_jax.nn.cache import Cache
+from dspark_jax.nn.layers import Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
+from dspark_jax.types import Array, Batch, Target, TargetOutput
 
-QUERY_BLOCK = 128  # a prompt or a training sequence is processed as causal blocks of this many tokens
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+  """A frozen language model: `family` names a file in targets/."""
+  family: str
+  spec: BlockSpec  # of the layers that drafters repeat
+  num_layers: int
+  vocab_size: int
+  tie_word_embeddings: bool
+  max_positions: int
+
+  @property
+  def period(self) -> tuple[BlockSpec, ...]:
+    """The kinds of layers, in the order in which they repeat until there are num_layers."""
+    return (self.spec,)
 
 
 class Decoder(nnx.Module):
   """A decoder-only language model behind the Target protocol.
 
-  `layers` is an nnx.List of blocks (unrolled: what is fastest on CPU, where slicing a stacked weight copies it) or
-  one Block with a leading layer axis (scanned: one layer to compile, for TPU and GPU); `stack_layers` converts.
+  `layers` holds every layer (unrolled, with caches of columns: what is fastest on CPU, where slicing a stacked weight
+  copies it) or, when `scanned`, one for each of a period, stacked over the repeats, with caches of rows: one period to
+  compile, for TPU and GPU.
   """
 
   def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
     self.config = config
-    spec = config.spec
+    self.scanned, self.cache_layout = False, "columns"
+    spec, period = config.spec, config.period
     self.embed_tokens = Embedding(config.vocab_size, spec.hidden_size, rngs=rngs)
-    self.layers = nnx.List([Block(spec, rngs=rngs) for _ in range(config.num_layers)])
+    self.layers = nnx.List([period[i % len(period)].build(rngs=rngs) for i in range(config.num_layers)])
     self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs)
 
@@ -49,80 +67,95 @@ class Decoder(nnx.Module):
   def embed(self, tokens: Array) -> Array:
     return self.embed_tokens(tokens)
 
-  def init_cache(self, batch: int, max_len: int) -> kv.Cache:
-    spec = self.config.spec
-    return kv.empty(self.config.num_layers, batch, spec.num_kv_heads, max_len, spec.head_dim, self.norm.weight.dtype,
-                    stacked=isinstance(self.layers, Block))
+  def init_cache(self, batch: int, max_len: int) -> Cache:
+    config = self.config
+    specs, repeats = (config.period, config.num_layers // len(config.period)) if self.scanned else (
+        [config.period[i % len(config.period)] for i in range(config.num_layers)], 0)
+    how = dict(layout=self.cache_layout, stacked=repeats)
+    layers = (spec.init_cache(batch, max_len, self.norm.weight.dtype, **how) for spec in specs)
+    return Cache(tuple(layers), jnp.zeros(batch, jnp.int32))
 
-  def commit(self, cache: kv.Cache, n: Array) -> kv.Cache:
-    return kv.commit(cache, n)
+  def commit(self, cache: Cache, n: Array) -> Cache:
+    return cache.commit(n)
 
-  def __call__(self, tokens: Array, cache: kv.Cache, taps: tuple[int, ...]) -> tuple[TargetOutput, kv.Cache]:
+  def insert(self, cache: Cache, row: Array, one: Cache) -> Cache:
+    return cache.insert(row, one)
+
+  def __call__(self, tokens: Array, cache: Cache | None, taps: tuple[int, ...], place: Place | None = None
+               ) -> tuple[TargetOutput, Cache | None]:
     """Runs tokens i32[B,T] at the end of the cache; their rows are written but not committed.
 
-    One path for prompts (T is a multiple of QUERY_BLOCK or less than it), plain steps and verification.
+    One path for prompts, plain steps, verification and (with a `place` and no cache) training sequences.
     """
-    batch, length = tokens.shape
-    steps = jnp.arange(length, dtype=jnp.int32)[None]
-    block = min(length, QUERY_BLOCK)
-    if length % block:
-      raise ValueError(f"{length} tokens at once: expected at most {QUERY_BLOCK} or a multiple of it; pad the prompt")
-    hi = jnp.broadcast_to(cache.length[:, None, None] + (steps // block * block).reshape(1, -1, block),
-                          (batch, length // block, block))
+    if place is None:
+      place = following(cache.length, cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+    x = self.embed(tokens)
+    # A tap holds the embedding until its layer comes, which for tap -1 is never.
+    caches, features = [None] * len(self.layers) if cache is None else list(cache.layers), [x] * len(taps)
+    if self.scanned:
+      x, caches, features = self._scan(x, place, caches, taps, features)
+    else:
+      for index, layer in enumerate(self.layers):
+        x, caches[index] = layer(x, place, caches[index])
+        # Raw: Hugging Face's hidden_states are counted from the embedding (one more), and the last of them is normed.
+        features = [x if index == tap else f for tap, f in zip(taps, features)]
+    features = jnp.concatenate(features, -1) if taps else x[..., :0]
+    return TargetOutput(self.norm(x), features), cache and cache.replace(layers=tuple(caches))
 
-    def layer(x, cache, weights, index, rope):
-      def attention(q, k, v):
-        nonlocal cache
-        cache = kv.write(cache, index, k, v)
-        context = Context(cache.k[index], cache.v[index], jnp.zeros_like(hi), hi)
-        return attend_causally(q, k, v, causal(block), context, block)
-      return weights(x, rope, attention), cache
+  def _scan(self, x, place, caches, taps, features):
+    def period(carry, scanned):
+      (x, caches, features), (layers, repeat) = carry, scanned
+      for which, layer in enumerate(layers):
+        cache = caches[which] and caches[which].replace(layer=repeat)
+        x, caches[which] = layer(x, place, cache)
+        # A select for each tap: as outputs of the scan, x of every layer would be kept for the few that are tapped.
+        features = [jnp.where(repeat * len(layers) + which == tap, x, f) for tap, f in zip(taps, features)]
+      return (x, caches, features), None
 
-    return self._run(tokens, cache.length[:, None] + steps, taps, layer, cache)
+    # Caches go in the carry and are written in place: as inputs and outputs of the scan they are copied (1.4 to 2.4 GB
+    # for 1.2 GB of cache at Qwen3-4B size, by the compilers).
+    repeats = jnp.arange(self.config.num_layers // len(self.layers), dtype=jnp.int32)
+    return jax.lax.scan(period, (x, caches, features), (self.layers, repeats))[0]
 
   def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput:
     """The whole of training sequences at once, without a cache; documents that share a row do not see each other."""
-    length = batch.tokens.shape[1]
-    block = min(length, QUERY_BLOCK)
-    if length % block:
-      raise ValueError(f"training sequences have {length} tokens: expected at most {QUERY_BLOCK} or a multiple of it")
-    steps = jnp.arange(length, dtype=jnp.int32)[None]
-    lo = (steps - batch.positions).reshape(-1, length // block, block)
-    hi = jnp.broadcast_to((steps // block * block).reshape(1, -1, block), lo.shape)
-    segments = batch.segments.reshape(lo.shape)
-    mask = causal(block) & (segments[..., :, None] == segments[..., None, :])
+    start = jnp.zeros(batch.tokens.shape[0], jnp.int32)
+    return self(batch.tokens, None, taps, following(start, batch.positions, batch.segments))[0]
 
-    def layer(x, cache, weights, index, rope):
-      def attention(q, k, v):
-        return attend_causally(q, k, v, mask, sequence(k, v, lo, hi), block)
-      return weights(x, rope, attention), cache
-
-    return self._run(batch.tokens, batch.positions, taps, layer, None)[0]
-
-  def _run(self, tokens, positions, taps, layer, cache):
-    x = self.embed(tokens)
-    rope = rope_table(positions, self.config.spec.head_dim, self.config.spec.rope_theta)
-    features = [x] * len(taps)
-    keep = lambda features, index, x: [jnp.where(index == t, x, f) for t, f in zip(taps, features)]
-    if isinstance(self.layers, Block):
-      def body(carry, scanned):
-        x, cache, features = carry
-        weights, index = scanned
-        x, cache = layer(x, cache, weights, index, rope)
-        return (x, cache, keep(features, index, x)), None
-      indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-      (x, cache, features), _ = jax.lax.scan(body, (x, cache, features), (self.layers, indices))
-    else:
-      for index, weights in enumerate(self.layers):
-        x, cache = layer(x, cache, weights, index, rope)
-        features = [x if index == t else f for t, f in zip(taps, features)]
-    features = jnp.concatenate(features, -1) if taps else x[..., :0]
-    return TargetOutput(self.norm(x), features), cache
+  def last_layers(self, count: int) -> list[Block]:
+    """The last layers, each on its own in either layout; ValueError when there are not so many."""
+    if not 0 <= count <= self.config.num_layers:
+      raise ValueError(f"the last {count} layers are asked for, the target has {self.config.num_layers}")
+    period = len(self.layers) if self.scanned else self.config.num_layers
+    one = lambda i: jax.tree.map(lambda x: x[i // period], self.layers[i % period]) if self.scanned else self.layers[i]
+    return [one(i) for i in range(self.config.num_layers - count, self.config.num_layers)]
 
 
 def stack_layers(decoder: Decoder) -> Decoder:
-  """The same model with its layers stacked along a leading axis, to be scanned."""
-  graph, state = nnx.split(decoder)
-  stacked = nnx.merge(graph, state)
-  stacked.layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers)
+  """The same model with its layers stacked along a leading axis, one stack for each of a period, to be scanned."""
+  if decoder.config.num_layers % len(decoder.config.period):
+    raise ValueError(f"{decoder.config.num_layers} layers cannot be scanned in periods of "
+                     f"{len(decoder.config.period)}: leave them unrolled (scanned=False)")
+  graph, state = nnx.split(decoder)  # merged again below: another module, so that the one given keeps its layers
+  stacked, period = nnx.merge(graph, state), len(decoder.config.period)
+  stacked.layers = nnx.List([jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers[i::period])
+                             for i in range(period)])
+  stacked.scanned, stacked.cache_layout = True, "rows"
   return stacked
+
+
+def one_to_one(name: str) -> tuple[str, ...]:
+  """The stored name of a parameter of Llama-like families."""
+  return (name if name.startswith("lm_head") else f"model.{name}",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What loading must know of a family."""
+  config: Callable[[dict], TargetConfig]  # of a Hugging Face config.json; ValueError lists all that is wrong
+  block: Callable[[dict], tuple[BlockSpec | None, list[str]]]  # (layers, problems), also of stored drafters
+  keys: Callable[[BlockSpec], dict]       # and back: what a config.json says of such layers
+  prefix: str                             # of the architectures of its stored drafters: Qwen3 of Qwen3DSparkModel
+  spec: type[BlockSpec] = BlockSpec       # what describes its layers
+  build: Callable[..., Target] = Decoder  # (config, *, rngs)
+  stored: Callable[[str], tuple[str, ...]] = one_to_one  # the tensors that make a parameter; several are stacked

@@ -14,12 +14,15 @@ from dspark_jax.types import Array, Batch, Blocks
 
 def candidates(batch: Batch) -> Array:
   """bool[B,T-1]: positions t that may be anchors: t and t + 1 are supervised and of one document."""
+  # Both: in decoding the anchor is a token of the reply, and the one after it is slot 0's label.
   same = batch.segments[:, :-1] == batch.segments[:, 1:]
   return batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:] & same
 
 
 def sample_blocks(key: Array, batch: Batch, num_anchors: int, block_size: int) -> Blocks:
   """num_anchors blocks per row, at anchors drawn uniformly without replacement; ascending, dummies last."""
+  # anchors[b] = sorted(random.sample(candidates of row b, num_anchors)): the highest of independent uniform scores are
+  # such a sample, and rows with fewer candidates fill up with scores of -1, which sort behind as position `width`.
   allowed = candidates(batch)
   width = max(num_anchors, allowed.shape[1])
   allowed = jnp.pad(allowed, ((0, 0), (0, width - allowed.shape[1])))
@@ -58,6 +61,7 @@ def blocks_at(batch: Batch, anchors: Array, keep: Array, block_size: int) -> Blo
   label = jnp.where(keep[..., None], previous + 1, 0)
   tokens = _at(batch.tokens, jnp.minimum(label, last))
   same = _at(batch.segments, jnp.minimum(label, last)) == _at(batch.segments, anchors)[..., None]
+  # The mask of the label, not of the slot: read at anchor + k, supervision runs one token past the answer.
   ok = keep[..., None] & (label <= last) & same & _at(batch.loss_mask, jnp.minimum(label, last))
   supervised = jnp.cumprod(ok.astype(jnp.int32), axis=-1) > 0
   return Blocks(anchors, keep, _at(batch.tokens, jnp.minimum(previous, last)), tokens, supervised)

@@ -7,6 +7,7 @@ Parameters and optimizer moments are flat dictionaries under the names that chec
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import flax.struct
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.metrics import Mean, add, once, weighted
 from dspark_jax.training.anchors import all_blocks, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
@@ -23,7 +25,7 @@ from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """The released settings."""
-  name: str = "adamw"          # adamw | muon (matrices of the layers and fc; AdamW for everything else)
+  name: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the layers and fc; AdamW for everything else
   learning_rate: float = 6e-4  # one rate for both: Muon's updates are scaled to AdamW's size
   warmup_ratio: float = 0.04
   weight_decay: float = 0.0
@@ -33,10 +35,10 @@ class OptimizerConfig:
   eps: float = 1e-8
 
   def __post_init__(self):
-    if self.name not in ("adamw", "muon"):
-      raise ValueError(f"optimizer is {self.name!r}, expected adamw or muon")
+    problems = wrong_choices(self)
     if not 0 <= self.warmup_ratio < 1:
-      raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected 0 <= ratio < 1")
+      problems.append(f"warmup_ratio is {self.warmup_ratio}, expected 0 <= ratio < 1")
+    raise_all("optimizer config", problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,12 @@ class StepConfig:
   """Everything static about a step."""
   num_anchors: int = 512
   microbatches: int = 1  # the batch is processed in so many parts; the result is that of the whole batch
-  compute_dtype: str = "bfloat16"
+  compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
   loss: LossConfig = LossConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+
+  def __post_init__(self):
+    raise_all("step config", wrong_choices(self))
 
 
 @flax.struct.dataclass
@@ -154,7 +159,9 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
 
   def loss_of(params, part):
     batch, encoded, blocks = part
+    # Cast inside what is differentiated: gradients arrive in float32, at the masters.
     model = with_parameters(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
+    # In the target's dtype for the loss, where it is the teacher; only what the drafter reads is cast.
     seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
     outputs = model.train_outputs(target, batch, jax.tree.map(lambda x: x.astype(dtype), seen), blocks)
     return draft_loss(model, target, outputs, blocks=blocks, target_hidden=seen.hidden, config=config.loss,

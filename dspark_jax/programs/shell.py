@@ -1,0 +1,119 @@
+"""What every program shares: one error sentence and exit code 2, progress on stderr, one JSON line on stdout."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import dspark_jax
+from dspark_jax.data import chat
+from dspark_jax.loading import locate_target
+from dspark_jax.types import Target
+
+DTYPES = ("float32", "bfloat16")
+stderr = Console(stderr=True)
+
+
+def run(main, settings: type, *, default=None, args=None) -> None:
+  """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
+
+  default: makes the settings that the command line overrides. The user's mistakes (ValueError, NotImplementedError, a
+  missing file, a full disk) exit 2 with one sentence.
+  """
+  try:
+    more = {"default": default()} if default else {}
+    result = main(tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more))
+  except (ValueError, NotImplementedError, OSError) as error:
+    stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)  # 128 + SIGINT, as a shell has it
+  print(json.dumps(result))
+
+
+def say(text: Any) -> None:
+  """A line, or a table, for people, on stderr."""
+  # No markup: paths may hold [brackets]. No wrapping: a sentence stays one line for who reads a log.
+  stderr.print(text, markup=False, highlight=False, soft_wrap=True) if isinstance(text, str) else stderr.print(text)
+
+
+def at_least(settings: Any, **bounds: int) -> None:
+  """ValueError for the first of these settings that is below its bound."""
+  for name, bound in bounds.items():
+    if getattr(settings, name) < bound:
+      raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {bound}")
+
+
+def one_of(settings: Any, **choices: tuple[str, ...]) -> None:
+  """ValueError for the first of these settings that is none of its choices."""
+  for name, allowed in choices.items():
+    if getattr(settings, name) not in allowed:
+      raise ValueError(f"{name} is {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
+
+
+def load(target: str, dtype: str) -> tuple[Target, Any]:
+  """(a target, its tokenizer). The tokenizer is loaded first: its absence is seen at once, weights take minutes."""
+  with stderr.status(f"loading {target}"):
+    tokenizer = chat.load_tokenizer(locate_target(target))
+    return dspark_jax.load_target(target, dtype=dtype), tokenizer
+
+
+def objects(path: Path) -> Iterator[tuple[int, dict]]:
+  """(number, JSON object) of every line of a user's JSONL that is not blank; {} for what is no object.
+
+  ValueError for a line that is not JSON.
+  """
+  for number, line in enumerate(path.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
+    if line.strip():
+      try:
+        value = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): expected one object per line") from error
+      yield number, value if isinstance(value, dict) else {}
+
+
+def write(path: Path, content: str | bytes) -> None:
+  """Writes a file that appears whole or not at all; its folder is made."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Beside it, since a rename between file systems is a copy; with a random name, since two may write at once.
+  scratch = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
+  try:
+    scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
+    scratch.replace(path)
+  finally:
+    scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a value as JSON, whole or not at all. ValueError for NaN, which JSON lacks and other readers refuse."""
+  write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def image(figure: Any, kind: str = "png") -> bytes:
+  """A Matplotlib figure as a png, pdf or svg file: the same bytes for the same figure, so without a date."""
+  undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+  figure.savefig(buffer := io.BytesIO(), format=kind, dpi=120, metadata=undated)  # 120: what fits a page on a screen
+  return buffer.getvalue()
+
+
+def bar() -> Progress:
+  """A progress bar on stderr, with time left and one free text field `note`."""
+  return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=stderr)
+
+
+def memory_report(compiled: jax.stages.Compiled) -> str:
+  """What the compiler says a program needs, in GB."""
+  stats = compiled.memory_analysis()
+  gb = lambda n: f"{n / 1e9:.2f} GB"
+  return f"arguments {gb(stats.argument_size_in_bytes)}, temporaries {gb(stats.temp_size_in_bytes)}"
