@@ -15,6 +15,7 @@ from scipy import special
 
 import dspark_jax
 from dspark_jax.decoding.calibration import fit_temperatures, mode_name, reliability
+from dspark_jax.decoding.session import PromptBatch
 from dspark_jax.loading import save_temperatures
 from dspark_jax.programs import run_folder, shell
 from folders import DSPARK, GOLDEN, QWEN3, complains, cut, files, fresh_drafter, qwen3, with_tokenizer
@@ -253,13 +254,13 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
   """Kills: prompts decoded twice, a line cut in the middle that is fatal or kept, seeds that depend on the batch, a
   rerun that decodes anything at all."""
   out, _, result = calibrated
-  real, calls = dspark_jax.generate, []
-  def dies(*args, **kwargs):
-    calls.append(len(args[2]))
+  real, calls = PromptBatch.run, []
+  def dies(batch):
+    calls.append(len(batch.args[2].prompts))
     if len(calls) == 3:
       raise KeyboardInterrupt
-    return real(*args, **kwargs)
-  monkeypatch.setattr(dspark_jax, "generate", dies)
+    return real(batch)
+  monkeypatch.setattr(PromptBatch, "run", dies)
   monkeypatch.setattr(calibrate, "picture", lambda path, results: None)
   args = arguments(folder, folder / "drafter", tmp_path / "out")
   called(capsys, calibrate, *args, code=130)
@@ -298,7 +299,7 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
     ({"out": "hurt"}, ["rounds-greedy.jsonl, line 1 is damaged", "delete the line"])])
 def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_path):
   """Kills: rounds of two drafters fitted together; an hour of decoding before a mistake is seen; a traceback."""
-  monkeypatch.setattr(dspark_jax, "generate", None)
+  monkeypatch.setattr(PromptBatch, "run", None)
   monkeypatch.chdir(tmp_path)
   (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": " ".join(["w5"] * 80)}) + "\n")
   (tmp_path / "other.jsonl").write_text('{"prompt": "w5"}\n{"prompt": "w6"}\n')

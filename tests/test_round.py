@@ -47,18 +47,42 @@ def test_a_round_keeps_the_type_of_the_rows(kind, sampling):
     assert [x[:2] for x in types(report)] == wanted
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_every_leaf_is_per_row(kind, stacked):
+def test_every_leaf_is_per_row(kind):
   """Kills: what all rows share and a new request cannot bring along when it takes a finished one's seat."""
-  models = stack_layers(target()) if stacked else target(), kind and drafter(kind)
   shapes = []
   for count in (5, 7):
-    begin, requests = begun(models, "mixed", count)
+    begin, requests = begun((target(), kind and drafter(kind)), "mixed", count)
     shapes.append([x.shape for x in jax.tree.leaves(jax.eval_shape(
-        lambda *models: begin(Models.of(*models), requests), *models))])
+        lambda *models: begin(Models.of(*models), requests), target(), kind and drafter(kind)))])
   for five, seven in zip(*shapes, strict=True):
     assert [pair for pair in zip(five, seven, strict=True) if len(set(pair)) > 1] == [(5, 7)], (five, seven)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
+def test_a_row_is_exchanged(stacked):
+  """Kills: what is keyed by the seat and not by the request: the new row must go on as if it were alone, and its
+  neighbours as if nothing had happened."""
+  models = Models.of(stack_layers(target()) if stacked else target(), drafter("rnn"))
+  (batch,) = Session(models.target, models.drafter).prepare(PROMPTS, max_new_tokens=NEW)
+  (alone,) = Session(models.target, models.drafter).prepare(PROMPTS[:1], max_new_tokens=NEW)
+  begin, step = jax.jit(start, static_argnums=2), jax.jit(play)
+  rows, one = (begin(models, x.args[2], batch.static["capacity"]) for x in (batch, alone))
+  texts, sure = [[int(x)] for x in rows.anchor], [[] for _ in PROMPTS]  # confidences tell the drafters' states apart
+  for at in range(NEW + 3):
+    if at == 3:  # seat 2 is given to the first prompt once more
+      seat, texts[2], sure[2] = jnp.int32(2), [int(one.anchor[0])], []
+      rest, new = (x.replace(cache=None, draft=None) for x in (rows, one))
+      rows = jax.tree.map(lambda old, new: old.at[2].set(new[0]), rest, new).replace(
+          cache=models.target.insert(rows.cache, seat, one.cache),
+          draft=models.drafter.insert(rows.draft, seat, one.draft))
+    rows, report = step(models, rows, All())
+    for row in np.flatnonzero(report.live):
+      texts[row] += report.tokens[row, :report.n_new[row]].tolist()
+      sure[row].append(report.confidence[row])
+  assert rows.done.all()
+  np.testing.assert_allclose(sure[2], sure[0], rtol=1e-4)
+  assert [text[:NEW] for text in texts] == [greedy_text()[row, :NEW].tolist() for row in (0, 1, 0, 3, 4, 5, 6, 7)]
 
 
 @pytest.mark.parametrize("sampling, policy", [
@@ -68,7 +92,7 @@ def test_reports_tell_the_texts(sampling, policy):
   """Kills: a report that is not of this round, or of rows that did not play; a loop that logs something else than
   rounds; a round that compiles again; greedy text that a policy changes."""
   begin, requests = begun((target(), drafter("rnn")), sampling)
-  models, step = Models.of(target(), drafter("rnn")), jax.jit(play)
+  models, step = Models.of(target(), drafter("rnn")), jax.jit(play, donate_argnums=1)  # as an engine would
   rows, compiled = jax.jit(begin)(models, requests), step._cache_size()
   texts, kept, verified = [[int(x)] for x in rows.anchor], [[] for _ in PROMPTS], [[] for _ in PROMPTS]
   while not rows.done.all():

@@ -16,10 +16,9 @@ import dataclasses
 import time
 from pathlib import Path
 
-import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
-from dspark_jax.decoding.session import PROMPT_BUCKET
+from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.programs import run_folder, shell
 
 
@@ -74,6 +73,7 @@ def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str
   prompts = [(n, ids) for n, ids in prompts if len(ids) <= settings.max_prompt_tokens]
   prompts = prompts[:None if settings.count is None else max(settings.count - len(known), 0)]
   stops, began, tokens, done = chat.stop_ids(tokenizer), time.monotonic(), 0, 0
+  session = Session(target, batch=settings.batch)
   with shell.bar() as bar:
     # The bar counts towards all questions, and time usually ends it: so the name says when.
     name = f"answers, for {settings.minutes:g} minutes" if settings.minutes else "answers"
@@ -81,17 +81,17 @@ def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str
     # At least one batch: a minute that went by in compilation should not leave an empty file.
     while done < len(prompts) and not (done and settings.minutes and time.monotonic() - began > settings.minutes * 60):
       part = prompts[done:done + settings.batch]
-      padded = part + part[-1:] * (settings.batch - len(part))  # one compilation: the last batch is filled up
-      replies = dspark_jax.generate(target, None, [ids for _, ids in padded], max_new_tokens=settings.max_new_tokens,
-                                    temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
-                                    # Row r adds r to it: no two answers of a run share their random numbers.
-                                    seed=settings.seed + done, stop_token_ids=stops).tokens
+      found = dict(session.stream([ids for _, ids in part], max_new_tokens=settings.max_new_tokens,
+                                  temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                                  # Row r adds r to it: no two answers of a run share their random numbers.
+                                  seed=settings.seed + done, stop_token_ids=stops))
+      replies = [found[row].tokens for row in range(len(part))]
       run_folder.append(settings.out, [
           # In tokens, not in text: encoding the text again need not give what the target wrote.
           {"id": name, "tokens": ids + reply, "loss_mask": [0] * len(ids) + [1] * len(reply)}
           for (name, ids), reply in zip(part, replies)])
       done += len(part)
-      tokens += sum(map(len, replies[:len(part)]))  # not those of the copies
+      tokens += sum(map(len, replies))
       bar.update(task, completed=done, note=f"{tokens / (time.monotonic() - began):.0f} tokens/s")
   seconds = time.monotonic() - began
   return dict(answers=len(known) + done, tokens=tokens, tokens_per_second=tokens / seconds, out=str(settings.out))

@@ -30,8 +30,9 @@ from dspark_jax.config import from_json, to_json
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
+from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.scheduler import survival
-from dspark_jax.decoding.session import PROMPT_BUCKET
+from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import make_sampling
@@ -202,22 +203,21 @@ def collect(settings: Settings, modes: dict[str, float], target, drafter, prompt
   """The rounds of all prompts by mode, in the order of the prompts; what is missing is decoded and appended."""
   known = {mode: read_rounds(out / f"rounds-{mode}.jsonl", drafter.block_size) for mode in modes}
   missing = {mode: [(i, *prompt) for i, prompt in enumerate(prompts) if prompt[0] not in known[mode]] for mode in modes}
-  batch = min(settings.batch, len(prompts))
+  session = Session(target, drafter, batch=min(settings.batch, len(prompts)))
   with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(modes) * len(prompts), note="")
     bar.advance(task, sum(len(prompts) - len(rows) for rows in missing.values()))
     for mode, temperature in modes.items():
-      for at in range(0, len(missing[mode]), batch):
-        part = missing[mode][at:at + batch]
-        padded = part + part[-1:] * (batch - len(part))  # one compilation: the last batch is filled up
-        found = dspark_jax.generate(
-            target, drafter, [ids for _, _, ids in padded], max_new_tokens=settings.max_new_tokens,
-            temperature=temperature, seeds=[settings.seed + i for i, _, _ in padded], stop_token_ids=stops)
-        new = [Prompt(name, tuple(found.n_accept[row]), tuple(found.n_verify[row]),
-                      tuple(map(tuple, found.confidence[row].tolist()))) for row, (_, name, _) in enumerate(part)]
+      places, names, asked = zip(*missing[mode]) if missing[mode] else ((), (), ())
+      for batch in session.prepare(asked, max_new_tokens=settings.max_new_tokens, temperature=temperature,
+                                   seeds=[settings.seed + i for i in places], stop_token_ids=stops) if asked else ():
+        texts = batch.run()
+        new = [Prompt(names[i], tuple(text.n_accept), tuple(text.n_verify), tuple(map(tuple, text.confidence.tolist())))
+               for i, text in zip(batch.indices, texts)]
         run_folder.append(out / f"rounds-{mode}.jsonl", list(map(to_json, new)))
         known[mode] |= {prompt.id: prompt for prompt in new}
-        bar.update(task, advance=len(part), note=f"{mode}, {found.accepted_length:.2f} tokens per round")
+        length = Generation.of(texts).accepted_length
+        bar.update(task, advance=len(new), note=f"{mode}, {length:.2f} tokens per round")
   return {mode: [known[mode][name] for name, _ in prompts] for mode in modes}
 
 
