@@ -181,6 +181,20 @@ def test_scripted_drafts(monkeypatch):
   assert inside > 3 and out.rounds == sum(len(rounds) for _, rounds in expected)
 
 
+def test_capacity_covers_every_write(monkeypatch):
+  """Kills: a window that runs over the end of a cache, where it slides back over committed rows: the longest row passes
+  its limit by a block, and writes one more while it waits for others."""
+  monkeypatch.setattr(subject, "PROMPT_BUCKET", 1)
+  monkeypatch.setattr(subject, "CACHE_BUCKET", 1)
+  text = greedy_text().astype(np.int32)
+  script = Script(jnp.asarray(text), jnp.zeros(text.shape, bool), jnp.ones(text.shape, bool))
+  (batch,) = Session(target(), script).prepare(PROMPTS, max_new_tokens=NEW)
+  count, block = np.array(subject.decode(*batch.args, **batch.static).count), script.block_size
+  assert count.max() == NEW + block
+  slots = batch.args[2].lengths + count - 1  # the anchor is not in the cache
+  assert slots.max() + block + 1 <= batch.static["capacity"]
+
+
 def test_one_new_token():
   """Kills: a round that runs although the prompt's own token was all that was asked for."""
   script = Script(*(jnp.zeros((8, 4), dtype) for dtype in (jnp.int32, bool, bool)))
