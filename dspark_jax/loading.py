@@ -22,6 +22,7 @@ from dspark_jax.data.chat import smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
+from dspark_jax.nn.parameters import values
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.types import Array, Drafter, Target
@@ -83,8 +84,8 @@ def target_id(target: Target) -> str:
 def drafter_id(drafter: Drafter) -> str:
   """What tells one drafter from another, or from itself after more training: a hash of configuration and weights."""
   digest = hashlib.sha256(json.dumps(to_json(drafter.config), sort_keys=True).encode())
-  for name, variable in hf.names(drafter).items():
-    digest.update(name.encode() + np.asarray(variable[...]).tobytes())
+  for name, value in values(drafter).items():
+    digest.update(name.encode() + np.asarray(value).tobytes())
   # Parameters alone would not do: with other words, the same weights draft other tokens.
   digest.update(b"" if drafter.words is None else np.asarray(drafter.words).tobytes())
   return digest.hexdigest()[:16]
@@ -190,7 +191,7 @@ def _words_problems(config, tensors):
 def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, imported: dict | None = None,
                  temperatures: Temperatures | None = None) -> None:
   """Writes our own drafter folder (Orbax and a JSON sidecar), whole or not at all."""
-  weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
+  weights = values(drafter)
   if drafter.words is not None:
     weights["draft_words"] = drafter.words
   state.save_drafter(Path(path), {"drafter": kind_of(drafter), "config": to_json(drafter.config),
@@ -268,7 +269,7 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
   # What was imported goes out with its own text and header, so that the bytes are the same.
   imported = imported or {"config": dialects.deepspec_config(kind_of(drafter), drafter.config),
                           "metadata": {"format": "pt"}}
-  weights = {name: variable[...] for name, variable in hf.names(drafter).items()}
+  weights = values(drafter)
   if dialects.stores_frozen(drafter.config):
     weights |= dialects.frozen_copies(target, weights["norm.weight"].dtype)
   hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])

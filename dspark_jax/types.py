@@ -4,6 +4,7 @@ Dimensions: B rows (requests), T tokens of a row, S cache slots, G draft length 
 blocks, N flattened tokens, D model width, H / K query / key-value heads, h head width, V vocabulary, W draft words
 (W = V unless the draft vocabulary is reduced), R Markov rank, F width of the tapped features.
 
+A slot is a place in the cache; the G places of a block are draft positions.
 anchor: the newest committed token; the target has not processed it yet, and it is a round's first input.
 tap: a target layer whose raw output feeds the drafter (-1 is the embedding output).
 """
@@ -69,12 +70,12 @@ class Batch:
 
 @flax.struct.dataclass
 class Blocks:
-  """Training blocks: slot k of a block stands at anchor + k, is fed the anchor or the mask, predicts anchor + k + 1."""
+  """Training blocks: draft position k stands at anchor + k, is fed the anchor or the mask, predicts anchor + k + 1."""
   anchors: Array     # i32[B,A]      index into T, ascending; 0 for dummy blocks
   keep: Array        # bool[B,A]     False for dummy blocks
-  previous: Array    # i32[B,A,G]    teacher-forced previous token of each slot: the token at anchor + k
+  previous: Array    # i32[B,A,G]    teacher-forced previous token of each position: that at anchor + k
   labels: Array      # i32[B,A,G]
-  supervised: Array  # bool[B,A,G]   contiguous from the first slot (sampled anchors)
+  supervised: Array  # bool[B,A,G]   contiguous from the first position (sampled anchors)
 
 
 class Head(Protocol):
@@ -100,7 +101,7 @@ class DraftHead:
 
 @flax.struct.dataclass
 class DraftOutputs:
-  """What the drafter says of every slot, stopping before the vocabulary so that the loss can be chunked."""
+  """What the drafter says of every draft position, stopping before the vocabulary so that the loss can be chunked."""
   hidden: Array             # f[B,A,G,D]
   latent: Array | None      # f[B,A,G,R]  sequential head, before its projection to the vocabulary
   confidence: Array | None  # f32[B,A,G]  logits

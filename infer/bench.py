@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Settings:
   """of a random drafter"""
   markov_rank: int = 256
   """of a random drafter"""
-  dtype: str = "float32"
+  dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def main(settings: Settings) -> dict:

@@ -32,7 +32,7 @@ class Settings:
   """the drafter's target: GGUF file, Hugging Face folder or id, or smollm2"""
   to: Literal["orbax", "deepspec"] = "orbax"
   """format to write"""
-  target_dtype: str = "float32"
+  target_dtype: Literal["float32", "bfloat16"] = "float32"
   """dtype in which the target's embedding and head are compared"""
 
 

@@ -25,13 +25,14 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 
 import dspark_jax
 from dspark_jax import loading
-from dspark_jax.config import from_json, to_json
+from dspark_jax.config import from_json, raise_all, to_json, wrong_choices
 from dspark_jax.data import benchmarks, chat
 from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
@@ -61,7 +62,7 @@ class Settings:
   """drafts from the first one whose survival is below are not verified; 0 verifies all"""
   batch: int = 8
   max_new_tokens: int = 256
-  turns: str = "first"
+  turns: Literal["first", "all"] = "first"
   """first, or all: the target's answer is fed back and the next question asked"""
   samples: int | None = None
   """per dataset; default: as many as the reference takes of a benchmark, all of a file"""
@@ -70,8 +71,7 @@ class Settings:
   hub: str | None = None
   """dataset on the hub (owner/name) with NAME.jsonl in it"""
   seed: int = 0
-  dtype: str = "float32"
-  """float32 or bfloat16"""
+  dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check(settings: Settings) -> list[Case]:
     if not getattr(settings, name):
       raise ValueError(f"{name} is empty: give at least one")
   shell.at_least(settings, batch=1, max_new_tokens=1)
-  shell.one_of(settings, turns=("first", "all"), dtype=shell.DTYPES)
+  raise_all("settings", wrong_choices(settings))
   for value in settings.temperatures:
     if not 0 <= value < math.inf:  # written so that NaN is refused, too
       raise ValueError(f"temperature is {value}, expected 0 (greedy) or a finite number above")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 import dspark_jax
 from dspark_jax.checkpoints.hf import read_json
@@ -58,14 +59,12 @@ class Settings:
   """use the temperatures that train.calibrate stored with the drafter for this kind of sampling, if any"""
   budget_gb: float = BUDGET / 1e9
   """of caches: more prompts than fit are decoded in several batches"""
-  dtype: str = "float32"
-  """float32 or bfloat16"""
+  dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def main(settings: Settings) -> dict:
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
-  shell.one_of(settings, dtype=shell.DTYPES)
   for name in ("confidence_threshold", "survival_threshold"):  # prepare checks them, too, but after minutes of loading
     if not 0 <= getattr(settings, name) <= 1:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")

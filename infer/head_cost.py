@@ -11,9 +11,9 @@ Weights are random: what a round costs does not depend on what it brings. Neithe
 
 At Qwen3-8B size `percent` is by the bytes that a round cannot but read (`must_read`), since decoding is bound by them.
 percent_bytes_reported and percent_flops are by the compiler's cost analysis. That counts the body of a loop once: so
-target layers are unrolled, the slots of a block are a Python loop (`Slots`), and the text of the program must hold no
-loop; 36 unrolled layers compile for minutes, so 6 and 7 are compiled, and their difference is added for each of the
-other 30. Its bytes count a weight that is copied ahead to on-chip memory several times (whole with each slice), a
+target layers are unrolled, the positions of a block are a Python loop (`Unrolled`), and the text of the program must
+hold no loop; 36 unrolled layers compile for minutes, so 6 and 7 are compiled, and their difference is added for each of
+the other 30. Its bytes count a weight that is copied ahead to on-chip memory several times (whole with each slice), a
 layer 2.1 times, so its share of the head is too small. Its optimal_seconds come out negative, and are not used.
 
 The last line of stdout is a JSON object, also written to --out: head_cost, a list with device, block_size and percent.
@@ -133,13 +133,13 @@ def measured(settings: Settings, target, block: int) -> HeadCost:
         prompts, max_new_tokens=(settings.rounds + 1) * (block + 1))
     models, requests = Models.of(target, drafter), batch.args[2]
     calls["round", rank] = rounds(settings, models, requests, batch.static["capacity"])
-    calls["slots", rank] = slots(settings, models, requests)
+    calls["block", rank] = block_alone(settings, models, requests)
   seconds = interleaved(calls, settings.repeats)
   median = {key: statistics.median(values) / settings.rounds for key, values in seconds.items()}
   # Neighbours in time are compared, so that their quartiles show the machine's unrest and not its drift.
   pairs = [percent(a, b) for a, b in zip(seconds["round", settings.rank], seconds["round", 0])]
   whole, without = median["round", settings.rank], median["round", 0]
-  alone = median["slots", settings.rank] - median["slots", 0]
+  alone = median["block", settings.rank] - median["block", 0]
   # Without the target's folder: the same device, measured from two places, is one line in the figure.
   device = f"{Path(settings.target).name}, {settings.dtype}, this {jax.devices()[0].device_kind}"
   return HeadCost(
@@ -159,7 +159,7 @@ def rounds(settings: Settings, models: Models, requests: Requests, capacity: int
   return lambda: compiled(models, begun)
 
 
-def slots(settings: Settings, models: Models, requests: Requests) -> Callable:
+def block_alone(settings: Settings, models: Models, requests: Requests) -> Callable:
   """A call that draws `rounds` blocks from given hidden states and base logits, and does nothing else of a round."""
   drafter = models.drafter
   rows, block, config = settings.rows, drafter.block_size, models.target.config
@@ -193,8 +193,8 @@ def interleaved(calls: dict, repeats: int) -> dict[tuple, list[float]]:
   return seconds
 
 
-class Slots(DSpark):
-  """The same drafter with the slots of a block as a Python loop; for a vanilla head or none, which carry no state."""
+class Unrolled(DSpark):
+  """The same drafter with a block as a Python loop over its positions; for a vanilla head or none: no state."""
 
   def propose(self, target, head, state, anchor, keys, sampling):
     hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
@@ -225,7 +225,7 @@ def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_
 
 def must_read(settings: Settings, target: TargetConfig, block: int, rank: int) -> int:
   """Bytes that a bfloat16 round cannot but read: each layer's weights and caches once, the target's head twice (drafts,
-  verification), and the projection of the sequential head once per slot. Of embeddings only rows are read.
+  verification), and the projection of the sequential head once per position. Of embeddings only rows are read.
   """
   drafter = jax.eval_shape(lambda: DSpark(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0)))
   model = jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0)))
@@ -240,7 +240,7 @@ def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, 
   """bytes and flops of one greedy bfloat16 round without a loop. place: None is this machine."""
   on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
   half = lambda tree: on(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree))
-  drafter = half(jax.eval_shape(lambda: Slots(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0))))
+  drafter = half(jax.eval_shape(lambda: Unrolled(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0))))
   target = half(jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0))))
   (batch,) = Session(target, drafter, budget=None).prepare([[0]] * settings.rows, max_new_tokens=128)
   models = on(jax.eval_shape(Models.of, target, drafter))

@@ -25,11 +25,12 @@ from dspark_jax.decoding.round import Models
 from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.nn.parameters import values
 from dspark_jax.programs import shell
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training.losses import LossConfig
-from dspark_jax.training.step import StepConfig, init_state, parameters, train_step
+from dspark_jax.training.step import StepConfig, init_state, train_step
 from dspark_jax.types import Batch
 
 # Qwen3-4B by its config.json, and the drafter that the paper's authors released for it.
@@ -46,7 +47,7 @@ class Settings:
   """tokens of the training sequence"""
   anchors: int = 512
   chunk: int = LossConfig.chunk
-  """slots whose logits exist at a time"""
+  """draft positions whose logits exist at a time"""
   rows: int = 1
   """of the decode loop"""
   new_tokens: int = 2048
@@ -81,7 +82,7 @@ def training(settings: Settings, target, drafter, on) -> dict:
   batch = on(Batch(whole, jax.ShapeDtypeStruct(whole.shape, jnp.bool_), whole, whole))
   # Donated, as the program does it: else the old and the new state would both be counted.
   step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
-  out, gradients = memory(step.lower(state, target, batch).compile()), size(jax.eval_shape(parameters, state.drafter))
+  out, gradients = memory(step.lower(state, target, batch).compile()), size(jax.eval_shape(values, state.drafter))
   return {**out, "gradients_gb": gradients, "temporaries_beyond_gradients_gb": out["temporaries_gb"] - gradients}
 
 

@@ -19,6 +19,7 @@ import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.data import chat
 from dspark_jax.drafters.dspark import DSparkConfig
+from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 
@@ -48,7 +49,7 @@ def target_of(case: str):
                                                        config.vocab_size,
                                                        False, 512), rngs=nnx.Rngs(0)))
   stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)
-  for name, variable in hf.names(target).items():
+  for name, variable in parameters(target).items():
     frozen = stored.get(name) if name in dialects.FROZEN else None
     variable.set_value(jnp.asarray(rng.normal(size=variable.shape).astype("f4") if frozen is None else frozen))
   return target
@@ -85,7 +86,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def assert_same_weights(a, b) -> None:
   """The same parameter names, dtypes and bits."""
-  a, b = hf.names(a), hf.names(b)
+  a, b = parameters(a), parameters(b)
   assert list(a) == list(b)
   for name in a:
     x, y = np.asarray(a[name][...]), np.asarray(b[name][...])

@@ -292,7 +292,7 @@ def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path)
     ({"drafter": "damaged"}, ["has 1, the drafter's block size is 5"]),
     ({"target": "/nowhere"}, ["/nowhere does not exist"]), ({"samples": 1}, ["samples is 1, expected at least 2"]),
     ({"batch": 0}, ["batch is 0"]), ({"max_new_tokens": 1}, ["max_new_tokens is 1"]),
-    ({"dtype": "float16"}, ["float32 or"]),
+    ({"dtype": "float16"}, ["invalid choice 'float16'"]),
     ({"temperatures": [-1]}, ["temperature is -1"]), ({"temperatures": [1, 1.0]}, ["each once"]),
     ({"max_prompt_tokens": 4}, ["0 of 20 different questions"]),
     ({"out": "lost"}, ["lost holds rounds-greedy.jsonl but no"]),
@@ -324,7 +324,8 @@ def test_mistakes(changes, parts, folder, calibrated, capsys, monkeypatch, tmp_p
   given = {"drafter": folder / "drafter", "out": calibrated[0]} | changes
   _, err = called(capsys, calibrate, *arguments(folder, **given), code=2)
   assert all(part in err for part in parts), err
-  assert err.count("error: ") == 1 and files(folder) == before
+  # tyro draws a box around what it refuses itself
+  assert err.count("error: ") == ("dtype" not in changes) and files(folder) == before
 
 
 @pytest.mark.parametrize("change, part", [

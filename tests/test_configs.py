@@ -11,11 +11,11 @@ import pytest
 import tyro
 
 import dspark_jax
-from dspark_jax.checkpoints import hf
 from dspark_jax.config import from_json, to_json
 from dspark_jax.drafters import DRAFTERS, MTP, DSpark, Eagle3
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
 from dspark_jax.loading import drafter_id, target_id
+from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import run_folder
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig, StepConfig
@@ -38,7 +38,7 @@ SIDECARS = {  # the configurations that drafter.json held when there was one cla
 
 def exact(module):
   """The module with weights that every machine and every version of NumPy make alike."""
-  for variable in hf.names(module).values():
+  for variable in parameters(module).values():
     size = int(np.prod(variable.shape))
     variable.set_value(jnp.asarray((np.arange(size) % 13 - 6).reshape(variable.shape) / 8, jnp.float32))
   return module

@@ -12,6 +12,7 @@ from flax import nnx
 import dspark_jax
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.drafters import DRAFTERS, heads
+from dspark_jax.nn.parameters import parameters
 from dspark_jax.sampling import make_sampling
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
@@ -232,7 +233,7 @@ def test_a_new_head_is_one_class_and_one_line(monkeypatch, tmp_path):
   proposal, args = sampled_and_forced.__wrapped__("averaged")
   close(forced(*args)[0], proposal.logits)
   drafter, target = args[:2]
-  assert "markov_head.gain" in hf.names(drafter)
+  assert "markov_head.gain" in parameters(drafter)
   changed = sampled_and_forced("vanilla")[0]
   assert np.abs(changed.logits - proposal.logits)[:, 1:].max() > 1e-2
   dspark_jax.save_drafter(tmp_path, drafter, target)
@@ -289,8 +290,8 @@ def test_reduced_vocabulary_proposes_its_own_words():
 def test_words_are_the_full_vocabulary_cut_down(words, target):
   """Kills: a head or W2 in another order than the words; a previous token looked up by its column."""
   full, reduced = small_drafter(target), small_drafter(target, draft_vocab_size=len(words), words=words)
-  for name, variable in hf.names(reduced).items():
-    value = hf.names(full)[name][...]
+  for name, variable in parameters(reduced).items():
+    value = parameters(full)[name][...]
     variable.set_value(value[np.array(words)] if name == "markov_head.markov_w2.weight" else value)
   start = lambda drafter: drafter.init_state(target, 2, 16)
   anchor = np.array([3, 4], np.int32)
@@ -310,17 +311,30 @@ def golden_drafter(case):
   return hf.fill(build, tensors, case, extra_ok=dialects.FROZEN), tensors
 
 
+def golden_rounds(folder):
+  """(inputs, their rounds, outputs, their rounds) of a case, a dictionary for each round."""
+  inputs, outputs = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
+  count = len({key.split("/")[1] for key in inputs if key.startswith("infer/r") and key.count("/") == 2})
+  of = lambda arrays, r: {key.split("/")[-1]: x for key, x in arrays.items() if key.startswith(f"infer/r{r}/")}
+  assert count
+  return inputs, [of(inputs, r) for r in range(count)], outputs, [of(outputs, r) for r in range(count)]
+
+
+def head_only(config, frozen):
+  """A target of no layers, with the embedding and the head that a golden drafter was made with."""
+  no_layers = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 2 ** 31 - 1)
+  frozen = frozen | {"norm.weight": np.ones(config.spec.hidden_size, np.float32)}
+  return hf.fill(lambda: Decoder(no_layers, rngs=nnx.Rngs(0)), frozen, "embedding and head")
+
+
 @pytest.mark.parametrize("case", GOLDENS)
 def test_golden_rounds(case):
   """Kills: any slip in the backbone, the heads, the slot convention or the growth of the draft cache."""
   folder = GOLDEN / f"drafter_{case}"
   drafter, tensors = golden_drafter(f"drafter_{case}")
   config = drafter.config
-  inputs, outputs = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
-  frozen = {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN}
-  no_layers = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
-  frozen["norm.weight"] = np.ones(config.spec.hidden_size, np.float32)
-  target = hf.fill(lambda: Decoder(no_layers, rngs=nnx.Rngs(0)), frozen, "embedding and head")
+  inputs, asked, _, answers = golden_rounds(folder)
+  target = head_only(config, {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN})
 
   @jax.jit
   def one_round(drafter, target, state, features, n, anchor):
@@ -328,12 +342,12 @@ def test_golden_rounds(case):
     hidden = drafter.draft(drafter.start(target, anchor, state.held), state.cache)
     return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), make_sampling(0.0))
 
-  state = drafter.init_state(target, 1, 64)
-  for r in range(3):
-    given = {key.split("/")[-1]: value for key, value in inputs.items() if key.startswith(f"infer/r{r}/")}
-    wanted = {key.split("/")[-1]: value for key, value in outputs.items() if key.startswith(f"infer/r{r}/")}
+  # All rounds in one shape, so the short ones carry rows of garbage that are not committed.
+  lengths = [given["target_hidden_states"].shape[1] for given in asked]
+  state = drafter.init_state(target, 1, sum(lengths) + max(lengths))
+  for given, wanted in zip(asked, answers):
     rows = given["target_hidden_states"]
-    padded = np.pad(rows, ((0, 0), (0, 24 - rows.shape[1]), (0, 0)), constant_values=9.0)
+    padded = np.pad(rows, ((0, 0), (0, max(lengths) - rows.shape[1]), (0, 0)), constant_values=9.0)
     n, anchor = np.array([rows.shape[1]], np.int32), np.array([given["anchor_token"]], np.int32)
     state, hidden, proposal = one_round(drafter, target, state, padded, n, anchor)
     assert int(state.cache.length[0]) == given["start"]
@@ -344,30 +358,26 @@ def test_golden_rounds(case):
       logit = np.log(proposal.confidence) - np.log1p(-proposal.confidence)
       close(logit, wanted["confidence_logits"], atol=1e-4)
       below = np.asarray(proposal.confidence) < inputs["infer/confidence_thresholds"][:, None]
-      lengths = np.where(below.any(1), below.argmax(1), config.block_size)
-      np.testing.assert_array_equal(lengths, wanted["threshold_lengths"])
+      verified = np.where(below.any(1), below.argmax(1), config.block_size)
+      np.testing.assert_array_equal(verified, wanted["threshold_lengths"])
 
 
 def test_golden_rounds_of_eagle3():
   """Kills: an embedding paired with its own feature, a recurrence on normed states, scratch steps left in the cache."""
   folder = GOLDEN / "drafter_eagle3_qwen3"
   drafter, tensors = golden_drafter(folder.name)
-  config = drafter.config
-  inputs, outputs = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
-  frozen = {name: tensors[name] for name in dialects.FROZEN} | {"norm.weight": np.ones(48, np.float32)}
-  no_layers = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
-  target = hf.fill(lambda: Decoder(no_layers, rngs=nnx.Rngs(0)), frozen, "embedding and head")
+  inputs, asked, outputs, answers = golden_rounds(folder)
+  target = head_only(drafter.config, {name: tensors[name] for name in dialects.FROZEN})
 
   def extend(state, features, following):
-    features = TargetOutput(features[..., :48], features)  # hidden: not read
+    features = TargetOutput(features[..., :drafter.config.spec.hidden_size], features)  # hidden: not read
     return absorb(drafter, target, state, features, np.array([following.shape[1]], np.int32), following)
 
   prompt = inputs["infer/prompt_ids"]
-  state = extend(drafter.init_state(target, 1, 32), inputs["infer/prompt_target_hidden_states"], prompt[:, 1:])
+  slots = prompt.shape[1] + sum(given["committed_tokens"].shape[1] for given in asked)
+  state = extend(drafter.init_state(target, 1, slots), inputs["infer/prompt_target_hidden_states"], prompt[:, 1:])
   anchor = prompt[:, -1]
-  for r in range(3):
-    given = {key.split("/")[-1]: value for key, value in inputs.items() if key.startswith(f"infer/r{r}/")}
-    wanted = {key.split("/")[-1]: value for key, value in outputs.items() if key.startswith(f"infer/r{r}/")}
+  for given, wanted in zip(asked, answers):
     proposal = propose(drafter, target, state, anchor, KEYS(1), make_sampling(0.0))
     assert int(state.cache.length[0]) == given["start"]
     close(state.hidden, wanted["draft_hidden"][:, 0], atol=1e-4)

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 import dspark_jax
-from dspark_jax.checkpoints import hf, state
+from dspark_jax.checkpoints import state
 from dspark_jax.config import to_json
 from dspark_jax.data import chat
 from dspark_jax.drafters import DSpark
 from dspark_jax.drafters.dspark import DSparkChoices
 from dspark_jax.loading import target_id
+from dspark_jax.nn.parameters import values
 from dspark_jax.targets.decoder import Decoder
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, copied, cut, fresh_drafter, qwen3, sharded, spoiled, words
 from train.config import TrainConfig
@@ -94,7 +95,7 @@ def test_every_tensor_at_fault_is_listed(kind, tmp_path):
       dspark_jax.load_drafter(copied(DSPARK, tmp_path / "d", tensors=drop), qwen3())
   else:
     drafter = fresh_drafter()
-    weights = spoiled("")({name: v[...] for name, v in hf.names(drafter).items()})
+    weights = spoiled("")(values(drafter))
     save_ours(tmp_path / "o", drafter, weights=weights)
     with complains(*parts):
       dspark_jax.load_drafter(tmp_path / "o", qwen3())
@@ -230,7 +231,7 @@ def test_nan_logits(whose):
 def save_ours(folder, drafter, *, sidecar=None, weights=None) -> None:
   """A drafter folder written whole, with a sidecar and weights of the test's choice."""
   whole = {"drafter": "dspark", "config": to_json(drafter.config), "target": target_id(qwen3()), "imported": None}
-  stored = {name: v[...] for name, v in hf.names(drafter).items()}
+  stored = values(drafter)
   stored |= {} if drafter.words is None else {"draft_words": drafter.words}
   state.save_drafter(Path(folder), sidecar(whole) if sidecar else whole, weights or stored)
 
@@ -292,7 +293,7 @@ def test_draft_words_at_fault(change, part, tmp_path):
   """Kills: drafts mapped to other tokens: nothing is accepted, or a token twice as likely as the sampler thinks."""
   drafter = fresh_drafter(words=words())
   new = change(words())
-  weights = {n: v[...] for n, v in hf.names(drafter).items()} | ({} if new is None else {"draft_words": new})
+  weights = values(drafter) | ({} if new is None else {"draft_words": new})
   save_ours(tmp_path / "d", drafter, weights=weights)
   with complains(part):
     dspark_jax.load_drafter(tmp_path / "d", qwen3())

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.checkpoints import hf
 from dspark_jax.decoding import session as subject
 from dspark_jax.decoding.policy import All, EarlyStop, Stale, Threshold
 from dspark_jax.decoding.session import Session, generate
+from dspark_jax.nn.parameters import parameters
 from dspark_jax.types import Proposal
 from test_drafters import KINDS, golden_drafter, small_drafter
 from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens, small_target, stack_layers
@@ -118,13 +118,8 @@ def test_a_row_alone():
     assert (alone.tokens[0], alone.n_accept[0]) == (out.tokens[row], out.n_accept[row])
 
 
-@flax.struct.dataclass
-class Script:
-  """A drafter of four that knows the text: it drafts text[count:], wrong where `wrong`, sure where `sure`."""
-  text: jax.Array   # i32[B,N]
-  wrong: jax.Array  # bool[B,N]
-  sure: jax.Array   # bool[B,N]
-  taps, block_size, words, has_confidence = (), 4, None, True
+class Counts:
+  """The parts of a drafter that multiplies with no head and whose state is how many tokens it has read."""
 
   def init_state(self, target, batch, max_len):
     return jnp.zeros(batch, jnp.int32)
@@ -134,6 +129,15 @@ class Script:
 
   def absorb(self, target, state, committed):
     return state + committed.n
+
+
+@flax.struct.dataclass
+class Script(Counts):
+  """A drafter of four that knows the text: it drafts text[count:], wrong where `wrong`, sure where `sure`."""
+  text: jax.Array   # i32[B,N]
+  wrong: jax.Array  # bool[B,N]
+  sure: jax.Array   # bool[B,N]
+  taps, block_size, words, has_confidence = (), 4, None, True
 
   def propose(self, target, head, state, anchor, keys, sampling):
     lengths = jnp.asarray([len(p) for p in PROMPTS], jnp.int32)
@@ -242,8 +246,8 @@ def test_policies_that_cannot_decide(kind, settings, part, monkeypatch):
 def broken(module, name):
   """A copy whose parameter `name` holds one NaN."""
   copy = jax.tree.map(lambda x: x, module)
-  value = hf.names(copy)[name][...]
-  hf.names(copy)[name].set_value(value.at[(0,) * value.ndim].set(jnp.nan))
+  value = parameters(copy)[name][...]
+  parameters(copy)[name].set_value(value.at[(0,) * value.ndim].set(jnp.nan))
   return copy
 
 
@@ -251,7 +255,7 @@ def broken(module, name):
 def test_nan_is_an_error(settings):
   """Kills: NaN logits whose argmax is token 0 on both sides: acceptance 100 %, and the text is garbage."""
   kinds = ("rnn",) if settings else KINDS
-  names = {kind: {"norm.weight", "markov_head.markov_w2.weight"} & set(hf.names(drafter(kind))) for kind in kinds}
+  names = {kind: {"norm.weight", "markov_head.markov_w2.weight"} & set(parameters(drafter(kind))) for kind in kinds}
   pairs = [(target(), broken(drafter(kind), name)) for kind in kinds for name in names[kind]]
   pairs += [(broken(target(), "norm.weight"), drafter(kind)) for kind in kinds]
   pairs += [] if settings else [(broken(target(), "lm_head.weight"), drafter("vanilla")),

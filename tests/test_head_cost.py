@@ -60,7 +60,7 @@ def test_slots_draw_the_same_blocks():
                         sampling)
 
   args = jnp.asarray([3, 70], jnp.int32), jax.vmap(jax.random.key)(jnp.arange(2)), sp.make_sampling(0.0)
-  looped, unrolled = (jax.jit(propose, static_argnums=4)(drafter, *args, kind) for kind in (DSpark, head_cost.Slots))
+  looped, unrolled = (jax.jit(propose, static_argnums=4)(drafter, *args, kind) for kind in (DSpark, head_cost.Unrolled))
   np.testing.assert_array_equal(looped.tokens, unrolled.tokens)
   np.testing.assert_allclose(looped.logits, unrolled.logits, rtol=1e-4, atol=1e-4)
   assert looped.confidence.shape == unrolled.confidence.shape and len(np.unique(looped.tokens)) > 2

@@ -66,7 +66,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("source, part", [
     ("from dspark_jax.targets import qwen3", "drafters"), ("import dspark_jax.loading", "data"),
-    ("def f():\n  from dspark_jax.checkpoints.hf import names", "training"),
+    ("def f():\n  from dspark_jax.checkpoints.hf import fill", "training"),
     ("from dspark_jax import load_target", "nn"), ("from dspark_jax.training import step", "decoding"),
     ("from dspark_jax import sampling", "types")])
 def test_wrong_imports_are_seen(source, part):

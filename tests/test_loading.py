@@ -18,6 +18,7 @@ from safetensors.flax import load_file
 import dspark_jax
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets import TARGETS
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3,
                      sharded, target_of, words)
@@ -165,23 +166,23 @@ def test_what_would_compute_something_else_is_refused(change, word, tmp_path):
 def test_dtypes(tmp_path):
   """Kills: bfloat16 read as raw bits, a norm left in float32, a cast through another dtype."""
   low = dspark_jax.load_target(QWEN3, dtype="bfloat16")
-  for name, variable in hf.names(low).items():
+  for name, variable in parameters(low).items():
     assert variable.dtype == jnp.bfloat16, name
-    np.testing.assert_array_equal(variable[...], hf.names(qwen3())[name][...].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(variable[...], parameters(qwen3())[name][...].astype(jnp.bfloat16))
   back = dspark_jax.load_target(copied(QWEN3, tmp_path / "bf16", dtype="bfloat16"))
-  for name, variable in hf.names(back).items():
+  for name, variable in parameters(back).items():
     assert variable.dtype == jnp.float32, name
-    np.testing.assert_array_equal(variable[...], hf.names(low)[name][...].astype(jnp.float32))
+    np.testing.assert_array_equal(variable[...], parameters(low)[name][...].astype(jnp.float32))
 
 
 def test_scanned_is_stacked():
   """Kills: layers stacked in another order (10 before 2), or unrolled where one layer was to be compiled."""
   (layer,) = dspark_jax.load_target(QWEN3, scanned=True).layers  # a period of one
-  stacked = hf.names(layer)
+  stacked = parameters(layer)
   assert isinstance(dspark_jax.load_target(QWEN3).layers, type(qwen3().layers))  # the default on a CPU
   for name, variable in stacked.items():
     for index, layer in enumerate(qwen3().layers):
-      np.testing.assert_array_equal(variable[index], hf.names(layer)[name][...])
+      np.testing.assert_array_equal(variable[index], parameters(layer)[name][...])
 
 
 @pytest.mark.parametrize("family", TARGETS)

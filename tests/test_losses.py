@@ -5,6 +5,7 @@ The goldens run through padded chunks, so they also hold the chunking to the ref
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import flax.struct
@@ -18,10 +19,11 @@ from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import add, mean
 from dspark_jax.nn.layers import WordHead
+from dspark_jax.nn.parameters import values
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
-from dspark_jax.training.step import StepConfig, gradients, parameters
+from dspark_jax.training.step import StepConfig, gradients
 from dspark_jax.types import Batch, DraftHead, DraftOutputs, TargetOutput
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,9 +43,11 @@ def golden(case):
   own = {name: tensors[name] for name in dialects.FROZEN} | {"norm.weight": jnp.ones(config.spec.hidden_size)}
   target_config = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 512)
   target = hf.fill(lambda: Decoder(target_config, rngs=nnx.Rngs(0)), own, "a target without layers")
-  loss = dataclasses.replace(EAGLE3, chunk=22) if kind == "eagle3" else LossConfig(
-      *(float(given[f"{name}_alpha"]) for name in ("ce_loss", "l1_loss", "confidence_head")),
-      decay=float(given["loss_decay_gamma"]), chunk=22)
+  if kind == "eagle3":
+    loss = dataclasses.replace(EAGLE3, decay=-1 / math.log(config_json["step_loss_decay"]), chunk=22)
+  else:
+    loss = LossConfig(*(float(given[f"{name}_alpha"]) for name in ("ce_loss", "l1_loss", "confidence_head")),
+                      decay=float(given["loss_decay_gamma"]), chunk=22)
   step = StepConfig(compute_dtype="float32", loss=loss)
   compiled = jax.jit(run, static_argnums=3, compiler_options=QUICK)
   return expected, jax.tree.map(np.asarray, compiled(drafter, target, given, step))
@@ -57,7 +61,7 @@ def run(drafter, target, given, step):
             blocks_at(batch, given["anchor_positions"], given["block_keep_mask"], drafter.block_size))
   encoded = TargetOutput(given["target_last_hidden_states"], given["target_hidden_states"])
   outputs = drafter.train_outputs(target, batch, encoded, blocks)
-  loss, metrics, grads = gradients(drafter, parameters(drafter), target, batch, encoded, blocks, step)
+  loss, metrics, grads = gradients(drafter, values(drafter), target, batch, encoded, blocks, step)
   return dict(outputs=outputs, logits=drafter.head(target)(outputs.hidden, outputs.latent),
               blocks=blocks, candidates=candidates(batch), loss=loss, metrics=metrics, grads=grads)
 
@@ -108,7 +112,9 @@ def test_eagle3_blocks_forward_and_loss():
   logits = np.moveaxis(ours["logits"], 2, 0)
   np.testing.assert_allclose(logits[supervised], expected["train/draft_logits"][supervised], atol=1e-4)
   np.testing.assert_allclose(ours["loss"], expected["loss/total"], rtol=1e-4)
-  wanted = (expected["loss/per_step"] * 0.8 ** np.arange(3)).sum() * supervised[0].size
+  per_step = expected["loss/per_step"]
+  decay = hf.read_json(GOLDEN / "drafter_eagle3_qwen3" / "config.json")["step_loss_decay"]
+  wanted = (per_step * decay ** np.arange(len(per_step))).sum() * supervised[0].size
   np.testing.assert_allclose(ours["metrics"]["soft"].sum, wanted, rtol=1e-4)
   for name, stored in (("accept_rate", "accept_rate"), ("tau", "tau_probabilistic")):
     np.testing.assert_allclose(mean(ours["metrics"][name]), expected[f"metric/{stored}"], rtol=1e-4)

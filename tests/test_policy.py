@@ -21,6 +21,7 @@ from dspark_jax.decoding.round import Models, play
 from dspark_jax.decoding.session import Session, generate, padded_length
 from dspark_jax.sampling import draw, probabilities, split_keys
 from dspark_jax.types import Proposal, TargetOutput
+from test_generate import Counts
 
 TEXTS, WORDS, BLOCK, NEW, ALARM = 24_000, 3, 2, 8, 1e-6
 TARGET = np.array([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.4, 0.5, 0.1]], np.float32)  # [token before, token]
@@ -59,18 +60,9 @@ class Chain:
 
 
 @flax.struct.dataclass
-class Moody:
+class Moody(Counts):
   """A drafter whose second draft looks sure or hopeless by what the first turned out to be."""
   taps, block_size, words, has_confidence, every_position = (), BLOCK, None, True, False
-
-  def init_state(self, target, batch, max_len):
-    return jnp.zeros(batch, jnp.int32)
-
-  def head(self, target):
-    return None
-
-  def absorb(self, target, state, committed):
-    return state + committed.n
 
   def propose(self, target, head, state, anchor, keys, sampling):
     sure_keys, *draft_keys = split_keys(keys, 1 + BLOCK)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import dspark_jax
-from dspark_jax.checkpoints import hf
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import mean
+from dspark_jax.nn.parameters import parameters, values
 from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.training import starts
 from dspark_jax.training import step as training
@@ -67,12 +67,12 @@ def test_a_batch_can_be_learned(kind):
   config = StepConfig(compute_dtype="float32", loss=LOSS, optimizer=OptimizerConfig(learning_rate=0.02, warmup_ratio=0))
   step = jax.jit(functools.partial(training.train_step, config=config))
   state, batch, losses = init_state(drafter, config, 0, total_steps=40), batch_of(random_tokens(2, 16)), []
-  before = training.parameters(state.drafter)
+  before = values(state.drafter)
   for _ in range(30):
     state, metrics = step(state, target, batch)
     losses.append(float(metrics["loss"].sum))
   assert losses[-1] < 0.85 * losses[0]  # the target's own entropy is left
-  for name, value in training.parameters(state.drafter).items():
+  for name, value in values(state.drafter).items():
     assert np.abs(value - before[name]).max() > 1e-3, name
 
 
@@ -128,4 +128,4 @@ def test_eagle3_needs_taps():
   """Kills: an fc of no inputs, which fails far away from the mistake."""
   with pytest.raises(ValueError, match="no taps"):
     small_drafter(small_target("qwen3"), "eagle3", taps=())
-  assert hf.names(small_drafter(small_target("qwen3"), "mtp", taps=()))
+  assert parameters(small_drafter(small_target("qwen3"), "mtp", taps=()))

@@ -13,6 +13,7 @@ from flax import nnx
 from dspark_jax.checkpoints import hf
 from dspark_jax.nn import attention, layers
 from dspark_jax.nn.layers import BlockSpec, linear, rope_table
+from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets import TARGETS, decoder
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.types import Batch
@@ -27,7 +28,7 @@ TAPS = (-1, 0)
 def randomised(module, seed):
   """The module with weights of unit gain: at the usual start of std 0.02 layers hardly matter."""
   rng = np.random.default_rng(seed)
-  for name, variable in sorted(hf.names(module).items()):
+  for name, variable in sorted(parameters(module).items()):
     scale = 0.1 if len(variable.shape) == 1 else variable.shape[-1] ** -0.5
     values = rng.normal(size=variable.shape) * scale + name.endswith("norm.weight")
     variable.set_value(jnp.asarray(values, variable.dtype))
@@ -104,7 +105,7 @@ def test_golden_target(case, layout):
 
   @jax.jit
   def both(target):
-    outs = target(tokens, target.init_cache(2, 32), taps)[0], target.encode(batch_of(tokens, mask), taps)
+    outs = target(tokens, target.init_cache(*tokens.shape), taps)[0], target.encode(batch_of(tokens, mask), taps)
     return [(target.head()(out.hidden), out.hidden, out.features) for out in outs]
 
   for logits, hidden, features in both(target):

@@ -15,12 +15,13 @@ from scipy import stats
 from dspark_jax.drafters.dspark import DSpark, DSparkConfig
 from dspark_jax.metrics import mean
 from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.nn.parameters import values
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training import starts
 from dspark_jax.training import step as subject
 from dspark_jax.training.anchors import blocks_at, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss
-from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state, parameters, schedule, span
+from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state, schedule, span
 from dspark_jax.types import Batch, Committed, TargetOutput
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -73,10 +74,15 @@ def optimizer_arrays():
   return (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
 
 
-@pytest.mark.parametrize("j", range(3))
-def test_learning_rate(j):
+def test_learning_rate():
   """Kills a warm-up that starts at 0 or overshoots, and a cosine that cancels in float32 near its end."""
   given, expected = optimizer_arrays()
+  for j in range(sum(key.endswith("/lr_used") for key in expected)):
+    assert_learning_rate(j, given, expected)
+  assert j
+
+
+def assert_learning_rate(j, given, expected):
   config = OptimizerConfig(learning_rate=float(given[f"schedule{j}/lr"]),
                            warmup_ratio=float(given[f"schedule{j}/warmup_ratio"]))
   rate = schedule(config, span(config, int(given[f"schedule{j}/total_steps"])))
@@ -101,7 +107,7 @@ def test_clipped_adamw():
   state = transform.init(params)
   with jax.numpy_dtype_promotion("standard"):
     update = jax.jit(transform.update)
-    for i in range(8):
+    for i in range(len(expected["grad_norm"])):
       grads = {name: given[f"grad_{name}"][i] for name in params}
       np.testing.assert_allclose(optax.tree.norm(grads), expected["grad_norm"][i], rtol=1e-5)
       updates, state = update(grads, state, params)
@@ -115,7 +121,7 @@ def test_muon_takes_the_matrices_only():
   matrices = ("fc.weight", "layers.0.self_attn.k_proj.weight", "layers.1.mlp.down_proj.weight")
   rest = ("layers.0.input_layernorm.weight", "layers.1.self_attn.q_norm.weight", "markov_head.markov_w1.weight",
           "markov_head.markov_w2.weight", "confidence_head.proj.weight", "norm.weight")
-  params, rng = {name: parameters(models()[1])[name] for name in matrices + rest}, np.random.default_rng(0)
+  params, rng = {name: values(models()[1])[name] for name in matrices + rest}, np.random.default_rng(0)
   grads = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in params.items()}
   config = OptimizerConfig(name="muon", learning_rate=0.01, warmup_ratio=0.0, clip=1e9)
   transform = subject.optimizer(config, span(config, 100))
@@ -265,8 +271,8 @@ def test_resuming_is_going_on():
   assert run_steps(fresh(seed=7), 0, 1)[1] != losses[:1]
   # donating the state left the caller's drafter alone, and the draft words are no parameter
   np.testing.assert_array_equal(models()[1].words, whole.drafter.words)
-  before = parameters(models()[1])
-  assert all(np.any(x != before[name]) for name, x in parameters(whole.drafter).items())
+  before = values(models()[1])
+  assert all(np.any(x != before[name]) for name, x in values(whole.drafter).items())
 
 
 def test_a_batch_can_be_learned():
@@ -285,7 +291,7 @@ def test_a_batch_without_supervision_changes_nothing():
   batch.loss_mask[:] = False
   state, metrics = step_of(CONFIG)(fresh(), models()[0], batch)
   assert float(mean(metrics["loss"])) == 0 and float(mean(metrics["blocks"])) == 0
-  jax.tree.map(np.testing.assert_array_equal, parameters(state.drafter), parameters(models()[1]))
+  jax.tree.map(np.testing.assert_array_equal, values(state.drafter), values(models()[1]))
 
 
 def assert_same_step(a, b):

@@ -67,7 +67,7 @@ def golden_pieces(inputs, target_probs, draft_probs, sampling):
               effective_proposal_length=jnp.where(stopped, kept, lengths))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("temperature", sorted(set(np.load(GOLDEN / "inputs.npz")["temperature"].tolist())))
 def test_golden_verification(temperature):
   """Kills: ratio inverted or unclipped, residual or bonus at the wrong slot, stop token that ends nothing."""
   inputs, outputs = golden_group(temperature)
@@ -87,7 +87,7 @@ def test_golden_greedy_verdict():
   np.testing.assert_array_equal(n_accept, outputs["accept_prefix_mask"].sum(1))
   whole = n_accept == outputs["accepted"]  # not cut at a stop token
   np.testing.assert_array_equal(next_token[whole], outputs["next_token_dist"].argmax(-1)[whole])
-  assert whole.sum() > 8
+  assert 2 * whole.sum() > len(whole)
 
 
 def test_golden_residual():

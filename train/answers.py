@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
@@ -42,7 +43,7 @@ class Settings:
   top_k: int = 0
   top_p: float = 1.0
   seed: int = 0
-  dtype: str = "float32"
+  dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def main(settings: Settings) -> dict:

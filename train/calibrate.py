@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ from rich import box
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax.config import from_json, to_json
+from dspark_jax.config import from_json, raise_all, to_json, wrong_choices
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
@@ -64,8 +65,7 @@ class Settings:
   """default: the drafter's path with -calibration after it"""
   seed: int = 0
   """prompt i is sampled with seed + i"""
-  dtype: str = "float32"
-  """float32 or bfloat16"""
+  dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def main(settings: Settings) -> dict:
 def check(settings: Settings) -> dict[str, float]:
   """Sampling temperature by mode. ValueError for settings that cannot work, before anything is loaded."""
   shell.at_least(settings, samples=2, batch=1, max_new_tokens=2, max_prompt_tokens=1)
-  shell.one_of(settings, dtype=shell.DTYPES)
+  raise_all("settings", wrong_choices(settings))
   for temperature in settings.temperatures:
     make_sampling(temperature)  # for its ValueError
   modes = {calibration.mode_name(t): t for t in settings.temperatures}  # 1 and 1.0 are one mode, and one file
@@ -276,7 +276,7 @@ def plain(values: np.ndarray) -> list[float | None]:
 
 def table(results: dict[str, dict]) -> Table:
   """The result for people."""
-  out = Table("mode", "slot", "kept", "T", "ECE %", "AUROC", "Brier", "fit, report rounds", box=box.SIMPLE_HEAD,
+  out = Table("mode", "position", "kept", "T", "ECE %", "AUROC", "Brier", "fit, report rounds", box=box.SIMPLE_HEAD,
               padding=0, title="predicted survival on prompts that were not fitted, before -> after")
   for mode, r in results.items():
     change = lambda values, form: " -> ".join("-" if np.isnan(x) else format(x, form) for x in values)

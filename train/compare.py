@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dspark_jax.checkpoints.hf import names
 from dspark_jax.config import from_json, to_json
 from dspark_jax.decoding import acceptance
 from dspark_jax.loading import load_drafter
+from dspark_jax.nn.parameters import values
 from dspark_jax.programs import results, shell
 from dspark_jax.programs.results import Result
 from infer import evaluate, plots
@@ -95,7 +95,7 @@ def train_all(runs: list) -> dict[str, dict]:
     if train.is_stopped(run, result):
       raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same "
                        f"command to go on")
-    weights = names(load_drafter(run.out, target))  # the drafter's own: no copy of the target's embedding or head
+    weights = values(load_drafter(run.out, target))  # the drafter's own: no copy of the target's embedding or head
     trained[run.out.name] = {**result, "parameters": sum(int(np.prod(v.shape)) for v in weights.values())}
   return trained
 

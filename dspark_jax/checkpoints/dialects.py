@@ -62,7 +62,7 @@ def _dspark(hf, spec, problems):
   common = dict(spec=spec, num_layers=hf["num_hidden_layers"], vocab_size=hf["vocab_size"],
                 num_target_layers=own["num_target_layers"], mask_token_id=own["mask_token_id"])
   if original:
-    # Its block_size counts the anchor's slot, which predicts nothing: one draft less than slots.
+    # Its block_size counts the anchor's position, which predicts nothing: one draft less than positions.
     taps = own.get("target_layer_ids") or default_taps(own["num_target_layers"], hf["num_hidden_layers"])
     return DSparkConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
                         sample_from_anchor=False)
@@ -106,7 +106,7 @@ def deepspec_config(kind: str, config: DrafterConfig) -> str:
   """The text of a DeepSpec config.json for a drafter trained here; ValueError where that format has no word for it."""
   raise_all("export to DeepSpec", (["a reduced draft vocabulary cannot be stored"] if config.draft_vocab_size else [])
             + (["a lens cannot be stored"] if getattr(config, "lens", False) else [])
-            + ([] if stores_frozen(config) else ["the original DFlash's slots cannot be stored"])
+            + ([] if stores_frozen(config) else ["the original DFlash's blocks cannot be stored"])
             + ([] if kind in ("dspark", "eagle3") else [f"a drafter of the kind {kind} cannot be stored"]))
   # Untied whatever the target is: both copies are stored.
   out = dict(num_target_layers=config.num_target_layers, target_layer_ids=list(config.taps), tie_word_embeddings=False,

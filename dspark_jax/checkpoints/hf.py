@@ -15,6 +15,7 @@ from safetensors.flax import save_file
 
 from dspark_jax.checkpoints.atomic import new_folder
 from dspark_jax.config import raise_all
+from dspark_jax.nn.parameters import parameters
 
 
 class Tensors(Mapping):
@@ -80,11 +81,6 @@ def read_folder(folder: Path) -> tuple[dict, Tensors]:
   return read_json(Path(folder) / "config.json"), Tensors(Path(folder))
 
 
-def names(module: nnx.Module) -> dict[str, nnx.Variable]:
-  """The parameters of a module by dotted path, which is their stored name."""
-  return {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
-
-
 def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: (name,), extra_ok=(),
          problems=()) -> nnx.Module:
   """The module build() with its parameters taken from `tensors`, in `dtype` (default: as stored).
@@ -95,7 +91,7 @@ def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: 
   """
   # Shapes alone: random weights that are about to be replaced would take the model's memory once more.
   module = nnx.eval_shape(build)
-  wanted = {stored(name): v for name, v in names(module).items()}
+  wanted = {stored(name): v for name, v in parameters(module).items()}
   known = [part for parts in wanted for part in parts]
   problems = [*problems, *(f"tensor {n} is missing" for n in known if n not in tensors)]
   problems += [f"tensor {n} is not part of this model" for n in tensors if n not in known and n not in extra_ok]

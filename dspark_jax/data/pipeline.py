@@ -41,7 +41,7 @@ class Source:
 class Packed:
   """Rows of equal length, several documents in each."""
   rows: Batch   # numpy arrays, [R,T]
-  fill: float   # share of the slots that hold a token, 0..1
+  fill: float   # share of the places that hold a token, 0..1
   n_cut: int    # tokens lost because their document was longer than a row
 
 
@@ -90,11 +90,11 @@ def pack(documents: Sequence[Document], length: int) -> Packed:
   tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
   loss_mask = np.zeros(shape, bool)
   for document, size, (row, start) in zip(documents, sizes, places):
-    slots = slice(start, start + size)
-    tokens[row, slots] = document.tokens[:size]
-    loss_mask[row, slots] = document.loss_mask[:size]
-    segments[row, slots] = segments[row].max() + 1
-    positions[row, slots] = np.arange(size)
+    span = slice(start, start + size)
+    tokens[row, span] = document.tokens[:size]
+    loss_mask[row, span] = document.loss_mask[:size]
+    segments[row, span] = segments[row].max() + 1
+    positions[row, span] = np.arange(size)
   n_cut = sum(len(tokens) for tokens, _ in documents) - sum(sizes)
   rows = Batch(tokens=tokens, loss_mask=loss_mask, segments=segments, positions=positions)
   return Packed(rows, fill=sum(sizes) / tokens.size, n_cut=n_cut)

@@ -49,7 +49,7 @@ def mode_name(temperature: float) -> str:
 
 
 def calibrate(confidence: Array, temperatures: Array) -> Array:
-  """sigmoid(logit(confidence) / temperature): f32[B,G] in 0..1, in the same order within a slot.
+  """sigmoid(logit(confidence) / temperature): f32[B,G] in 0..1, in the same order at a position.
 
   confidence: f32[B,G] in 0..1; exactly 0 and 1 stay. temperatures: f32[G], or f32[B,G] where each row has its own; 1
   changes nothing but last bits.
@@ -79,7 +79,7 @@ def fit_temperatures(confidence_logits: np.ndarray, accepted: np.ndarray, grid=G
                      f"temperatures need rounds that verify whole blocks")
   best, table, before = [], [], 1.0
   for k in range(logits.shape[1]):
-    predicted = before * _sigmoid(logits[:, k, None] / grid)  # f64[N,M]: every temperature of this slot at once
+    predicted = before * _sigmoid(logits[:, k, None] / grid)  # f64[N,M]: every temperature of this position at once
     label, there = (np.broadcast_to(x[:, k, None], predicted.shape) for x in (accepted, observed))
     table.append(_error(*_bins(_clip(predicted), label, there)))
     best.append(int(np.argmin(table[-1])))

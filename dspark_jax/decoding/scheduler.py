@@ -27,8 +27,8 @@ class Schedule:
 
 def survival(confidence: Array) -> Array:
   """P(drafts 0..j are all accepted): f32[R,G], non-increasing, from f32[R,G]; in float64 if that comes in."""
-  # A backend may multiply pairwise. That product can rise by a last bit where a confidence is 1, and slot j's place
-  # would then depend on slot j + 1.
+  # A backend may multiply pairwise. That product can rise by a last bit where a confidence is 1, and the place of
+  # draft j would then depend on draft j + 1.
   return jax.lax.cummin(jnp.cumprod(confidence, axis=1), axis=1)
 
 
@@ -95,7 +95,7 @@ def _candidates(survival, live):
 
 
 def _rank(survival):
-  """Place of each draft by descending survival, ties by row, then slot: i32[R,G]."""
+  """Place of each draft by descending survival, ties by row, then position: i32[R,G]."""
   order = jnp.argsort(-survival.ravel(), stable=True).astype(jnp.int32)
   places = jnp.arange(order.size, dtype=jnp.int32)
   return jnp.zeros_like(order).at[order].set(places, unique_indices=True).reshape(survival.shape)

@@ -42,8 +42,8 @@ def accept_prob(p: Array, q: Array) -> Array:
 
 def accepted_prefix(accepted: Array, lengths: Array) -> Array:
   """Drafts before the first rejection or the cut: i32[B], from bool[B,G] and i32[B]."""
-  slots = jax.lax.broadcasted_iota(jnp.int32, accepted.shape, 1)
-  accepted &= slots < lengths[:, None]
+  place = jax.lax.broadcasted_iota(jnp.int32, accepted.shape, 1)
+  accepted &= place < lengths[:, None]
   return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
 
 
@@ -84,9 +84,9 @@ def cut_at_stop(tokens: Array, n_accept: Array, stop_ids: Array) -> tuple[Array,
 
   tokens: i32[B,G]. stop_ids: i32[B,M], as in `is_stop`. A stopped row gets no next_token.
   """
-  slots = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+  place = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
   block = tokens.shape[1]
-  first = jnp.min(jnp.where(is_stop(tokens, stop_ids) & (slots < n_accept[:, None]), slots, block), axis=1,
+  first = jnp.min(jnp.where(is_stop(tokens, stop_ids) & (place < n_accept[:, None]), place, block), axis=1,
                   initial=block)
   return jnp.minimum(first + 1, n_accept), first < block
 

@@ -22,7 +22,6 @@ from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftO
                               TargetOutput)
 
 
-
 @flax.struct.dataclass
 class RecurrentState:
   cache: Cache        # of the committed columns' first steps
@@ -30,8 +29,8 @@ class RecurrentState:
 
 
 class Recurrent(DraftModel):
-  """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and its `cell`:
-  project, close."""
+  """A drafter behind the Drafter protocol; a subclass says what the first step reads (`first`) and makes the
+  cell: project, close."""
 
   every_position = True
 

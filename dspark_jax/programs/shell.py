@@ -20,7 +20,6 @@ from dspark_jax.data import chat
 from dspark_jax.loading import locate_target
 from dspark_jax.types import Target
 
-DTYPES = ("float32", "bfloat16")
 stderr = Console(stderr=True)
 
 
@@ -52,13 +51,6 @@ def at_least(settings: Any, **bounds: int) -> None:
   for name, bound in bounds.items():
     if getattr(settings, name) < bound:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {bound}")
-
-
-def one_of(settings: Any, **choices: tuple[str, ...]) -> None:
-  """ValueError for the first of these settings that is none of its choices."""
-  for name, allowed in choices.items():
-    if getattr(settings, name) not in allowed:
-      raise ValueError(f"{name} is {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
 
 
 def load(target: str, dtype: str) -> tuple[Target, Any]:

@@ -30,6 +30,11 @@ class TargetConfig:
     """The kinds of layers, in the order in which they repeat until there are num_layers."""
     return (self.spec,)
 
+  @property
+  def layers(self) -> tuple[BlockSpec, ...]:
+    """The kind of every layer."""
+    return tuple(self.period[i % len(self.period)] for i in range(self.num_layers))
+
 
 class Decoder(nnx.Module):
   """A decoder-only language model behind the Target protocol.
@@ -41,10 +46,10 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.scanned, self.cache_layout = False, "columns"
-    spec, period = config.spec, config.period
+    self.scanned = False
+    spec = config.spec
     self.embed_tokens = Embedding(config.vocab_size, spec.hidden_size, rngs=rngs)
-    self.layers = nnx.List([period[i % len(period)].build(rngs=rngs) for i in range(config.num_layers)])
+    self.layers = nnx.List([kind.build(rngs=rngs) for kind in config.layers])
     self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs)
 
@@ -55,6 +60,11 @@ class Decoder(nnx.Module):
   @property
   def max_positions(self) -> int:
     return self.config.max_positions
+
+  @property
+  def cache_layout(self) -> str:
+    """Columns where layers are unrolled, which is for CPUs."""
+    return "rows" if self.scanned else "columns"
 
   def feature_width(self, taps: tuple[int, ...]) -> int:
     """F: every tap is the residual stream after a layer."""
@@ -69,10 +79,9 @@ class Decoder(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int) -> Cache:
     config = self.config
-    specs, repeats = (config.period, config.num_layers // len(config.period)) if self.scanned else (
-        [config.period[i % len(config.period)] for i in range(config.num_layers)], 0)
+    kinds, repeats = (config.period, config.num_layers // len(config.period)) if self.scanned else (config.layers, 0)
     how = dict(layout=self.cache_layout, stacked=repeats)
-    layers = (spec.init_cache(batch, max_len, self.norm.weight.dtype, **how) for spec in specs)
+    layers = (kind.init_cache(batch, max_len, self.norm.weight.dtype, **how) for kind in kinds)
     return Cache(tuple(layers), jnp.zeros(batch, jnp.int32))
 
   def commit(self, cache: Cache, n: Array) -> Cache:
@@ -141,7 +150,7 @@ def stack_layers(decoder: Decoder) -> Decoder:
   stacked, period = nnx.merge(graph, state), len(decoder.config.period)
   stacked.layers = nnx.List([jax.tree.map(lambda *leaves: jnp.stack(leaves), *decoder.layers[i::period])
                              for i in range(period)])
-  stacked.scanned, stacked.cache_layout = True, "rows"
+  stacked.scanned = True
   return stacked
 
 

@@ -1,6 +1,6 @@
 """Training blocks: where they start, what they are fed, what they must predict (DSpark, 3.3).
 
-Slot k of a block stands at anchor + k; its previous token is x[anchor + k], its label x[anchor + k + 1].
+Draft position k of a block stands at anchor + k; its previous token is x[anchor + k], its label x[anchor + k + 1].
 Everything respects documents that share a row: `batch.segments` decides, 0 is padding.
 """
 
@@ -14,7 +14,7 @@ from dspark_jax.types import Array, Batch, Blocks
 
 def candidates(batch: Batch) -> Array:
   """bool[B,T-1]: positions t that may be anchors: t and t + 1 are supervised and of one document."""
-  # Both: in decoding the anchor is a token of the reply, and the one after it is slot 0's label.
+  # Both: in decoding the anchor is a token of the reply, and the one after it is the first label.
   same = batch.segments[:, :-1] == batch.segments[:, 1:]
   return batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:] & same
 
@@ -36,8 +36,8 @@ def sample_blocks(key: Array, batch: Batch, num_anchors: int, block_size: int) -
 def all_blocks(batch: Batch, block_size: int) -> Blocks:
   """One block per position i of a row, at anchor i + 1: what recurrent drafters are trained on; A = T.
 
-  Slot k is supervised where loss_mask[i + k] is set and i + k + 1 is in i's document: the reference's rule for Eagle3,
-  which asks for the mask of the token before the previous one, and lets supervision resume after a gap.
+  Draft position k is supervised where loss_mask[i + k] is set and i + k + 1 is in i's document: the reference's rule
+  for Eagle3, which asks for the mask of the token before the previous one, and lets supervision resume after a gap.
   """
   length = batch.tokens.shape[1]
   column = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens.shape)
@@ -52,16 +52,16 @@ def all_blocks(batch: Batch, block_size: int) -> Blocks:
 def blocks_at(batch: Batch, anchors: Array, keep: Array, block_size: int) -> Blocks:
   """The blocks at given anchors i32[B,A]; keep bool[B,A] is False for dummies, which must stand at 0.
 
-  A slot is supervised when it and every earlier slot of its block have a label inside the row, inside the
+  A draft position is supervised when it and every earlier one of its block have a label inside the row, inside the
   anchor's document and under the loss mask. Indices past the row are clamped (and not supervised).
   """
   last = batch.tokens.shape[1] - 1
-  slot = jnp.arange(block_size, dtype=jnp.int32)[None, None]
-  previous = jnp.where(keep[..., None], anchors[..., None] + slot, 0)
+  offset = jnp.arange(block_size, dtype=jnp.int32)[None, None]
+  previous = jnp.where(keep[..., None], anchors[..., None] + offset, 0)
   label = jnp.where(keep[..., None], previous + 1, 0)
   tokens = _at(batch.tokens, jnp.minimum(label, last))
   same = _at(batch.segments, jnp.minimum(label, last)) == _at(batch.segments, anchors)[..., None]
-  # The mask of the label, not of the slot: read at anchor + k, supervision runs one token past the answer.
+  # The mask of the label, not of the position: read at anchor + k, supervision runs one token past the answer.
   ok = keep[..., None] & (label <= last) & same & _at(batch.loss_mask, jnp.minimum(label, last))
   supervised = jnp.cumprod(ok.astype(jnp.int32), axis=-1) > 0
   return Blocks(anchors, keep, _at(batch.tokens, jnp.minimum(previous, last)), tokens, supervised)

@@ -19,7 +19,7 @@ from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.metrics import Mean, weighted
 from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Head, Target
 
-EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervised slots has loss 0
+EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervision has loss 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,10 @@ class LossConfig:
   confidence: float = 1.0
   soft: float = 0.0
   decay: float = 4.0  # the reference's, with G = 7; the paper's text says G
-  # what a term is divided by: the sum of w * mask (slots), or the blocks of the batch, dummies too (positions)
+  # what a term is divided by: the sum of w * mask ("slots": records of runs have that word for draft positions), or
+  # the blocks of the batch, dummies too ("positions", of rows)
   per: Literal["slots", "positions"] = "slots"
-  chunk: int = 1024   # slots of the batch whose logits exist at a time
+  chunk: int = 1024   # draft positions of the batch whose logits exist at a time
 
   def __post_init__(self):
     raise_all("loss config", wrong_choices(self))
@@ -50,11 +51,11 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
   weights: the denominators where `blocks` are a part of the batch (`term_weights` of the whole): the parts' losses
   then add up to the batch's. accept_rate and tau are plain means, the rest is weighted by w.
   """
-  decay, mask = slot_decay(blocks, config), blocks.supervised.astype(jnp.float32)
+  decay, mask = position_decay(blocks, config), blocks.supervised.astype(jnp.float32)
   weights = weights or term_weights(drafter, blocks, config)
   columns, known = draft_columns(drafter, blocks)
   scale = {name: getattr(config, name) / (weight + EPSILON) for name, weight in weights.items()}
-  loss, (ce, tv, soft) = slot_loss(
+  loss, (ce, tv, soft) = position_loss(
       drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden), anchors=blocks.anchors,
       columns=columns, chunk=config.chunk,
       weights=(scale["ce"] * decay * known, scale["tv"] * decay, scale["soft"] * decay))
@@ -70,16 +71,16 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
 
 def term_weights(drafter: Drafter, blocks: Blocks, config: LossConfig) -> dict[str, Array]:
   """The denominator of each term, f32[]; known before any model runs, so that microbatches can share it."""
-  decay, (_, known) = slot_decay(blocks, config), draft_columns(drafter, blocks)
+  decay, (_, known) = position_decay(blocks, config), draft_columns(drafter, blocks)
   if config.per == "positions":
     return dict.fromkeys(("ce", "tv", "confidence", "soft"), jnp.float32(blocks.keep.size))
   return {"ce": (decay * known).sum()} | dict.fromkeys(("tv", "confidence", "soft"), decay.sum())
 
 
-def slot_decay(blocks: Blocks, config: LossConfig) -> Array:
+def position_decay(blocks: Blocks, config: LossConfig) -> Array:
   """w * mask: f32[B,A,G]."""
-  slot = jnp.arange(blocks.labels.shape[-1], dtype=jnp.float32)
-  return jnp.where(blocks.supervised, jnp.exp(-slot / config.decay)[None, None], 0)
+  offset = jnp.arange(blocks.labels.shape[-1], dtype=jnp.float32)
+  return jnp.where(blocks.supervised, jnp.exp(-offset / config.decay)[None, None], 0)
 
 
 def draft_columns(drafter: Drafter, blocks: Blocks) -> tuple[Array, Array]:
@@ -92,20 +93,20 @@ def draft_columns(drafter: Drafter, blocks: Blocks) -> tuple[Array, Array]:
   return column, (words[column] == blocks.labels).astype(jnp.float32)
 
 
-def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array, anchors: Array,
-              columns: Array, weights: tuple[Array, ...], chunk: int) -> tuple[Array, tuple[Array, ...]]:
-  """(sum over slots of the weighted terms, the terms); terms and weights: (CE, TV, H), f32[B,A,G], terms detached.
+def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array, anchors: Array,
+                  columns: Array, weights: tuple[Array, ...], chunk: int) -> tuple[Array, tuple[Array, ...]]:
+  """(sum over draft positions of the weighted terms, the terms): (CE, TV, H), f32[B,A,G] each, the terms detached.
 
-  columns: i32[B,A,G], the label's column in the draft logits. Chunks take some slots of every row, so that a batch
+  columns: i32[B,A,G], the label's column in the draft logits. Chunks take some positions of every row, so that a batch
   sharded over devices stays where it is. With a reduced draft vocabulary p is not renormalised: TV also counts p's
   mass outside the draft words, which q misses.
   """
   # The whole target at once: with a reduced vocabulary, what p has outside the draft words would train its head.
   target = jax.lax.stop_gradient(target)
   batch, _, block = columns.shape
-  slot = jnp.arange(block, dtype=jnp.int32)[None, None]
+  offset = jnp.arange(block, dtype=jnp.int32)[None, None]
   # Not one on: what the target says at anchor + k is of token anchor + k + 1, the label.
-  position = jnp.minimum(anchors[..., None] + slot, target_hidden.shape[1] - 1)
+  position = jnp.minimum(anchors[..., None] + offset, target_hidden.shape[1] - 1)
   head = drafter.head(target)
   base, whole = jax.lax.stop_gradient((head.base, target.head()))
   log_total = None if drafter.words is None else log_normalizer(whole, target_hidden, chunk)
@@ -118,8 +119,8 @@ def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target
     p = jnp.exp(base(rows) - total)
     return p, jnp.maximum(1 - p.sum(-1), 0)
 
-  def terms(slots, bias, fixed):
-    (hidden, latent), (position, column, weights) = slots, fixed
+  def terms(drafts, bias, fixed):
+    (hidden, latent), (position, column, weights) = drafts, fixed
     p, outside = teacher(position)
     mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
     # In float32, as heads give it: elsewhere, TV in bfloat16 had gradients that were 6 to 31 % off.
@@ -130,35 +131,35 @@ def slot_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target
     return sum((w * term).sum() for w, term in zip(weights, (ce, tv, soft))), (ce, tv, soft)
 
   flat = lambda x: x.reshape(batch, -1, *x.shape[3:])
-  slots = jax.tree.map(flat, (outputs.hidden, outputs.latent))
-  loss, found = _sum_of_chunks(terms, slots, head.bias, jax.tree.map(flat, (position, columns, weights)), chunk)
+  drafts = jax.tree.map(flat, (outputs.hidden, outputs.latent))
+  loss, found = _sum_of_chunks(terms, drafts, head.bias, jax.tree.map(flat, (position, columns, weights)), chunk)
   return loss, tuple(jax.lax.stop_gradient(x).reshape(columns.shape) for x in found)
 
 
-def _sum_of_chunks(terms, slots, bias, fixed, chunk):
-  """(sum of what `terms` gives first, f32[]; the arrays of slots that it gives second) over chunks of slots.
+def _sum_of_chunks(terms, drafts, bias, fixed, chunk):
+  """(sum of what `terms` gives first, f32[]; the arrays of drafts that it gives second) over chunks of drafts.
 
-  Differentiable in slots and bias. The weights of the terms are known before any model runs, so a chunk's gradient is
-  taken while its logits exist: three products with the vocabulary per slot instead of five when they are recomputed.
+  Differentiable in drafts and bias. The weights of the terms are known before any model runs, so a chunk's gradient is
+  taken while its logits exist: three products with the vocabulary per draft instead of five when they are recomputed.
   """
   @jax.custom_vjp
-  def total(slots, bias):
-    return in_chunks(lambda part: terms(part[0], bias, part[1]), (slots, fixed), chunk)
+  def total(drafts, bias):
+    return in_chunks(lambda part: terms(part[0], bias, part[1]), (drafts, fixed), chunk)
 
-  def forward(slots, bias):
+  def forward(drafts, bias):
     def one(part):
-      (loss, rest), (d_slots, d_bias) = jax.value_and_grad(terms, (0, 1), has_aux=True)(part[0], bias, part[1])
+      (loss, rest), (d_drafts, d_bias) = jax.value_and_grad(terms, (0, 1), has_aux=True)(part[0], bias, part[1])
       # Added up over chunks in float32: bfloat16 keeps 8 bits of a sum.
-      return (loss, jax.tree.map(lambda x: x.astype(jnp.float32), d_bias)), (rest, d_slots)
-    (loss, d_bias), (rest, d_slots) = in_chunks(one, (slots, fixed), chunk)
-    return (loss, rest), (d_slots, jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias))
+      return (loss, jax.tree.map(lambda x: x.astype(jnp.float32), d_bias)), (rest, d_drafts)
+    (loss, d_bias), (rest, d_drafts) = in_chunks(one, (drafts, fixed), chunk)
+    return (loss, rest), (d_drafts, jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias))
 
   def backward(grads, cotangent):
     # cotangent[1] is of the terms themselves, which the caller detaches.
     return jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangent[0]).astype(g.dtype), grads)
 
   total.defvjp(forward, backward)
-  return total(slots, bias)
+  return total(drafts, bias)
 
 
 def log_normalizer(head: Head, target_hidden: Array, chunk: int) -> Array:
@@ -194,7 +195,7 @@ def in_chunks(function, rows, chunk: int):
 
 
 def acceptance(accept: Array, mask: Array) -> dict[str, Mean]:
-  """accept_rate per slot, tau (expected tokens of a round, bonus included), counts. Both: f32[B,A,G]."""
+  """accept_rate per draft position, tau (expected tokens of a round, bonus included), counts. Both: f32[B,A,G]."""
   tau = 1 + jnp.cumprod(accept * mask, axis=-1).sum(-1)
   kept = mask[..., 0]
   # Of each row first, then over rows: the reference's mean.

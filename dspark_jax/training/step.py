@@ -13,10 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.metrics import Mean, add, once, weighted
+from dspark_jax.nn.parameters import values, with_values
 from dspark_jax.training.anchors import all_blocks, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
 from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
@@ -104,24 +104,12 @@ def _muon_axes(params):
   return {name: matrix if is_matrix(name) else None for name in params}
 
 
-def parameters(drafter: Drafter) -> dict[str, Array]:
-  """The trainable arrays by stored name; constants (the draft words) are not among them."""
-  return {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(drafter, nnx.Param))}
-
-
-def with_parameters(drafter: Drafter, params: dict[str, Array]) -> Drafter:
-  """A drafter like this one with other parameters."""
-  graph, state, rest = nnx.split(drafter, nnx.Param, ...)
-  flat = [(path, v.replace(params[".".join(map(str, path))])) for path, v in nnx.to_flat_state(state)]
-  return nnx.merge(graph, nnx.from_flat_state(flat), rest)
-
-
 def init_state(drafter: Drafter, config: StepConfig, seed: int, *, total_steps: int) -> TrainState:
   """The state before the first step. The drafter is copied: donating the state must not delete it."""
   dtype = lambda x: jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
   drafter = jax.tree.map(lambda x: jnp.array(x, dtype(x)), drafter)
   steps = span(config.optimizer, total_steps)
-  opt_state = optimizer(config.optimizer, steps).init(parameters(drafter))
+  opt_state = optimizer(config.optimizer, steps).init(values(drafter))
   return TrainState(jnp.zeros((), jnp.int32), drafter, opt_state, jax.random.key_data(jax.random.key(seed)), steps)
 
 
@@ -136,12 +124,12 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
   drafter = state.drafter
   blocks = (all_blocks(batch, drafter.block_size) if drafter.every_position else
             sample_blocks(key, batch, config.num_anchors, drafter.block_size))
-  params = parameters(state.drafter)
+  params = values(state.drafter)
   loss, metrics, grads = gradients(state.drafter, params, target, batch, encoded, blocks, config)
   transform = optimizer(config.optimizer, state.span)
   with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python floats and int32 counters
     updates, opt_state = transform.update(grads, state.opt_state, params)
-  drafter = with_parameters(state.drafter, optax.apply_updates(params, updates))
+  drafter = with_values(state.drafter, optax.apply_updates(params, updates))
   rows = jnp.ones(batch.tokens.shape[0])
   metrics |= {"loss": once(loss), "grad_norm": once(optax.tree.norm(grads)),
               "learning_rate": once(schedule(config.optimizer, state.span)(state.step)),
@@ -160,7 +148,7 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
   def loss_of(params, part):
     batch, encoded, blocks = part
     # Cast inside what is differentiated: gradients arrive in float32, at the masters.
-    model = with_parameters(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
+    model = with_values(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
     # In the target's dtype for the loss, where it is the teacher; only what the drafter reads is cast.
     seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
     outputs = model.train_outputs(target, batch, jax.tree.map(lambda x: x.astype(dtype), seen), blocks)
