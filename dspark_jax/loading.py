@@ -25,6 +25,7 @@ from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.parameters import values
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import stack_layers
+from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
 
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
@@ -103,9 +104,9 @@ def made_for(path: str | os.PathLike, target: Target) -> bool:
   """Whether the drafter of `path` is for this target, as far as its configuration tells. ValueError: none there."""
   path = drafter_folder(path)
   if (path / "drafter.json").exists():
-    return hf.read_json(path / "drafter.json").get("target") == target_id(target)
+    return read_json(path / "drafter.json").get("target") == target_id(target)
   _config_there(path)
-  return not _fit(dialects.drafter_config(hf.read_json(path / "config.json"))[1], target)
+  return not _fit(dialects.drafter_config(read_json(path / "config.json"))[1], target)
 
 
 def drafter_folder(path: str | os.PathLike) -> Path:
@@ -217,7 +218,7 @@ def stored_temperatures(path: str | os.PathLike, drafter: Drafter) -> Temperatur
   file = drafter_folder(path) / "drafter.json"
   if not file.parent.exists():
     raise ValueError(f"{path} does not exist: expected a drafter folder or a training run")
-  table = hf.read_json(file).get("temperatures", {}) if file.exists() else {}
+  table = read_json(file).get("temperatures", {}) if file.exists() else {}
   if not isinstance(table, dict) or not all(isinstance(row, list) and all(type(x) in (int, float) for x in row)
                                             for row in table.values()):
     raise ValueError(f"{file} has temperatures {table!r}, expected a list of numbers for each mode of sampling: remove "
@@ -239,7 +240,7 @@ def save_temperatures(path: str | os.PathLike, drafter: Drafter, table: dict[str
   known = stored_temperatures(folder, drafter)
   added = {mode: tuple(map(float, row)) for mode, row in table.items()}
   merged = Temperatures(drafter.block_size, (known.by_mode if known else {}) | added)
-  sidecar = hf.read_json(folder / "drafter.json") | _kept(merged)
+  sidecar = read_json(folder / "drafter.json") | _kept(merged)
   # Beside the folder: save_drafter would take what a kill leaves inside for somebody else's.
   scratch = folder.with_name(f".{folder.name}.json.new")
   try:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 import dspark_jax
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.data import chat
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import locate_target, stored_temperatures
 from dspark_jax.programs import shell
+from dspark_jax.text import read_json, read_jsonl
 
 
 @dataclasses.dataclass
@@ -129,7 +129,7 @@ def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
       raise ValueError("the prompt is empty: expected some text")
     return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}], **how)]
   return [chat.encode_prompt(tokenizer, _messages(record, f"{settings.prompts}, line {number}"), **how)
-          for number, record in shell.objects(settings.prompts)]
+          for number, record in read_jsonl(settings.prompts)]
 
 
 def _messages(record, where):

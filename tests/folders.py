@@ -16,12 +16,13 @@ from safetensors.flax import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dspark_jax
-from dspark_jax.checkpoints import dialects, hf
+from dspark_jax.checkpoints import dialects
 from dspark_jax.data import chat
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
 from dspark_jax.targets.decoder import Decoder, TargetConfig
+from dspark_jax.text import read_json
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
@@ -44,7 +45,7 @@ def target_of(case: str):
   """The target of a golden drafter: the real one, or random layers between the drafter's own embedding and head."""
   if case.startswith("generate_"):
     return qwen3()
-  _, config = dialects.drafter_config(hf.read_json(GOLDEN / case / "config.json"))
+  _, config = dialects.drafter_config(read_json(GOLDEN / case / "config.json"))
   target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers,
                                                        config.vocab_size,
                                                        False, 512), rngs=nnx.Rngs(0)))

@@ -76,7 +76,7 @@ def test_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, part", [
-    ("{", "line 2 is not JSON"), ("[]", "line 2 has no turns"), ("{}", "line 2 has no turns"),
+    ("{", "line 2 is not JSON"), ("[]", "line 2 holds a list"), ("{}", "line 2 has no turns"),
     ('{"turns": []}', "line 2"), ('{"turns": "text"}', "line 2"), ('{"turns": ["a", 1]}', "line 2"),
     ('{"turns": ["a", " "]}', "line 2"), ('{"prompt": "a"}', 'expected {"turns": [TEXT, ...]}')])
 def test_bad_lines(line, part, tmp_path):
@@ -100,7 +100,7 @@ def test_bad_names(tmp_path):
   with complains("empty.jsonl is empty"):
     load_samples(tmp_path / "empty.jsonl")
   (tmp_path / "latin.jsonl").write_bytes(b'{"turns": ["\xe9"]}\n')
-  with complains("latin.jsonl is not UTF-8 text"):
+  with complains("latin.jsonl, line 1 is not UTF-8"):
     load_samples(tmp_path / "latin.jsonl")
   with complains("the number of samples is 0"):
     load_samples("stdlib", count=0)

@@ -20,8 +20,8 @@ CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init
 SOURCES = sorted(p for part in ("dspark_jax", "train", "infer", "configs", "tests")
                  for p in (ROOT / part).rglob("*.py"))
 # A file imports from earlier lines and from its own folder. Folders that share a line are siblings: strangers.
-ORDER = [["types"], ["config"], ["metrics"], ["sampling"], ["nn"], ["targets", "drafters"], ["decoding", "training"],
-         ["data"], ["checkpoints"], ["loading"], ["__init__"], ["programs"]]
+ORDER = [["types"], ["config"], ["text"], ["metrics"], ["sampling"], ["nn"], ["targets", "drafters"],
+         ["decoding", "training"], ["data"], ["checkpoints"], ["loading"], ["__init__"], ["programs"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NOWHERE = {"argparse", "click", "pickle", "torch", "infer", "train", "configs", "tests"}  # also not for programs/
 PURE = NOWHERE | {"time", "datetime", "tyro", "rich", "matplotlib", "tensorboardX"}  # command lines, clocks, output

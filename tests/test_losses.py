@@ -21,6 +21,7 @@ from dspark_jax.metrics import add, mean
 from dspark_jax.nn.layers import WordHead
 from dspark_jax.nn.parameters import values
 from dspark_jax.targets.decoder import Decoder, TargetConfig
+from dspark_jax.text import read_json
 from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, gradients
@@ -113,7 +114,7 @@ def test_eagle3_blocks_forward_and_loss():
   np.testing.assert_allclose(logits[supervised], expected["train/draft_logits"][supervised], atol=1e-4)
   np.testing.assert_allclose(ours["loss"], expected["loss/total"], rtol=1e-4)
   per_step = expected["loss/per_step"]
-  decay = hf.read_json(GOLDEN / "drafter_eagle3_qwen3" / "config.json")["step_loss_decay"]
+  decay = read_json(GOLDEN / "drafter_eagle3_qwen3" / "config.json")["step_loss_decay"]
   wanted = (per_step * decay ** np.arange(len(per_step))).sum() * supervised[0].size
   np.testing.assert_allclose(ours["metrics"]["soft"].sum, wanted, rtol=1e-4)
   for name, stored in (("accept_rate", "accept_rate"), ("tau", "tau_probabilistic")):

@@ -224,7 +224,7 @@ def test_short_documents_are_dropped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{broken", "Expecting property name"),
-    ("[1, 2]", "either \"messages\" or \"tokens\""),
+    ("[1, 2]", "holds a list, expected an object"),
     ({"prompt": "a", "answer": "b"}, "either \"messages\" or \"tokens\""),
     ({"messages": []}, "not empty"),
     ({"messages": [{"role": "user"}]}, "a message must have"),
@@ -238,7 +238,7 @@ def test_errors_name_file_and_line(tmp_path, line, message):
   path = write_lines(tmp_path / "bad.jsonl", chat("hi", "a reply of some length"), "", line)
   with pytest.raises(ValueError) as caught:
     read([path])
-  assert str(caught.value).startswith(f"{path}:3: ") and message in str(caught.value)
+  assert str(caught.value).startswith(f"{path}, line 3") and message in str(caught.value)
   assert "\n" not in str(caught.value)
 
 

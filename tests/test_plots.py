@@ -95,7 +95,7 @@ def spoiled(**changes):
 
 
 DAMAGED = [
-  ("", "is not JSON"), (json.dumps(PARTS["figure2"])[:90], "is not JSON"), ("[1]", "expected a dict"),
+  ("", "is not JSON"), (json.dumps(PARTS["figure2"])[:90], "is not JSON"), ("[1]", "expected an object"),
   ("{}", "is no results file"), ('{"results": {}}', "key 'results' is {}, expected [an object, ...] or null"),
   ('{"results": [3]}', "key 'results[0]' is 3, expected an object"),
   (json.dumps({"results": [{k: v for k, v in result().items() if k != "reached"}]}), "'results[0].reached' is missing"),

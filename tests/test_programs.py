@@ -145,7 +145,7 @@ def test_generate_mistakes(flag, value, part, folder, capsys, tmp_path):
     assert err.strip().splitlines()[-1].startswith("error: ") and err.count("error: ") == 1
 
 
-@pytest.mark.parametrize("line, part", [("{", "line 2 is not JSON"), ("[]", "line 2 has no prompt"),
+@pytest.mark.parametrize("line, part", [("{", "line 2 is not JSON"), ("[]", "line 2 holds a list, expected an object"),
                                         ('{"prompt": " "}', "line 2 has no prompt"), ('{"messages": []}', "line 2"),
                                         ('{"messages": [{"content": "w5"}]}', "line 2 has no prompt"),
                                         ('{"messages": ["w5"]}', "line 2"),
@@ -170,7 +170,8 @@ def test_mistake_as_a_process():
   run = spawn({}, "infer.generate", "--target", QWEN3, "--drafter", "none", "--prompt-tokens", "/nowhere.json")
   out, err = run.communicate()
   assert run.returncode == 2 and out == ""
-  assert [line for line in err.splitlines() if line] == ["error: /nowhere.json is missing: expected a JSON file there"]
+  assert [line for line in err.splitlines() if line] == ["error: /nowhere.json is missing: check the path, or restore "
+                                                       "the file"]
 
 
 # infer.convert

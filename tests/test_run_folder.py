@@ -47,8 +47,9 @@ def test_a_file_of_one_torn_line(lines):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("line, problem", [
-  (b"}{", "Expecting value"), (b"", "Expecting value"), (b"[1]", "it holds a list"), (b"null", "it holds a NoneType"),
-  (b"\xff\xfe", "can't decode"), (b'{"text": "a"}', "KeyError 'id'"), (b'{"id": 3}', "its id is no text")])
+  (b"}{", "Expecting value"), (b"", "Expecting value"), (b"[1]", "holds a list, expected an object"),
+  (b"null", "holds null"), (b"\xff\xfe", "is not UTF-8"),
+  (b'{"text": "a"}', "KeyError 'id'"), (b'{"id": 3}', "its id is no text")])
 def test_a_damaged_line_is_named(number, line, problem, lines):
   """Kills: a whole but broken last line taken for a torn one; a line dropped in silence; an error without its place; a
   file that was refused and is changed all the same."""
@@ -59,7 +60,7 @@ def test_a_damaged_line_is_named(number, line, problem, lines):
   rows[number - 1] = line
   lines.write_bytes(b"\n".join(rows) + b'{"to')
   before = lines.read_bytes()
-  with complains(f"lines.jsonl, line {number} is damaged (", problem, "): delete the line and wait"):
+  with complains(f"lines.jsonl, line {number} is damaged", problem, ": delete the line and wait"):
     run_folder.read_lines(lines, parse, remedy="delete the line and wait")
   assert lines.read_bytes() == before
 
@@ -124,7 +125,7 @@ def test_what_may_change_and_grow():
 
 
 @pytest.mark.parametrize("text, part", [
-  ("", "run.json is not JSON"), ('{"config": {', "run.json is not JSON"), ("[]", "expected a dict"),
+  ("", "run.json is not JSON"), ('{"config": {', "run.json is not JSON"), ("[]", "expected an object"),
   ("{}", "has no config, data, so it is another program's, or damaged: choose another --out"),
   ('{"config": [], "data": "d1"}', "has no config, so"), ('{"config": {}, "data": 1}', "has no data, so")])
 def test_damaged_or_foreign_records(text, part, tmp_path):

@@ -21,6 +21,7 @@ from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.programs import run_folder, shell
+from dspark_jax.text import read_jsonl
 
 
 @dataclasses.dataclass
@@ -56,7 +57,7 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   if settings.questions is None:
     return [(q.id, q.question) for q in split(stdlib_questions())[0]]
   questions = []
-  for number, record in shell.objects(settings.questions):
+  for number, record in read_jsonl(settings.questions):
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
       raise ValueError(f'{settings.questions}, line {number} is no question: expected {{"prompt": TEXT}}')

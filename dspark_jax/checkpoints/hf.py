@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.flax import save_file
 from dspark_jax.checkpoints.atomic import new_folder
 from dspark_jax.config import raise_all
 from dspark_jax.nn.parameters import parameters
+from dspark_jax.text import read_json
 
 
 class Tensors(Mapping):
@@ -60,20 +60,6 @@ def _open(path):
   except (SafetensorError, OSError) as error:
     raise ValueError(f"{path} cannot be read ({error}): it is truncated or no safetensors file; download it "
                      f"again") from error
-
-
-def read_json(path: Path, kind: type = dict):
-  """The JSON value in a file, an object or another `kind`; ValueError in one sentence when there is none."""
-  try:
-    value = json.loads(Path(path).read_text())
-  except FileNotFoundError as error:
-    raise ValueError(f"{path} is missing: expected a JSON file there") from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON ({error}): restore it from where it came") from error
-  if not isinstance(value, kind):
-    raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected a {kind.__name__}: restore it from where "
-                     f"it came")
-  return value
 
 
 def read_folder(folder: Path) -> tuple[dict, Tensors]:

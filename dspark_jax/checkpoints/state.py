@@ -15,8 +15,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dspark_jax.checkpoints.atomic import new_folder
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.config import raise_all
+from dspark_jax.text import read_json
 
 FORMAT = 1
 

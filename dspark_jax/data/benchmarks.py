@@ -6,13 +6,13 @@ keys are not read, blank lines are skipped.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_jax.data.questions import split, stdlib_questions
+from dspark_jax.text import read_jsonl
 
 COUNTS = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 256, "livecodebench": 500,
           "mt-bench": 80, "alpaca": 500, "arena-hard-v2": 500}  # how many samples the reference takes of each
@@ -55,23 +55,14 @@ def load_samples(name: str | os.PathLike, *, folder: str | os.PathLike | None = 
 
 def read_samples(path: Path) -> list[Sample]:
   """The samples of a JSONL file in its order. ValueError names the file and line of what is none."""
-  try:
-    text = Path(path).read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): expected JSONL") from error
-  # Not splitlines(): inside a JSON string U+2028 and its like are ordinary characters.
-  lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-  if not lines:
+  samples = [Sample(str(number), _turns(record, f"{path}, line {number}")) for number, record in read_jsonl(path)]
+  if not samples:
     raise ValueError(f'{path} is empty: expected one {{"turns": [TEXT, ...]}} per line')
-  return [Sample(str(number), _turns(line, f"{path}, line {number}")) for number, line in lines]
+  return samples
 
 
-def _turns(line, where):
-  try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{where} is not JSON ({error.msg}): expected one object per line") from error
-  turns = record.get("turns") if isinstance(record, dict) else None
+def _turns(record, where):
+  turns = record.get("turns")
   if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
     raise ValueError(f'{where} has no turns: expected {{"turns": [TEXT, ...]}}, at least one, with some text in each')
   return tuple(turns)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
+from dspark_jax.text import read_jsonl, read_text
 from dspark_jax.types import Batch
 
 MIN_SUPERVISED = 14  # documents with fewer supervised tokens are dropped, as the reference does
@@ -177,38 +178,29 @@ def bigram_factors(documents: Iterable[Document], words: np.ndarray, vocab_size:
 
 
 def _read_text(path: str, tokenizer: Any, max_len: int) -> Iterator[Encoded]:
-  try:
-    with open(path, encoding="utf-8") as file:
-      text = file.read()
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8 text: {error}") from error
   # Cut after tokenizing: in a piece of the text, the words at its ends would be other tokens.
-  tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+  tokens = tokenizer(read_text(path), add_special_tokens=False)["input_ids"]
   for start in range(0, len(tokens), max_len):
     piece = tokens[start:start + max_len]
     yield piece, [True] * len(piece)
 
 
 def _read_jsonl(path: str, tokenizer: Any, encode_conversation: Callable) -> Iterator[Encoded]:
-  with open(path, "rb") as file:  # bytes: json decodes them, so that a line that is no UTF-8 is named
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line)
-        _check(record)
-        if "tokens" in record:
-          yield record["tokens"], record["loss_mask"]
-        else:
-          yield encode_conversation(tokenizer, record["messages"])
-      except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are two of these
-        raise ValueError(f"{path}:{number}: {error}") from error
+  for number, record in read_jsonl(path):
+    try:
+      _check(record)
+      if "tokens" in record:
+        yield record["tokens"], record["loss_mask"]
+      else:
+        yield encode_conversation(tokenizer, record["messages"])
+    except ValueError as error:
+      raise ValueError(f"{path}, line {number}: {error}") from error
 
 
-def _check(record: Any) -> None:
+def _check(record: dict[str, Any]) -> None:
   """Raises ValueError unless the record is one of the two forms."""
-  if not isinstance(record, dict) or ("messages" in record) == ("tokens" in record):
-    raise ValueError('a line must be an object with either "messages" or "tokens" and "loss_mask"')
+  if ("messages" in record) == ("tokens" in record):
+    raise ValueError('it must have either "messages" or "tokens" and "loss_mask"')
   if "messages" in record:
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:

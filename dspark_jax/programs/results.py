@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from rich.table import Table
 
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.config import Range, from_json
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.programs import run_folder
+from dspark_jax.text import read_json
 
 Count = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.checkpoints.hf import read_json
 from dspark_jax.programs import shell
+from dspark_jax.text import parsed, read_json
 
 RECORD = "run.json"
 
@@ -114,14 +114,13 @@ def read_lines(path: Path, parse: Callable[[dict], Any] = lambda record: record,
       if not line.endswith(b"\n"):
         os.truncate(path, at)
         break
+      where = f"{path}, line {number}"
+      record = parsed(line, f"{where} is damaged, it", remedy=remedy)
       try:
-        record = json.loads(line.decode())  # of bytes, json would guess UTF-16
-        if not isinstance(record, dict):
-          raise ValueError(f"it holds a {type(record).__name__}, not an object")
         found.append(parse(record))
-      except (ValueError, TypeError, KeyError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
+      except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-        raise ValueError(f"{path}, line {number} is damaged ({problem}): {remedy}") from error
+        raise ValueError(f"{where} is damaged ({problem}): {remedy}") from error
       at += len(line)
   return found
 

@@ -6,7 +6,6 @@ import io
 import json
 import secrets
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +57,6 @@ def load(target: str, dtype: str) -> tuple[Target, Any]:
   with stderr.status(f"loading {target}"):
     tokenizer = chat.load_tokenizer(locate_target(target))
     return dspark_jax.load_target(target, dtype=dtype), tokenizer
-
-
-def objects(path: Path) -> Iterator[tuple[int, dict]]:
-  """(number, JSON object) of every line of a user's JSONL that is not blank; {} for what is no object.
-
-  ValueError for a line that is not JSON.
-  """
-  for number, line in enumerate(path.read_text().split("\n"), 1):  # not splitlines: JSON may hold U+2028
-    if line.strip():
-      try:
-        value = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): expected one object per line") from error
-      yield number, value if isinstance(value, dict) else {}
 
 
 def write(path: Path, content: str | bytes) -> None:
