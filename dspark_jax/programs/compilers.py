@@ -21,6 +21,9 @@ def absent_tpu(topology: str) -> jax.sharding.Sharding:
   from jax.experimental import topologies  # the compiler is loaded here, once per process, and reads these:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")         # no machine in a cloud is asked what it is
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
+  # What a TPU's own machine would be told. Without them it warns at length; the topology asked for holds all the same.
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   if LIBRARY.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(LIBRARY))
   try:
