@@ -127,6 +127,14 @@ def test_differences_are_paired():
     difference([rounds(more)] * 2, [rounds(base)])
 
 
+def test_a_text_without_rounds_is_not_compared():
+  """Kills: 0 / 0 where one drafter's text ended at its first token, and the other's, sampled, did not."""
+  some, none = Rounds.of([1, 2], [3, 3], [2, 3]), Rounds.of([], [], [])
+  with np.errstate(all="raise"):
+    gap = difference([{"a": some, "b": none}], [{"a": some, "b": some}])
+  assert gap == {"difference": 0, "interval": [0, 0], "by_run": [0]}
+
+
 def test_differences_between_seeds_count():
   """Kills: intervals over samples alone, which take a lucky training for a better drafter; seeds resampled unpaired,
   where both drafters have the seed's luck in common."""
