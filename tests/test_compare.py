@@ -100,11 +100,11 @@ def test_a_seed_is_compared_with_its_own(tmp_path):
   empty = dict.fromkeys(f.name for f in dataclasses.fields(Result)) | dict(
       target="t", kind="dspark", dataset="d", mode="greedy", threshold=0.0, block_size=3, samples=1, rounds=4,
       accepted_tokens=0, rejected_tokens=0, tokens_per_second=1.0)
-  results = [from_json(Result, empty | dict(drafter=run, tokens=4 * (n + 1), accepted_length=n + 1.0), run)
+  results = [from_json(Result, empty | dict(drafter=run, tokens=4 * (n + 1) + 1, accepted_length=n + 1.0), run)
              for run, n in kept.items()]
   (tmp_path / "samples").mkdir()
   for run, n in kept.items():
-    record = dict(id="1", turns=1, tokens=4 * (n + 1), seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
+    record = dict(id="1", turns=1, tokens=4 * (n + 1) + 1, seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
                   n_commit=[n + 1] * 4)
     (tmp_path / "samples" / f"t--{run}--d--greedy--threshold=0.jsonl").write_text(json.dumps(record) + "\n")
   rows, (gap,) = compare.pool(tmp_path, results, {run: run[0] for run in kept})
