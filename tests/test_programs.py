@@ -251,6 +251,19 @@ def test_answers_go_on(folder, capsys, tmp_path):
     assert row["loss_mask"] == [0] * len(prompt) + [1] * (len(row["tokens"]) - len(prompt))
 
 
+def test_an_answer_does_not_depend_on_where_a_run_stopped(folder, capsys, tmp_path):
+  """Kills: seeds by place, with which a resumed run, or one with another batch, draws other tokens."""
+  asked = tmp_path / "asked.jsonl"
+  asked.write_text("".join(json.dumps({"prompt": f"w1{i} w20"}) + "\n" for i in range(5)))
+  drawn = {}
+  for name, batch, counts in (("whole", 2, [5]), ("resumed", 2, [1, 5]), ("batches", 3, [5])):
+    for count in counts:
+      called(capsys, answers.main, answers.Settings, "--target", folder / "target", "--out", tmp_path / name,
+             "--questions", asked, "--batch", batch, "--max-new-tokens", 8, "--temperature", 1, "--count", count)
+    drawn[name] = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+  assert drawn["whole"] == drawn["resumed"] == drawn["batches"]
+
+
 # train.train
 
 STEPS = 8
