@@ -281,10 +281,17 @@ def evaluate(settings: Settings, case: Case, models: Models, samples: list[Sampl
   return everything
 
 
-def encode(models: Models, questions: list[str], answers: list[str]) -> list[int]:
-  """Tokens of a conversation up to where the next answer begins, in non-thinking mode where the template has one."""
-  messages = [{"role": role, "content": text} for pair in itertools.zip_longest(questions, answers)
-              for role, text in zip(("user", "assistant"), pair) if text is not None]
+def encode(models: Models, questions: list[str], answers: list[list[int]]) -> list[int]:
+  """Tokens of a conversation up to where the next answer begins, in non-thinking mode where the template has one.
+
+  answers: tokens, as generated; decoded and encoded again, one in twelve would be others.
+  """
+  messages = []
+  for question, answer in itertools.zip_longest(questions, answers):
+    messages.append({"role": "user", "content": question})
+    if answer is not None:
+      text = models.tokenizer.decode(answer, skip_special_tokens=True)
+      messages.append({"role": "assistant", "content": text, "tokens": answer})
   return chat.encode_prompt(models.tokenizer, messages)
 
 
@@ -304,8 +311,7 @@ def ask(settings: Settings, case: Case, models: Models, samples: list[Sample]) -
     # Not the row's place: a sample's text must not depend on the batch. Not hash(), which differs between processes.
     seeds = [zlib.crc32(f"{settings.seed}/{samples[row].id}/{turn}".encode()) for row in rows]
     for row, answer in zip(rows, decode_rows(settings, case, models, [prompts[row] for row in rows], seeds)):
-      tokens = answer.pop("text")
-      answers[row].append(models.tokenizer.decode(tokens, skip_special_tokens=True))
+      answers[row].append(answer.pop("text"))
       records[row]["turns"] += 1
       for name, value in answer.items():
         records[row][name] += value

@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import dspark_jax
+from dspark_jax.config import Range, from_json
 from dspark_jax.data import chat
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Generation
@@ -24,6 +25,9 @@ from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import locate_target, stored_temperatures
 from dspark_jax.programs import shell
 from dspark_jax.text import read_json, read_jsonl
+
+
+HARMLESS = ("id", "custom_id", "metadata")  # of a line: names and notes, which change nothing
 
 
 @dataclasses.dataclass
@@ -35,9 +39,12 @@ class Settings:
   prompt: str | None = None
   """one user message; the model's chat template is applied"""
   prompts: Path | None = None
-  """JSONL: {"prompt": TEXT} or {"messages": [...]} per line"""
+  """JSONL: {"prompt": TEXT} or {"messages": [...]} per line, where a last message of the assistant is continued; a line
+  may have "tools", and its own max_tokens, temperature, top_k, top_p and seed"""
   prompt_tokens: Path | None = None
   """JSON: [[ids...], ...]; needs no tokenizer"""
+  allow_special: bool = False
+  """control tokens that prompts spell (<|im_end|>, ...) are not text but control tokens: for prompts that you trust"""
   thinking: bool = False
   """let the target think before it answers, where its chat template can; drafters are trained on answers alone"""
   max_new_tokens: int = 128
@@ -62,6 +69,32 @@ class Settings:
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """Settings that a line of --prompts may have, under our names and the OpenAI API's; None: the program's own."""
+  max_new_tokens: Annotated[int, Range(1)] | None = None
+  max_tokens: Annotated[int, Range(1)] | None = None
+  max_completion_tokens: Annotated[int, Range(1)] | None = None
+  temperature: Annotated[float, Range(0)] | None = None
+  top_k: Annotated[int, Range(0)] | None = None
+  top_p: Annotated[float, Range(0, 1)] | None = None
+  seed: int | None = None
+
+  def over(self, settings: Settings, row: int) -> dict[str, Any]:
+    """Of `Session.prepare`, for prompt `row`."""
+    limits = (self.max_new_tokens, self.max_tokens, self.max_completion_tokens, settings.max_new_tokens)
+    first = lambda *values: next(value for value in values if value is not None)
+    return dict(max_new_tokens=first(*limits), temperature=first(self.temperature, settings.temperature),
+                top_k=first(self.top_k, settings.top_k), top_p=first(self.top_p, settings.top_p),
+                seeds=first(self.seed, settings.seed + row))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  tokens: list[int]
+  asked: Asked = Asked()
+
+
 def main(settings: Settings) -> dict:
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
@@ -77,11 +110,14 @@ def main(settings: Settings) -> dict:
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
                                                                               dtype=settings.dtype)
+  each = [prompt.asked.over(settings, row) for row, prompt in enumerate(prompts)]
+  each = {name: [row[name] for row in each] for name in (each[0] if each else ())}
+  tables = {t: calibration(settings, drafter, t) for t in sorted(set(each.get("temperature", ())))}
   batches = Session(target, drafter, budget=1e9 * settings.budget_gb).prepare(
-      prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
-      top_p=settings.top_p, seed=settings.seed, stop_token_ids=tuple(stops),
+      [prompt.tokens for prompt in prompts], stop_token_ids=tuple(stops),
       confidence_threshold=settings.confidence_threshold, survival_threshold=settings.survival_threshold,
-      calibration=calibration(settings, drafter))
+      calibration=[tables[t] for t in each["temperature"]] if any(x is not None for x in tables.values()) else None,
+      **each)
   texts, compile_seconds, seconds = {}, 0.0, 0.0
   with shell.bar() as bar:
     task = bar.add_task("generating", total=len(prompts), note="compiling")
@@ -102,12 +138,12 @@ def main(settings: Settings) -> dict:
               tokens_per_second=sum(map(len, out.tokens)) / seconds, compile_seconds=compile_seconds)
 
 
-def calibration(settings: Settings, drafter):
+def calibration(settings: Settings, drafter, temperature: float):
   """f32[G] for the drafter's confidences, or None: those stored for this mode of sampling, if they are wanted."""
   if drafter is None or not settings.calibrated:
     return None
   # Another mode's temperatures say nothing of this one: greedy and sampled text are accepted at different rates.
-  stored, mode = stored_temperatures(settings.drafter, drafter), mode_name(settings.temperature)
+  stored, mode = stored_temperatures(settings.drafter, drafter), mode_name(temperature)
   if stored and mode in stored.by_mode:
     return stored.for_mode(mode)
   if settings.survival_threshold or settings.confidence_threshold:
@@ -116,30 +152,54 @@ def calibration(settings: Settings, drafter):
   return None
 
 
-def read_prompts(settings: Settings, tokenizer) -> list[list[int]]:
-  """Token ids per prompt. ValueError names the file and line of what is not a prompt."""
+def read_prompts(settings: Settings, tokenizer) -> list[Prompt]:
+  """The prompts. ValueError names the file and line of what is none."""
   if settings.prompt_tokens:
     ids = read_json(settings.prompt_tokens, list)
     if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids):
       raise ValueError(f"{settings.prompt_tokens} is not a list of lists of token ids: expected [[1, 2, 3], ...]")
-    return ids
-  how = dict(enable_thinking=settings.thinking)
+    return list(map(Prompt, ids))
+  if not tokenizer.chat_template:
+    shell.say(f"{settings.target} has no chat template, as base models have none: it continues prompts as raw text")
   if settings.prompt is not None:
     if not settings.prompt.strip():
       raise ValueError("the prompt is empty: expected some text")
-    return [chat.encode_prompt(tokenizer, [{"role": "user", "content": settings.prompt}], **how)]
-  return [chat.encode_prompt(tokenizer, _messages(record, f"{settings.prompts}, line {number}"), **how)
-          for number, record in read_jsonl(settings.prompts)]
+    return [Prompt(encode(settings, tokenizer, {"prompt": settings.prompt}))]
+  prompts = []
+  for number, record in read_jsonl(settings.prompts):
+    where = f"{settings.prompts}, line {number}"
+    asked = check_line(record, where)
+    try:
+      prompts.append(Prompt(encode(settings, tokenizer, record), asked))
+    except ValueError as error:  # of the template, which does not know where messages come from
+      raise ValueError(f"{where}: {error}") from error
+  return prompts
 
 
-def _messages(record, where):
-  if isinstance(record.get("prompt"), str) and record["prompt"].strip():
-    return [{"role": "user", "content": record["prompt"]}]
-  texts = [[m.get("role"), m.get("content")] if isinstance(m, dict) else [None] for m in record.get("messages") or []]
-  if texts and all(isinstance(text, str) for pair in texts for text in pair):
-    return record["messages"]
-  raise ValueError(f'{where} has no prompt: expected {{"prompt": TEXT}} or {{"messages": [{{"role": TEXT, "content": '
-                   f'TEXT}}, ...]}}, with some text in it')
+def encode(settings: Settings, tokenizer, record: dict) -> list[int]:
+  """Tokens of a line that was checked."""
+  text = record.get("prompt")
+  if text is not None and not tokenizer.chat_template:
+    return chat.encode_text(tokenizer, text)
+  messages = record["messages"] if text is None else [{"role": "user", "content": text}]
+  return chat.encode_prompt(tokenizer, messages, tools=record.get("tools"), enable_thinking=settings.thinking,
+                            allow_special=settings.allow_special)
+
+
+def check_line(record: dict, where: str) -> Asked:
+  """The settings of a line. ValueError unless it has one prompt, and nothing that would be passed over."""
+  text, messages = record.get("prompt"), record.get("messages")
+  texts = [[m.get("role"), m.get("content")] if isinstance(m, dict) else [None]
+           for m in (messages if isinstance(messages, list) else ())]
+  if not (isinstance(text, str) and text.strip() if messages is None
+          else text is None and texts and all(isinstance(text, str) for pair in texts for text in pair)):
+    raise ValueError(f'{where} has no prompt: expected {{"prompt": TEXT}} or {{"messages": [{{"role": TEXT, "content": '
+                     f'TEXT}}, ...]}}, with some text in it')
+  tools = record.get("tools")
+  if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    raise ValueError(f"{where} has tools that are no list of objects: write each as a JSON schema")
+  asked = {k: v for k, v in record.items() if k not in ("prompt", "messages", "tools", *HARMLESS)}
+  return from_json(Asked, asked, where)
 
 
 if __name__ == "__main__":

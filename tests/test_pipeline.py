@@ -182,7 +182,7 @@ def encode_conversation(tokenizer, messages):
     ids, mask = ids + piece, mask + [message["role"] == "assistant"] * len(piece)
   if not any(mask):
     raise ValueError("no reply to learn")
-  return ids, mask
+  return [(ids, mask)]
 
 
 def read(paths, max_len=100):

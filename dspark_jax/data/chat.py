@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import logging
 import os
+import re
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
+from dspark_jax.text import read_json
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, Any]]
+Span = tuple[int, int]                  # characters of a rendered text
+Encoded = tuple[list[int], list[bool]]  # tokens, loss mask
+
+EXACT = 16           # replies whose place is found by rendering all that is before; of more, these and ever fewer
+TEMPLATE_SECONDS = 10  # a template takes milliseconds; one that loops would take for ever
 
 # `tokenizer.ggml.pre` -> how text is cut before merging. ByteLevel cuts by GPT-2's pattern.
 PRE_TOKENIZERS = {
@@ -31,7 +40,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   if os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer.json")):
     raise ValueError(f"{path} has no tokenizer.json: put the model's there, or give prompts as token ids")
   # Not AutoTokenizer: the class that tokenizer_config.json names may overrule tokenizer.json.
-  return fast_tokenizer().from_pretrained(path)
+  tokenizer = _guarded(lambda: fast_tokenizer().from_pretrained(path), f"{path} has no tokenizer that can be read",
+                       "download it again")
+  tokenizer.ends_by_files = _ends(os.fspath(path))
+  return tokenizer
 
 
 def fast_tokenizer() -> type[PreTrainedTokenizerFast]:
@@ -82,71 +94,271 @@ def smollm2_path() -> str:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-  """Tokens that end a reply: the end of sequence, and the special token the chat template puts after one."""
-  ids = {tokenizer.eos_token_id} - {None}
+  """Tokens that end a reply: all that the tokenizer, the model's files and the end of a reply in its template name."""
+  ids = {tokenizer.eos_token_id, *getattr(tokenizer, "ends_by_files", ())} - {None}
   if tokenizer.chat_template:
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "reply"}]
-    tail = tokenize(tokenizer, render(tokenizer, messages).rpartition("reply")[2])
+    tail = _tokens(tokenizer, render(tokenizer, messages).rpartition("reply")[2])[0]
     added = tokenizer.added_tokens_decoder
     ids |= {token for token in tail[:1] if token in added and added[token].special}
   return tuple(sorted(ids))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, **variables) -> list[int]:
-  """Tokens of `messages` up to where the next reply begins.
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+  """Tokens of a text as its tokenizer begins one: for base models, which have no chat template."""
+  return _guarded(lambda: tokenizer(text)["input_ids"], "the tokenizer cannot read this text")
 
-  Past replies are tokenized apart from what precedes them, as they were generated. `variables` go to the template;
-  enable_thinking is False unless given: drafters are trained and measured on replies without thinking (DSpark, 4.1).
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, tools: list | None = None,
+                  allow_special: bool = False, **variables) -> list[int]:
+  """Tokens of `messages` up to where the next reply begins or, where the last message is a reply, goes on.
+
+  A past reply with "tokens" beside its content stands as these tokens, as it was generated: its text need not encode to
+  them. Control tokens that messages spell stay text, unless allow_special. variables: see `render`. ValueError when the
+  template refuses the messages.
   """
-  text = render(tokenizer, messages, add_generation_prompt=True, **variables)
-  return encode(tokenizer, messages, text, variables)[0]
+  goes_on = bool(messages) and messages[-1]["role"] == "assistant"
+  how = variables | {"tools": tools}
+  ending = how | {"continue_final_message" if goes_on else "add_generation_prompt": True}
+  text = render(tokenizer, messages, **ending)
+  contents = _contents(tokenizer, messages, text, ending)
+  past = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i and i < len(messages) - goes_on]
+  spans = [(i, s) for i, s in zip(past, _reply_spans(tokenizer, messages, text, past, contents, how)) if s]
+  pieces = _pieces(tokenizer, text, [at for _, span in spans for at in span],
+                   _spelled(tokenizer, messages, contents, allow_special))
+  stops = set(stop_ids(tokenizer)) if spans else ()
+  for (i, _), number in zip(spans, range(1, len(pieces), 2)):
+    if said := messages[i].get("tokens"):
+      end = _learned(pieces[number], stops)
+      # A reply that the limit cut has no end token, which the template writes all the same.
+      pieces[number] = said + pieces[number][end if said[-1] in stops else max(end - 1, 0):]
+  return sum(pieces, [])
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages,
-                        **variables) -> tuple[list[int], list[bool]]:
-  """(tokens, loss mask); the mask is true on every reply, its end token included.
+def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, tools: list | None = None,
+                        allow_special: bool = False, **variables) -> list[Encoded]:
+  """Documents (tokens, loss mask) that hold the replies of a conversation as generated, end tokens supervised, too.
 
-  The tokens before a supervised reply are exactly `encode_prompt` of the messages before it. A reply that the
-  template rewrites once it is history (Qwen3 drops its thinking) is not supervised, the model never wrote it
-  in that form: to learn it, pass the conversation cut after it.
+  One document for all of them where the template leaves past replies as they were. Else (Qwen3 drops their thinking)
+  one per reply: `encode_prompt` of what came before it, then the reply. A reply that the template never writes after
+  its own prompt is in none. The conversation is tokenized once as a whole; only where a token would span the border of
+  a reply, which nobody could generate, is it cut there. Arguments as for `encode_prompt`.
   """
-  return encode(tokenizer, messages, render(tokenizer, messages, **variables), variables)
+  how = variables | {"tools": tools}
+  replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
+  text = render(tokenizer, messages, **how)
+  contents = _contents(tokenizer, messages, text, how)
+  spans = _reply_spans(tokenizer, messages, text, replies, contents, how)
+  if replies and None not in spans:
+    return [_document(tokenizer, text, spans, _spelled(tokenizer, messages, contents, allow_special))]
+  documents = []
+  for part in (messages[:i + 1] for i in replies):
+    text, span = _generated(tokenizer, part, how)
+    if span:
+      hidden = _spelled(tokenizer, part, _contents(tokenizer, part, text, how), allow_special)
+      documents.append(_document(tokenizer, text, [span], hidden))
+  return documents
 
 
-def encode(tokenizer, messages: Messages, text: str, variables: dict) -> tuple[list[int], list[bool]]:
-  """(tokens, mask) of `text`, the rendered messages, cut where each reply begins and ends.
+def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> str:
+  """The text that the chat template makes of the messages; ValueError when it refuses them or cannot be run.
 
-  The cuts are found by rendering each prefix of the conversation: few templates have {% generation %} marks.
+  variables go to the template; enable_thinking is False unless given: drafters are trained and measured on replies
+  without thinking (DSpark, 4.1). date: a datetime.date, told to a template that asks for today's (default:
+  today's).
   """
-  ids, mask, at = [], [], 0
-  stops = set(stop_ids(tokenizer))
-  for index, message in enumerate(messages):
-    if message["role"] != "assistant" or index == 0:
-      continue
-    before = render(tokenizer, messages[:index], add_generation_prompt=True, **variables)
-    after = render(tokenizer, messages[:index + 1], **variables)
-    if not (after.startswith(before) and text.startswith(after)):
-      continue
-    prompt = tokenize(tokenizer, text[at:len(before)])
-    reply = tokenize(tokenizer, text[len(before):len(after)])
-    # Templates write a newline after the end token; nobody generates it.
-    learned = max((k + 1 for k, token in enumerate(reply) if token in stops), default=len(reply))
-    ids += prompt + reply
-    mask += [False] * len(prompt) + [True] * learned + [False] * (len(reply) - learned)
-    at = len(after)
-  rest = tokenize(tokenizer, text[at:])
-  return ids + rest, mask + [False] * len(rest)
+  template = tokenizer.chat_template
+  if not template:
+    raise ValueError("this tokenizer has no chat template, so it cannot make a prompt of messages: give raw text, or a "
+                     "model that is trained to chat")
+  if date is not None and isinstance(template, str):
+    variables["chat_template"] = dated(template, date)
+  # Templates know three keys of a message; tokens, which stand beside them here, are none of their business.
+  messages = [{k: v for k, v in message.items() if k != "tokens"} for message in messages]
+  run = lambda: tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **variables})
+  return _guarded(lambda: _limited(run), "the chat template refuses these messages", "change the messages")
 
 
-def render(tokenizer, messages: Messages, **variables) -> str:
-  """The text that the chat template makes of the messages; ValueError when it refuses them."""
+def dated(template: str, date: Any) -> str:
+  """A template in which strftime_now('...') is said of this date. ValueError for a format that it works out itself."""
+  # As text: transformers has no door for a clock of one's own.
+  found = re.sub(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""",
+                 lambda m: repr(date.strftime(m[1] if m[1] is not None else m[2])), template)
+  if "strftime_now(" in found:
+    raise ValueError("the chat template asks for a date in a form that it works out itself, so it cannot be fixed: "
+                     "write the form into the template as a text")
+  return found
+
+
+def _document(tokenizer, text, spans, hidden):
+  ids, mask, stops = [], [], set(stop_ids(tokenizer))
+  for number, piece in enumerate(_pieces(tokenizer, text, [at for span in spans for at in span], hidden)):
+    learned = _learned(piece, stops) if number % 2 else 0
+    ids += piece
+    mask += [True] * learned + [False] * (len(piece) - learned)
+  return ids, mask
+
+
+def _learned(reply, stops):
+  """How many of a reply's tokens are generated: templates write a newline after the end token, which nobody says."""
+  return max((k + 1 for k, token in enumerate(reply) if token in stops), default=len(reply))
+
+
+def _generated(tokenizer, messages, how):
+  """(the rendered messages, where the last one, a reply, begins and ends in them, None if not after its own prompt)"""
+  before = render(tokenizer, messages[:-1], add_generation_prompt=True, **how)
+  text = render(tokenizer, messages, **how)
+  return text, (len(before), len(text)) if text.startswith(before) else None
+
+
+def _reply_spans(tokenizer, messages, text, replies, contents, how) -> list[Span | None]:
+  """Where in `text` each reply begins and ends; None for one that the template rewrites once it is history."""
+  def exact(i):
+    rendered, span = _generated(tokenizer, messages[:i + 1], how)
+    return span if span and text.startswith(rendered) else None
+
+  # All prefixes are rendered, few templates mark replies; that is quadratic, so of hundreds of replies these alone.
+  found = {i: exact(i) for n, i in enumerate(replies) if n < EXACT or n & (n - 1) == 0 or contents is None}
+  if len(found) < len(replies):
+    (begin, end), (first, last) = found[replies[0]] or (0, 0), contents[replies[0]]
+    header, tail = text[:begin][contents[replies[0] - 1][1]:], text[last:end]
+    for i in (i for i in replies if i not in found):  # the others, by what stands around the first one's content
+      at, to = contents[i]
+      alike = begin == first and text[:at].endswith(header) and text.startswith(tail, to)
+      found[i] = (at, to + len(tail)) if alike else exact(i)
+  return [found[i] for i in replies]
+
+
+def _contents(tokenizer, messages, text, how) -> list[Span] | None:
+  """Where in `text` each message's content stands; None where the template changes what messages say."""
+  marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # of private use: no template looks for them
   try:
-    return tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **variables})
-  except jinja2.TemplateError as error:  # templates refuse with this, e.g. two user messages in a row
-    raise ValueError(f"the chat template refuses these messages ({error}): change the messages") from error
+    frame = render(tokenizer, [message | {"content": mark} for message, mark in zip(messages, marks)], **how)
+  except ValueError:
+    return None
+  spans, at = [], 0
+  parts = re.split("|".join(marks), frame) if marks else [frame]
+  if len(parts) != len(marks) + 1 or not text.startswith(parts[0]):
+    return None
+  for message, before, after in zip(messages, parts, parts[1:]):
+    at += len(before)
+    content = message["content"]
+    # Some templates strip what messages say.
+    said = next((x for x in (content, content.strip()) if text.startswith(x + after, at)), None)
+    if said is None:
+      return None
+    spans.append((at, at + len(said)))
+    at += len(said)
+  return spans
 
 
-def tokenize(tokenizer, text: str) -> list[int]:
-  """The tokens of a text, and none besides."""
-  # The template writes the special tokens, the beginning of sequence included.
-  return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _spelled(tokenizer, messages, contents, allow_special) -> list[Span]:
+  """Contents in which a control token is spelled, which is to be read as text."""
+  special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+  spells = [any(token in message["content"] for token in special) for message in messages]
+  if allow_special or not any(spells):
+    return []
+  if contents is None:
+    raise ValueError("a message spells a control token, and the chat template rewrites messages, so they cannot be "
+                     "told apart: remove it from the message, or allow control tokens in messages")
+  return [span for span, spelled in zip(contents, spells) if spelled]
+
+
+def _pieces(tokenizer, text, cuts, hidden) -> list[list[int]]:
+  """Tokens of the parts of a text between ascending cuts, of the text tokenized once as a whole.
+
+  Tokenized apart, every part would gain what a tokenizer puts before a text (SentencePiece: a space).
+  """
+  inside = lambda a, b: [(x - a, y - a) for x, y in hidden if a <= x and y <= b]
+  pieces, base, last = [], 0, 0  # ids are of text[base:], and the first `last` of them are in pieces
+  ids, offsets = _tokens(tokenizer, text, hidden)
+  for cut in cuts:
+    count = next((k for k in range(last, len(ids)) if base + offsets[k][1] > cut), len(ids))
+    whole = count == len(ids) or base + offsets[count][0] >= cut
+    # Byte-level tokenizers may leave spaces out of offsets: at a gap nobody knows whose they are.
+    if whole and cut == base + (offsets[count - 1][1] if count else 0):
+      pieces.append(ids[last:count])
+      last = count
+    else:
+      pieces.append(_tokens(tokenizer, text[base:cut], inside(base, cut))[0][last:])
+      base, last = cut, 0
+      ids, offsets = _tokens(tokenizer, text[cut:], inside(cut, len(text)))
+  return [*pieces, ids[last:]]
+
+
+def _tokens(tokenizer, text, hidden=()) -> tuple[list[int], list[Span]]:
+  """(tokens, their characters) of a text and none besides: the template writes the beginning of sequence, too.
+
+  hidden: parts in which control tokens are text. The text is cut at the others, as tokenizers do themselves.
+  """
+  def one(part, **how):
+    out = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **how)
+    return out["input_ids"], out["offset_mapping"]
+
+  def parts() -> Iterator[tuple[int, list[int], list[Span]]]:
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    at = 0
+    for found in re.finditer("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text):
+      if not any(a <= found.start() < b for a, b in hidden):
+        yield at, *one(text[at:found.start()], split_special_tokens=True)
+        yield found.start(), [special[found[0]]], [(0, len(found[0]))]
+        at = found.end()
+    yield at, *one(text[at:], split_special_tokens=True)
+
+  def run():
+    if not hidden:
+      return one(text)
+    found = list(parts())
+    return ([token for _, ids, _ in found for token in ids],
+            [(at + a, at + b) for at, _, spans in found for a, b in spans])
+  return _guarded(run, "the tokenizer cannot read this text")
+
+
+def _ends(folder: str) -> list[int]:
+  """The ends of a reply that generation_config.json and config.json of a folder name; often not the same ones."""
+  found = []
+  for name in ("generation_config.json", "config.json"):
+    path = os.path.join(folder, name)
+    ids = read_json(path).get("eos_token_id") if os.path.exists(path) else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int and 0 <= token < 2 ** 31 for token in ids):
+      raise ValueError(f"{path} has the eos_token_id {str(ids)[:60]}, expected token ids: correct it")
+    found += ids
+  return found
+
+
+def _guarded(function: Callable, what: str, remedy: str = "change the text, or download the tokenizer again"):
+  """function(), which runs other people's code on other people's files; ValueError for whatever goes wrong in it."""
+  try:
+    return function()
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # a panic in Rust is no Exception
+    said = " ".join(str(error).split())[:200]
+    raise ValueError(f"{what} ({type(error).__name__}{': ' if said else ''}{said}): {remedy}") from error
+
+
+class _Slow(Exception):
+  pass
+
+
+def _limited(function: Callable):
+  """function(), ended after TEMPLATE_SECONDS, in any thread: a template is a program of whoever made the model."""
+  thread, over, lock = threading.get_ident(), False, threading.Lock()
+
+  def stop():
+    with lock:
+      if not over:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Slow))
+
+  timer = threading.Timer(TEMPLATE_SECONDS, stop)
+  timer.daemon = True
+  timer.start()
+  try:
+    return function()
+  except _Slow as error:
+    raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds") from error
+  finally:
+    with lock:
+      over = True
+    timer.cancel()

@@ -192,7 +192,7 @@ def _read_jsonl(path: str, tokenizer: Any, encode_conversation: Callable) -> Ite
       if "tokens" in record:
         yield record["tokens"], record["loss_mask"]
       else:
-        yield encode_conversation(tokenizer, record["messages"])
+        yield from encode_conversation(tokenizer, record["messages"]) or [([], [])]
     except ValueError as error:
       raise ValueError(f"{path}, line {number}: {error}") from error
 
