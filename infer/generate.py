@@ -6,11 +6,13 @@ When to use it: to try a drafter on prompts of your own, or to script generation
     python -m infer.generate --target smollm2 --drafter runs/demo --prompts prompts.jsonl --max-new-tokens 256
 
 The last line of stdout is a JSON object with the keys tokens, text, n_accept (drafts kept per round), accepted_length
-(tokens per round, bonus included), rounds, tokens_per_second and compile_seconds.
+(tokens delivered per round, bonus included), rounds, tokens_per_second and compile_seconds; with --logprobs also
+logprobs, of every token.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
 from pathlib import Path
@@ -20,7 +22,8 @@ import dspark_jax
 from dspark_jax.config import Range, from_json
 from dspark_jax.data import chat
 from dspark_jax.decoding.calibration import mode_name
-from dspark_jax.decoding.generate import Generation
+from dspark_jax.decoding import score
+from dspark_jax.decoding.generate import Generation, Text
 from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import locate_target, stored_temperatures
 from dspark_jax.programs import shell
@@ -58,6 +61,10 @@ class Settings:
   """row r uses seed + r"""
   stop_token_ids: tuple[int, ...] | None = None
   """default: the tokenizer's end of turn and of text; none with --prompt-tokens"""
+  stop: tuple[str, ...] = ()
+  """texts before which a reply is cut, whichever comes first; what was decoded beyond is thrown away"""
+  logprobs: bool = False
+  """log-probabilities of the new tokens under the target, of its raw logits whatever the temperature"""
   confidence_threshold: float = 0.0
   """drafts from the first one less confident than this are not verified; 0 is off"""
   survival_threshold: float = 0.0
@@ -98,6 +105,9 @@ class Prompt:
 def main(settings: Settings) -> dict:
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
+  if settings.stop and (settings.prompt_tokens or "" in settings.stop):
+    raise ValueError(f"stop is {settings.stop}, expected texts that are not empty, and prompts of text: stop texts are "
+                     f"looked for in text; with --prompt-tokens, give --stop-token-ids")
   for name in ("confidence_threshold", "survival_threshold"):  # prepare checks them, too, but after minutes of loading
     if not 0 <= getattr(settings, name) <= 1:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")
@@ -128,14 +138,34 @@ def main(settings: Settings) -> dict:
       compiled = time.perf_counter()
       bar.update(task, note="")
       texts |= zip(batch.indices, batch.run())
-      seconds += time.perf_counter() - compiled
+      seconds += time.perf_counter() - compiled  # without what follows, which is no part of decoding
       compile_seconds += compiled - began
       bar.update(task, advance=len(batch.indices))
-  out = Generation.of([texts[row] for row in range(len(prompts))])
-  text = [tokenizer.decode(row, skip_special_tokens=True) for row in out.tokens] if tokenizer else None
+  count = sum(len(text.tokens) for text in texts.values())
+  texts = [cut(settings, tokenizer, texts[row]) for row in range(len(prompts))]
+  out = Generation.of(texts)
+  said = lambda row: before(settings.stop, tokenizer.decode(row, skip_special_tokens=True))
+  text = list(map(said, out.tokens)) if tokenizer else None
+  more = {}
+  if settings.logprobs:
+    more["logprobs"] = [score.logprobs(target, [prompt.tokens], [said])[0] for prompt, said in zip(prompts, out.tokens)]
   length = out.accepted_length if out.rounds else None  # not NaN, which JSON lacks
   return dict(tokens=out.tokens, text=text, n_accept=out.n_accept, accepted_length=length, rounds=out.rounds,
-              tokens_per_second=sum(map(len, out.tokens)) / seconds, compile_seconds=compile_seconds)
+              tokens_per_second=count / seconds, compile_seconds=compile_seconds, **more)
+
+
+def before(stops: tuple[str, ...], text: str) -> str:
+  """A text up to the first of these."""
+  return text[:min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+
+
+def cut(settings: Settings, tokenizer, text: Text) -> Text:
+  """A text up to the token that completes the first of the stop texts: tokens may hold a part of one."""
+  said = lambda count: tokenizer.decode(text.tokens[:count], skip_special_tokens=True)
+  if not settings.stop or before(settings.stop, said(None)) == said(None):
+    return text
+  counts = range(1, len(text.tokens) + 1)
+  return text.cut(counts[bisect.bisect_left(counts, True, key=lambda n: before(settings.stop, said(n)) != said(n))])
 
 
 def calibration(settings: Settings, drafter, temperature: float):

@@ -145,49 +145,6 @@ def test_generate_mistakes(flag, value, part, folder, capsys, tmp_path):
     assert err.strip().splitlines()[-1].startswith("error: ") and err.count("error: ") == 1
 
 
-def test_settings_of_a_line(folder, capsys, tmp_path):
-  """Kills: a line's own max_tokens, temperature or seed passed over; one line's settings used for another."""
-  lines = [{"prompt": "w7"}, {"prompt": "w7", "max_tokens": 2, "id": "a"},
-           {"prompt": "w7", "temperature": 5.0, "seed": 3, "top_k": 0, "top_p": 1, "max_completion_tokens": 3}]
-  (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 6)
-  result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl")
-  tokenizer = chat.load_tokenizer(folder / "target")
-  prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "w7"}])] * 3
-  wanted = dspark_jax.generate(llama(), None, prompts, max_new_tokens=[6, 2, 3], temperature=[0, 0, 5.0],
-                               seeds=[0, 1, 3], stop_token_ids=(2,)).tokens
-  assert result["tokens"] == wanted and wanted[1] == wanted[0][:2]
-
-
-@pytest.mark.parametrize("more, part", [
-    ({"logit_bias": {}}, "unknown key 'logit_bias'"), ({"n": 2}, "unknown key 'n'"), ({"max_tokens": 0}, "at least 1"),
-    ({"temperature": "hot"}, "key 'temperature' is 'hot'"), ({"tools": "x"}, "tools that are no list of objects"),
-    ({"top_p": 2}, "key 'top_p' is 2"), ({"messages": [{"role": "user", "content": "w5"}]}, "has no prompt")])
-def test_settings_that_a_line_cannot_have(more, part, folder, capsys, tmp_path):
-  """Kills: a setting in a line that is ignored without a word."""
-  (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "w7"} | more) + "\n")
-  _, err = called(capsys, generate.main, generate.Settings, "--target", folder / "target", "--drafter", "none",
-                  "--prompts", tmp_path / "p.jsonl", code=2)
-  assert "p.jsonl, line 1" in err and part in err and err.count("error: ") == 1
-
-
-def test_base_models(folder, capsys, tmp_path, monkeypatch):
-  """Kills: a traceback of the template library for a model that has none; messages sent to it as if it could chat."""
-  load = chat.load_tokenizer
-  def without_template(path):
-    tokenizer = load(path)
-    tokenizer.chat_template = None
-    return tokenizer
-  monkeypatch.setattr(chat, "load_tokenizer", without_template)
-  common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 3)
-  result, err = called(capsys, generate.main, generate.Settings, *common, "--prompt", "w7 w9")
-  wanted = dspark_jax.generate(llama(), None, [load(folder / "target")("w7 w9")["input_ids"]], max_new_tokens=3).tokens
-  assert result["tokens"] == wanted and "raw text" in err
-  (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "w5"}]}\n')
-  _, err = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl", code=2)
-  assert "no chat template" in err
-
-
 @pytest.mark.parametrize("line, part", [("{", "line 2 is not JSON"), ("[]", "line 2 holds a list, expected an object"),
                                         ('{"prompt": " "}', "line 2 has no prompt"), ('{"messages": []}', "line 2"),
                                         ('{"messages": [{"content": "w5"}]}', "line 2 has no prompt"),

@@ -113,6 +113,12 @@ class Text:
   n_commit: list[int]     # tokens that each round delivered (`acceptance.Rounds`)
   confidence: np.ndarray  # f32[rounds,G]  of all drafts, calibrated
 
+  def cut(self, count: int) -> Text:
+    """The text as if it had been delivered up to its first `count` tokens, at least 1: later rounds are not of it."""
+    n_commit = [n for n in acceptance.delivered(self.n_accept, count) if n > 0]
+    return Text(self.tokens[:count], self.n_accept[:len(n_commit)], self.n_verify[:len(n_commit)], n_commit,
+                self.confidence[:len(n_commit)])
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:

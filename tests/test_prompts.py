@@ -1,0 +1,101 @@
+"""What infer.generate makes of prompts: settings of a line, base models, stop texts, log-probabilities."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import dspark_jax
+from dspark_jax.data import chat
+from folders import DSPARK, LLAMA, QWEN3, called, compilation_cache, llama, with_tokenizer
+from infer import generate
+
+PROMPTS = [[5, 17, 33, 2, 90], [7, 7, 64]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """The same few programs run again and again: they are compiled once."""
+  with compilation_cache(tmp_path_factory.mktemp("cache")):
+    yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A target with a tokenizer, and prompts in tokens."""
+  folder = tmp_path_factory.mktemp("prompts")
+  with_tokenizer(LLAMA, folder / "target")
+  (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+  return folder
+
+
+def test_settings_of_a_line(folder, capsys, tmp_path):
+  """Kills: a line's own max_tokens, temperature or seed passed over; one line's settings used for another."""
+  lines = [{"prompt": "w7"}, {"prompt": "w7", "max_tokens": 2, "id": "a"},
+           {"prompt": "w7", "temperature": 5.0, "seed": 3, "top_k": 0, "top_p": 1, "max_completion_tokens": 3}]
+  (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 6)
+  result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl")
+  tokenizer = chat.load_tokenizer(folder / "target")
+  prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "w7"}])] * 3
+  wanted = dspark_jax.generate(llama(), None, prompts, max_new_tokens=[6, 2, 3], temperature=[0, 0, 5.0],
+                               seeds=[0, 1, 3], stop_token_ids=(2,)).tokens
+  assert result["tokens"] == wanted and wanted[1] == wanted[0][:2]
+
+
+def test_logprobs(folder, capsys):
+  """Kills: log-probabilities of the token before or after, at another temperature, or of a padded row's neighbour."""
+  result, _ = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", DSPARK,
+                     "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 9, "--temperature", 0.7,
+                     "--logprobs")
+  target = dspark_jax.load_target(QWEN3)
+  for prompt, said, found in zip(PROMPTS, result["tokens"], result["logprobs"]):
+    whole = np.array([prompt + said])
+    logits = target.head()(target(whole, target.init_cache(*whole.shape), ())[0].hidden)[0]
+    wanted = jax.nn.log_softmax(logits)[np.arange(whole.size - 1), whole[0, 1:]][len(prompt) - 1:]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_stop_texts(folder, capsys):
+  """Kills: a reply that holds its stop text, goes on after it, or is cut before a token of it; other tokens than those
+  of the whole reply."""
+  common = ("--target", folder / "target", "--drafter", "none", "--prompt", "w7 w9", "--max-new-tokens", 12)
+  whole, _ = called(capsys, generate.main, generate.Settings, *common)
+  (text,), (tokens,) = whole["text"], whole["tokens"]
+  stop = text[len(text) // 2:len(text) // 2 + 4]
+  result, _ = called(capsys, generate.main, generate.Settings, *common, "--stop", "no such text", stop)
+  assert result["text"] == [text[:text.find(stop)]]
+  said = chat.load_tokenizer(folder / "target").decode
+  count = len(result["tokens"][0])
+  assert result["tokens"][0] == tokens[:count] and stop in said(tokens[:count]) and stop not in said(tokens[:count - 1])
+  assert result["rounds"] == count - 1 and result["accepted_length"] == 1
+
+
+@pytest.mark.parametrize("more, part", [
+    ({"logit_bias": {}}, "unknown key 'logit_bias'"), ({"n": 2}, "unknown key 'n'"), ({"max_tokens": 0}, "at least 1"),
+    ({"temperature": "hot"}, "key 'temperature' is 'hot'"), ({"tools": "x"}, "tools that are no list of objects"),
+    ({"top_p": 2}, "key 'top_p' is 2"), ({"messages": [{"role": "user", "content": "w5"}]}, "has no prompt")])
+def test_settings_that_a_line_cannot_have(more, part, folder, capsys, tmp_path):
+  """Kills: a setting in a line that is ignored without a word."""
+  (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "w7"} | more) + "\n")
+  _, err = called(capsys, generate.main, generate.Settings, "--target", folder / "target", "--drafter", "none",
+                  "--prompts", tmp_path / "p.jsonl", code=2)
+  assert "p.jsonl, line 1" in err and part in err and err.count("error: ") == 1
+
+
+def test_base_models(folder, capsys, tmp_path, monkeypatch):
+  """Kills: a traceback of the template library for a model that has none; messages sent to it as if it could chat."""
+  load = chat.load_tokenizer
+  def without_template(path):
+    tokenizer = load(path)
+    tokenizer.chat_template = None
+    return tokenizer
+  monkeypatch.setattr(chat, "load_tokenizer", without_template)
+  common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 3)
+  result, err = called(capsys, generate.main, generate.Settings, *common, "--prompt", "w7 w9")
+  wanted = dspark_jax.generate(llama(), None, [load(folder / "target")("w7 w9")["input_ids"]], max_new_tokens=3).tokens
+  assert result["tokens"] == wanted and "raw text" in err
+  (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "w5"}]}\n')
+  _, err = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl", code=2)
+  assert "no chat template" in err
