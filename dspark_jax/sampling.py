@@ -14,15 +14,30 @@ def make_sampling(temperature, top_k=0, top_p=1.0) -> Sampling:
 
   Rows at temperature 0 are greedy and ignore the other two. ValueError for a value that means nothing.
   """
-  temperature, top_k, top_p = np.broadcast_arrays(*map(np.atleast_1d, (temperature, top_k, top_p)))
+  asked = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+  try:
+    asked = {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in asked.items()}
+  except (TypeError, ValueError, OverflowError) as error:  # text, lists in lists, integers of 400 digits
+    raise ValueError(f"temperature, top_k and top_p are {temperature!r:.60}, {top_k!r:.60} and {top_p!r:.60}, expected "
+                     f"numbers, or lists of numbers") from error
+  if len({len(value) for value in asked.values()} - {1}) > 1:
+    raise ValueError(f"temperature, top_k and top_p are of {', '.join(str(len(v)) for v in asked.values())} rows: give "
+                     f"one value for all rows, or one for each")
+  temperature, top_k, top_p = np.broadcast_arrays(*asked.values())
+  # They are float32 on the device, where something smaller than normal numbers is 0.
+  least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+  inside = lambda x: (x >= least) & (x <= most)
   for name, values, right, expected in (
-      ("temperature", temperature, (temperature >= 0) & np.isfinite(temperature), "finite and >= 0: use 0 for greedy"),
-      ("top_k", top_k, (top_k >= 0) & (top_k == np.floor(top_k)), "an integer >= 0: use 0 to turn it off"),
-      ("top_p", top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]: use 1 to turn it off")):
+      ("temperature", temperature, (temperature == 0) | inside(temperature),
+       f"0 or {least:.2g} to {most:.2g}: use 0 for greedy"),
+      ("top_k", top_k, (top_k >= 0) & (top_k == np.floor(top_k)) & (top_k < 2 ** 31),
+       "an integer from 0 to 2147483647: use 0 to turn it off"),
+      ("top_p", top_p, inside(top_p) & (top_p <= 1), "in (0, 1]: use 1 to turn it off")):
     if not right.all():
       row = int(np.argmin(right))
       where = f" in row {row}" if right.size > 1 else ""
-      raise ValueError(f"{name} is {values[row]}{where}, must be {expected}")
+      got = f"{values[row]:.0f}" if values[row] == np.floor(values[row]) and name == "top_k" else values[row]
+      raise ValueError(f"{name} is {got}{where}, must be {expected}")
   sampled = temperature > 0
   truncates = sampled & ((top_k > 0) | (top_p < 1))
   mode = "truncated" if truncates.any() else "full" if sampled.any() else "greedy"

@@ -1,7 +1,9 @@
 """Measure plain and speculative decoding on this machine: all numbers in one run, so that their ratios mean something.
 
-When to use it: to see whether a drafter pays here, and where a round's time goes. --transformers adds Hugging Face's
-own greedy decoding of the same weights (extra `bench`).
+When to use it: to see whether a drafter pays here, and where a round's time goes. Prompts are questions about Python's
+standard library that no demo was trained on, or yours; where a target has no tokenizer they are random tokens, and the
+accepted length means nothing. --transformers adds Hugging Face's own greedy decoding of the same weights (extra
+`bench`).
 
     python -m infer.bench --target smollm2 --drafter runs/demo
     python -m infer.bench --target smollm2 --drafter random --layers 5 --block-size 7 --markov-rank 256 --transformers
@@ -13,7 +15,9 @@ step, a draft, a verification and a round; with --transformers also the seconds 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -23,12 +27,18 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax import sampling as sp
+from dspark_jax.data import chat
+from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.generate import Generation, start
 from dspark_jax.decoding.round import Models, Rows
 from dspark_jax.decoding.session import Session
 from dspark_jax.decoding.verify import verify
 from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
+from dspark_jax.loading import locate_target
 from dspark_jax.programs import shell
+from infer import generate
+
+SHORT = 8  # new tokens of the run that a longer one is compared with
 
 
 @dataclasses.dataclass
@@ -37,7 +47,10 @@ class Settings:
   drafter: str
   """drafter folder or run, or random: untrained weights, which tell what a round costs but not what it brings"""
   batches: tuple[int, ...] = (1, 4, 16)
+  prompts: Path | None = None
+  """JSONL as for infer.generate; default: held-out questions about the standard library"""
   prompt_tokens: int = 48
+  """longer prompts are left out"""
   new_tokens: int = 96
   repeats: int = 3
   """the fastest of so many is reported"""
@@ -53,6 +66,13 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
+  shell.at_least(settings, prompt_tokens=1, new_tokens=2, repeats=1, layers=1, block_size=1, markov_rank=0)
+  if not settings.batches or min(settings.batches) < 1:
+    raise ValueError(f"batches are {settings.batches}, expected one or more numbers of at least 1")
+  if settings.transformers and settings.new_tokens <= SHORT:
+    raise ValueError(f"new_tokens is {settings.new_tokens}, expected more than {SHORT} with --transformers: its step "
+                     f"is the difference of two lengths")
+  prompts = read_prompts(settings)
   with shell.stderr.status("loading"):
     target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
     drafter = random_drafter(settings, target) if settings.drafter == "random" else dspark_jax.load_drafter(
@@ -61,7 +81,7 @@ def main(settings: Settings) -> dict:
   with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(settings.batches), note="")
     for batch in settings.batches:
-      rows.append(measure(settings, target, drafter, batch))
+      rows.append(measure(settings, target, drafter, prompts_of(settings, target, prompts, batch)))
       bar.update(task, advance=1)
   result = {"block_size": drafter.block_size, "batches": rows}
   if settings.transformers:
@@ -81,13 +101,41 @@ def random_drafter(settings: Settings, target):
   return dspark_jax.new_drafter(DSparkConfig.for_target(choices, target.config))
 
 
-def measure(settings: Settings, target, drafter, batch: int) -> dict:
-  """Throughput and the parts of a round at one batch size."""
-  rng = np.random.default_rng(0)
+def read_prompts(settings: Settings) -> list[list[int]] | None:
+  """Prompts in tokens, none longer than asked for; None without a tokenizer."""
+  path = locate_target(settings.target)
+  if settings.prompts is None and path.is_dir() and not (path / "tokenizer.json").exists():
+    shell.say(f"{settings.target} has no tokenizer: prompts are random tokens, so the accepted length means nothing")
+    return None
+  tokenizer = chat.load_tokenizer(path)
+  if settings.prompts is None:
+    asked = [{"prompt": q.question} for q in split(stdlib_questions())[1]]
+    found = [generate.encode(generate.Settings(settings.target, "none"), tokenizer, line) for line in asked]
+  else:
+    asked = generate.Settings(settings.target, "none", prompts=settings.prompts)
+    found = [prompt.tokens for prompt in generate.read_prompts(asked, tokenizer)]
+  kept = [tokens for tokens in found if len(tokens) <= settings.prompt_tokens]
+  if not kept:
+    raise ValueError(f"none of {len(found)} prompts has at most {settings.prompt_tokens} tokens: raise "
+                     f"--prompt-tokens, or give shorter ones")
+  return kept
+
+
+def prompts_of(settings: Settings, target, prompts: list[list[int]] | None, batch: int) -> list[list[int]]:
+  """A batch of prompts, the first ones again where there are too few."""
+  if prompts is not None:
+    return list(itertools.islice(itertools.cycle(prompts), batch))
   # From 10 on: the first ids of a vocabulary are its special tokens, which no text is full of.
-  prompts = rng.integers(10, target.config.vocab_size, (batch, settings.prompt_tokens)).tolist()
+  size = (batch, settings.prompt_tokens)
+  return np.random.default_rng(0).integers(10, target.vocab_size, size).tolist()
+
+
+def measure(settings: Settings, target, drafter, prompts: list[list[int]]) -> dict:
+  """Throughput and the parts of a round at one batch size."""
+  batch = len(prompts)
   out = {"batch": batch}
   for name, chosen in (("plain", None), ("speculative", drafter)):
+    # Without stop tokens: rows that end early would make their batch look slow.
     (work,) = Session(target, chosen, budget=None).prepare(prompts, max_new_tokens=settings.new_tokens)
     work.compile()
     seconds, texts = fastest(work.run, settings.repeats)
@@ -153,7 +201,6 @@ def transformers_step(settings: Settings) -> float:
   except ImportError as error:
     raise ValueError(f"--transformers needs torch ({error}): pip install -e '.[bench]'") from error
   from dspark_jax.checkpoints.gguf import read_gguf
-  from dspark_jax.loading import locate_target
   path = locate_target(settings.target)
   if path.is_file():
     config, tensors = read_gguf(path)
@@ -173,8 +220,8 @@ def transformers_step(settings: Settings) -> float:
   with torch.no_grad():
     run(4)  # warms up
     # The difference of two lengths: the prompt's pass and what a call costs are in both.
-    long, short = (min(run(n) for _ in range(settings.repeats)) for n in (settings.new_tokens, 8))
-  return (long - short) / (settings.new_tokens - 8)
+    long, short = (min(run(n) for _ in range(settings.repeats)) for n in (settings.new_tokens, SHORT))
+  return (long - short) / (settings.new_tokens - SHORT)
 
 
 def table(rows: list[dict]) -> Table:

@@ -108,9 +108,7 @@ def main(settings: Settings) -> dict:
   if settings.stop and (settings.prompt_tokens or "" in settings.stop):
     raise ValueError(f"stop is {settings.stop}, expected texts that are not empty, and prompts of text: stop texts are "
                      f"looked for in text; with --prompt-tokens, give --stop-token-ids")
-  for name in ("confidence_threshold", "survival_threshold"):  # prepare checks them, too, but after minutes of loading
-    if not 0 <= getattr(settings, name) <= 1:
-      raise ValueError(f"{name} is {getattr(settings, name)}, expected 0 (verify every draft) to 1")
+  shell.check_decoding(settings)
   tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
   prompts = read_prompts(settings, tokenizer)
   stops = settings.stop_token_ids  # (): none; None: the tokenizer's

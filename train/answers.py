@@ -49,6 +49,10 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
+  shell.at_least(settings, batch=1, max_prompt_tokens=1)
+  shell.check_decoding(settings)
+  if settings.minutes is not None and not settings.minutes > 0 or settings.count is not None and settings.count < 1:
+    raise ValueError(f"minutes is {settings.minutes} and count {settings.count}, expected numbers above 0 where given")
   questions = read_questions(settings)
   return answer(settings, *shell.load(settings.target, settings.dtype), questions)
 

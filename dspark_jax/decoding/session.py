@@ -81,8 +81,10 @@ class Session:
     seeds = [seed + row for row in range(rows)] if seeds is None else seeds
     if len(seeds) != rows:
       raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts: give one for each")
-    seeds = np.asarray([s % 2 ** 32 for s in seeds], np.uint32)
-    settings = _settings(self.drafter, limits, policy, **settings)
+    for value in seeds:
+      check(seed=value)
+    seeds = np.asarray(seeds, np.uint32)
+    settings = _settings(self.target, self.drafter, limits, policy, **settings)
     if policy is None:
       policy = policies.Threshold() if self.drafter and self.drafter.has_confidence else policies.All()
     new, batches = int(limits.max()), []
@@ -165,8 +167,7 @@ def _limits(target, prompts, max_new_tokens):
   if not len(prompts):
     raise ValueError("there are no prompts: expected at least one list of token ids")
   limits = [operator.index(limit) for limit in _each("max_new_tokens", max_new_tokens, len(prompts))]
-  if min(limits) < 1:
-    raise ValueError(f"max_new_tokens is {min(limits)}, expected at least 1")
+  check(max_new_tokens=min(limits))
   for row, prompt in enumerate(prompts):
     if not len(prompt):
       raise ValueError(f"prompt {row} is empty: expected at least one token; give it a start token or some text")
@@ -180,7 +181,22 @@ def _limits(target, prompts, max_new_tokens):
   return np.asarray(limits, np.int32)
 
 
-def _settings(drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, stop_token_ids=(),
+def check(*, max_new_tokens: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+          confidence_threshold: float = 0.0, survival_threshold: float = 0.0, budget_gb: float = 1.0) -> None:
+  """ValueError for a setting of decoding that can be seen to be wrong before a model is loaded."""
+  make_sampling(temperature, top_k, top_p)
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+  if not 0 <= seed < 2 ** 32:
+    raise ValueError(f"seed is {str(seed):.60}, expected 0 to {2 ** 32 - 1}")
+  for name, value in (("confidence_threshold", confidence_threshold), ("survival_threshold", survival_threshold)):
+    if not 0 <= value <= 1:
+      raise ValueError(f"{name} is {value}, expected 0 (verify every draft) to 1")
+  if not budget_gb > 0:
+    raise ValueError(f"budget_gb is {budget_gb}, expected a number above 0")
+
+
+def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, stop_token_ids=(),
               confidence_threshold=0.0, survival_threshold=0.0, calibration=None) -> Settings:
   """What was asked for each prompt, on the host."""
   rows, block = len(limits), drafter.block_size if drafter else 0
@@ -190,6 +206,9 @@ def _settings(drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, s
   stops = each("stop_token_ids", stops)
   stop_ids = np.full((rows, _round_up(max(1, *map(len, stops)), 4)), -1, np.int32)
   for row, ids in enumerate(stops):
+    if wrong := [token for token in ids if not 0 <= token < target.vocab_size]:
+      raise ValueError(f"stop_token_ids has {wrong[0]}, the target's vocabulary is 0..{target.vocab_size - 1}: was it "
+                       f"made with another tokenizer?")
     stop_ids[row, :len(ids)] = ids
   thresholds = [_thresholds(drafter, policy, name, each(name, value)) for name, value in (
       ("confidence_threshold", confidence_threshold), ("survival_threshold", survival_threshold))]
@@ -205,8 +224,7 @@ def _settings(drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, s
 
 def _thresholds(drafter, policy, name, values):
   for value in values:
-    if not 0 <= value <= 1:
-      raise ValueError(f"{name} is {value}, expected 0 (verify every draft) to 1")
+    check(**{name: value})
     if value and not (drafter and drafter.has_confidence):
       raise ValueError(f"{name} is {value}, but there is no "
                        f"{'confidence head in the drafter' if drafter else 'drafter'}: leave it at 0")

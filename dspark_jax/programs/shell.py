@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import io
 import json
 import secrets
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import dspark_jax
 from dspark_jax.data import chat
+from dspark_jax.decoding import session
 from dspark_jax.loading import locate_target
 from dspark_jax.types import Target
 
@@ -36,7 +39,7 @@ def run(main, settings: type, *, default=None, args=None) -> None:
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)  # 128 + SIGINT, as a shell has it
-  print(json.dumps(result))
+  print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong
 
 
 def say(text: Any) -> None:
@@ -50,6 +53,13 @@ def at_least(settings: Any, **bounds: int) -> None:
   for name, bound in bounds.items():
     if getattr(settings, name) < bound:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {bound}")
+
+
+def check_decoding(settings: Any) -> None:
+  """ValueError for those of these settings that decoding would refuse, which takes a loaded model to find out."""
+  known = inspect.signature(session.check).parameters
+  session.check(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)
+                   if field.name in known})
 
 
 def load(target: str, dtype: str) -> tuple[Target, Any]:

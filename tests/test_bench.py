@@ -1,0 +1,75 @@
+"""infer.bench, and what every program refuses before a model is loaded."""
+
+import json
+
+import pytest
+
+import dspark_jax
+from dspark_jax.sampling import make_sampling
+from folders import LLAMA, QWEN3, called, complains, with_tokenizer
+from infer import bench, evaluate, generate, head_cost
+from train import answers, calibrate
+
+SMALL = ("--drafter", "random", "--layers", 1, "--block-size", 2, "--markov-rank", 2, "--batches", 1, 2,
+         "--new-tokens", 4, "--repeats", 1)
+
+
+def test_questions_are_the_prompts(capsys, tmp_path):
+  """Kills: random tokens, on which no drafter is accepted; a prompt that is longer than asked for."""
+  with_tokenizer(LLAMA, tmp_path / "target")
+  (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": " ".join(["w7"] * n)}) + "\n" for n in (1, 40, 2)))
+  args = ("--target", tmp_path / "target", "--prompts", tmp_path / "p.jsonl")
+  read = bench.read_prompts(bench.Settings(str(tmp_path / "target"), "random", prompts=tmp_path / "p.jsonl",
+                                           prompt_tokens=12))
+  assert [len(prompt) for prompt in read] == [6, 7]
+  result, _ = called(capsys, bench.main, bench.Settings, *args, *SMALL)
+  assert [row["batch"] for row in result["batches"]] == [1, 2]
+  assert all(row["accepted_length"] >= 1 and row["round_seconds"] > 0 for row in result["batches"])
+
+
+def test_a_target_without_a_tokenizer(capsys):
+  """Kills: a bench that needs a tokenizer, or that takes random prompts without a word."""
+  result, err = called(capsys, bench.main, bench.Settings, "--target", QWEN3, *SMALL, "--prompt-tokens", 5)
+  assert "random tokens" in err and len(result["batches"]) == 2
+
+
+EARLY = [
+  (bench, {"repeats": 0}, "repeats is 0"), (bench, {"new-tokens": 1}, "new_tokens is 1"),
+  (bench, {"batches": 0}, "batches"),
+  (bench, {"prompt-tokens": 0}, "prompt_tokens is 0"), (bench, {"block-size": 0}, "block_size is 0"),
+  (generate, {"temperature": -1}, "temperature is -1"), (generate, {"temperature": "1e-39"}, "temperature is 1e-39"),
+  (generate, {"temperature": "inf"}, "temperature is inf"), (generate, {"top-k": 2147483648}, "top_k is 2147483648"),
+  (generate, {"top-k": -1}, "top_k is -1"), (generate, {"top-p": 0}, "top_p is 0"),
+  (generate, {"top-p": "nan"}, "top_p is nan"),
+  (generate, {"seed": 2 ** 70}, "seed is 1180591620717411303424"), (generate, {"seed": -1}, "seed is -1"),
+  (generate, {"max-new-tokens": 0}, "max_new_tokens is 0"), (generate, {"budget-gb": 0}, "budget_gb is 0"),
+  (generate, {"confidence-threshold": 2}, "confidence_threshold is 2"), (generate, {"stop": ""}, "stop is"),
+  (answers, {"temperature": -1}, "temperature is -1"), (answers, {"batch": 0}, "batch is 0"),
+  (answers, {"minutes": 0}, "minutes is 0"), (answers, {"top-k": 10 ** 400}, "expected numbers"),
+  (evaluate, {"temperatures": "-1"}, "temperature is -1"), (evaluate, {"batch": 0}, "batch is 0"),
+  (calibrate, {"temperatures": "1e39"}, "temperature is 1e+39"),
+  (head_cost, {"repeats": 0}, "repeats: expected at least 1")]
+NEEDED = {bench: {"target": QWEN3, "drafter": "random"}, generate: {"target": QWEN3, "drafter": "none", "prompt": "w5"},
+          answers: {"target": QWEN3, "out": "x.jsonl"}, head_cost: {"target": QWEN3, "out": "x.json"},
+          evaluate: {"targets": QWEN3, "drafters": "plain", "datasets": "stdlib", "out": "x"},
+          calibrate: {"target": QWEN3, "drafter": "x"}}
+
+
+@pytest.mark.parametrize("program, wrong, part", EARLY)
+def test_settings_are_checked_before_anything_is_loaded(program, wrong, part, capsys, monkeypatch, tmp_path):
+  """Kills: a quarter of a minute of loading to learn that a number is out of range; NaN and Infinity in JSON."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(dspark_jax, "load_target", lambda *_, **__: pytest.fail("a model was loaded"))
+  args = {f"--{name}": value for name, value in (NEEDED[program] | wrong).items()}
+  _, err = called(capsys, program.main, program.Settings, *sum(args.items(), ()), code=2)
+  assert part in err and err.count("error: ") == 1 and not list(tmp_path.iterdir())
+
+
+def test_rows_of_sampling():
+  """Kills: numpy's own words for lists that do not go together; rows of stop tokens that no vocabulary has."""
+  with complains("of 3, 2, 1 rows"):
+    make_sampling([0.0] * 3, [1, 2])
+  target = dspark_jax.load_target(QWEN3)
+  for ids in ((999,), (-2,)):
+    with complains("stop_token_ids has", "the target's vocabulary is 0..130"):
+      dspark_jax.generate(target, None, [[1]], stop_token_ids=ids)
