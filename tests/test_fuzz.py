@@ -139,7 +139,7 @@ def records(folder: Path) -> dict[str, Place]:
   tokenizer = chat.load_tokenizer(with_tokenizer(LLAMA, folder / "words"))
   settings = lambda **of: generate.Settings("", "none", **of)
   asked = lambda path: answers.read_questions(answers.Settings("", folder / "out", questions=path))
-  data = lambda path: pipeline.read_conversations([path], tokenizer, max_len=64,
+  data = lambda path: pipeline.read_conversations([path], tokenizer, max_len=64, vocab_size=len(tokenizer),
                                                   encode_conversation=chat.encode_conversation)
   rounds = dict(id="1", n_accept=[1], n_verify=[4], confidence=[[0.5] * 4])
   shutil.copy(REPORTS / "sweep.json", folder / "results.json")

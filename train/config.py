@@ -38,6 +38,10 @@ class TrainConfig:
   """blocks per row"""
   lens_rows: int = 512
   """rows that a lens is fitted to, in at most half of `minutes`"""
+  thinking: bool = False
+  """prompts of conversations ask for thinking, and replies are learned with theirs, where the chat template can"""
+  allow_special: bool = False
+  """control tokens that messages spell (<|im_end|>, ...) are control tokens, not text; only for data that you trust"""
   microbatches: int = 1
   seed: int = 0
   compute_dtype: Dtype = "float32"

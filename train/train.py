@@ -9,8 +9,10 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
-Data: JSONL of conversations ({"messages": [...]}) or of tokens (train.answers), or .txt, .md and .py files. The run
-folder holds run.json (resolved configuration), metrics.jsonl, steps/ (Orbax) and drafter/ (what load_drafter reads).
+Data: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations": [...]}; with "tools") or of tokens
+(train.answers), or .txt, .md and .py files; what of it is left out is counted by reason. The run folder holds run.json
+(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl, steps/ (Orbax) and drafter/
+(what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
 and checkpoint.
 """
@@ -18,11 +20,13 @@ and checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import math
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +39,7 @@ from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterSettings
 from dspark_jax.programs import run_folder, shell
+from dspark_jax.text import read_json
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train.config import TrainConfig, read_config
@@ -55,11 +60,8 @@ def main(config: TrainConfig) -> dict:
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints."""
-  source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length,
-                                       encode_conversation=chat.encode_conversation)
-  packed = pipeline.pack(source.documents, config.row_length)
-  shell.say(f"data: {len(source.documents)} documents ({source.n_dropped} too short), {len(packed.rows.tokens)} rows "
-            f"of {config.row_length}, {packed.fill:.0%} full")
+  date = date_of(config.out)
+  source, packed = read_data(config, target.config.vocab_size, tokenizer, date)
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
@@ -91,7 +93,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 
   if run is None:
     left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-    run = new_run(config, record, config.steps or steps_in(left, state, advance, len(said)))
+    run = new_run(config, {**record, "date": str(date), "lost": dataclasses.asdict(source.lost)},
+                  config.steps or steps_in(left, state, advance, len(said)))
   state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
   if restored is not None:
@@ -102,6 +105,33 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
+
+
+def date_of(out: Path) -> datetime.date:
+  """The day that chat templates are told: that on which the run in `out` began, or today for a new one.
+
+  With another day, its prompts might be other tokens, and it could not go on.
+  """
+  told = read_json(out / run_folder.RECORD).get("date") if run_folder.is_begun(out) else None
+  try:
+    return datetime.date.today() if told is None else datetime.date.fromisoformat(told)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{out / run_folder.RECORD} has the date {str(told)[:40]!r}, expected YYYY-MM-DD: restore it, or "
+                     f"choose another --out") from error
+
+
+def read_data(config: TrainConfig, vocab_size: int, tokenizer, date: datetime.date):
+  """(what was read, its rows). ValueError when there is nothing to learn."""
+  encode = functools.partial(chat.encode_conversation, enable_thinking=config.thinking, date=date,
+                             allow_special=config.allow_special)
+  source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length, vocab_size=vocab_size,
+                                       encode_conversation=encode)
+  if not source.documents:
+    raise ValueError(f"the data hold nothing to learn (left out: {source.lost}): give other data, or other settings")
+  packed = pipeline.pack(source.documents, config.row_length)
+  shell.say(f"data: {len(source.documents)} documents, {len(packed.rows.tokens)} rows of {config.row_length}, "
+            f"{packed.fill:.0%} full; left out: {source.lost}")
+  return source, packed
 
 
 def build_drafter(config: TrainConfig, target, documents, stops):
@@ -130,6 +160,8 @@ def describe(config: TrainConfig, packed) -> dict:
   # These change where and how often something is written, and how the number of steps is found: no step of it. Data
   # count by content, so that files may be moved or split.
   settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
+  for name in ("thinking", "allow_special"):
+    settings[name] = settings[name] or None  # what runs have that began before there was such a setting
   return {"config": settings, "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
 
 
