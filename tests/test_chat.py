@@ -153,7 +153,7 @@ def test_rewritten_replies_are_documents_of_their_own(tokenizer, monkeypatch):
   for turn, (tokens, mask) in zip((1, 3), documents):
     prompt = chat.encode_prompt(tokenizer, CHAT[:turn])
     reply = ids(tokenizer, "<think></think>" + CHAT[turn]["content"]) + [END]
-    assert tokens[:len(prompt) + len(reply)] == prompt + reply
+    assert tokens[:len(prompt) + len(reply)] == prompt + reply, turn
     assert [t for t, m in zip(tokens, mask) if m] == reply
   assert chat.encode_conversation(tokenizer, CHAT[:1]) == []
 
@@ -225,6 +225,10 @@ def test_tools_reach_the_template(tokenizer, monkeypatch):
   for encoded in (chat.encode_prompt(tokenizer, CHAT[:1], tools=tools),
                   chat.encode_conversation(tokenizer, CHAT[:2], tools=tools)[0][0]):
     assert "weather" in tokenizer.decode(encoded)
+  monkeypatch.setattr(tokenizer, "chat_template", REWRITING)
+  for encode in (chat.encode_prompt, chat.encode_conversation):
+    with complains("the chat template does not know tools"):
+      encode(tokenizer, CHAT[:2], tools=tools)
 
 
 def test_ends_of_all_files(tokenizer, tmp_path):

@@ -118,7 +118,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, too
   template refuses the messages.
   """
   goes_on = bool(messages) and messages[-1]["role"] == "assistant"
-  how = variables | {"tools": tools}
+  how = _variables(tokenizer, messages, tools, variables)
+  return _prompt(tokenizer, messages, goes_on, allow_special, how)
+
+
+def _prompt(tokenizer, messages, goes_on, allow_special, how):
   ending = how | {"continue_final_message" if goes_on else "add_generation_prompt": True}
   text = render(tokenizer, messages, **ending)
   contents = _contents(tokenizer, messages, text, ending)
@@ -144,7 +148,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   its own prompt is in none. The conversation is tokenized once as a whole; only where a token would span the border of
   a reply, which nobody could generate, is it cut there. Arguments as for `encode_prompt`.
   """
-  how = variables | {"tools": tools}
+  how = _variables(tokenizer, messages, tools, variables)
   replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
   text = render(tokenizer, messages, **how)
   contents = _contents(tokenizer, messages, text, how)
@@ -156,8 +160,19 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
     text, span = _generated(tokenizer, part, how)
     if span:
       hidden = _spelled(tokenizer, part, _contents(tokenizer, part, text, how), allow_special)
-      documents.append(_document(tokenizer, text, [span], hidden))
+      ids, mask = _document(tokenizer, text, [span], hidden)
+      # What comes before it as generation has it, where the replies before were cut out of the text, too.
+      begin, prompt = (mask + [True]).index(True), _prompt(tokenizer, part[:-1], False, allow_special, how)
+      documents.append((prompt + ids[begin:], [False] * len(prompt) + mask[begin:]))
   return documents
+
+
+def _variables(tokenizer, messages, tools, variables):
+  """Of the template; ValueError for tools that it never looks at."""
+  if tools and render(tokenizer, messages, tools=tools, **variables) == render(tokenizer, messages, **variables):
+    raise ValueError("the chat template does not know tools, so the model would not hear of them: leave them out, or "
+                     "choose a model that is trained to call tools")
+  return variables | {"tools": tools}
 
 
 def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> str:
