@@ -13,20 +13,24 @@ logprobs, of every token.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 import dspark_jax
-from dspark_jax.config import Range, from_json
+from dspark_jax.config import Range, from_json, to_json
 from dspark_jax.data import chat
+from dspark_jax.decoding import acceptance, score
 from dspark_jax.decoding.calibration import mode_name
-from dspark_jax.decoding import score
-from dspark_jax.decoding.generate import Generation, Text
+from dspark_jax.decoding.generate import Text
 from dspark_jax.decoding.session import BUDGET, Session
-from dspark_jax.loading import locate_target, stored_temperatures
-from dspark_jax.programs import shell
+from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, target_id
+from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_json, read_jsonl
 
 
@@ -71,6 +75,9 @@ class Settings:
   """drafts from the first one less likely than this to be reached and kept are not verified; 0 is off"""
   calibrated: bool = True
   """use the temperatures that train.calibrate stored with the drafter for this kind of sampling, if any"""
+  out: Path | None = None
+  """.jsonl file: a line per prompt with its index, tokens, text and n_accept, written as batches finish; the same
+  command goes on with a file that was begun"""
   budget_gb: float = BUDGET / 1e9
   """of caches: more prompts than fit are decoded in several batches"""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -102,54 +109,112 @@ class Prompt:
   asked: Asked = Asked()
 
 
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """What became of a prompt: a line of --out."""
+  index: Annotated[int, Range(0)]  # of the prompt
+  tokens: tuple[int, ...]          # new ones
+  text: str | None                 # None without a tokenizer
+  n_accept: tuple[int, ...]        # drafts kept, per round
+  logprobs: tuple[float, ...] | None = None
+
+
 def main(settings: Settings) -> dict:
+  check(settings)
+  tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
+  prompts = read_prompts(settings, tokenizer)
+  if not prompts:
+    raise ValueError("there are no prompts: expected at least one")
+  with run_folder.owned(settings.out) if settings.out else contextlib.nullcontext():
+    with shell.stderr.status("loading"):
+      target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+      drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
+                                                                                dtype=settings.dtype)
+    how = settings_of_rows(settings, tokenizer, drafter, prompts)
+    known = {}
+    if settings.out:
+      run_folder.claim(settings.out, describe(settings, target, drafter, prompts, how))
+      read = lambda record: from_json(Line, record, "no finished prompt")
+      known = {line.index: line for line in run_folder.read_lines(settings.out, read)}
+    return decode(settings, tokenizer, target, drafter, prompts, how, known)
+
+
+def check(settings: Settings) -> None:
+  """ValueError for what can be seen to be wrong before anything is read."""
   if sum(x is not None for x in (settings.prompt, settings.prompts, settings.prompt_tokens)) != 1:
     raise ValueError("expected exactly one of --prompt, --prompts and --prompt-tokens")
   if settings.stop and (settings.prompt_tokens or "" in settings.stop):
     raise ValueError(f"stop is {settings.stop}, expected texts that are not empty, and prompts of text: stop texts are "
                      f"looked for in text; with --prompt-tokens, give --stop-token-ids")
+  if settings.out and settings.out.suffix != ".jsonl":
+    raise ValueError(f"out is {settings.out}, expected a name that ends in .jsonl")
   shell.check_decoding(settings)
-  tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
-  prompts = read_prompts(settings, tokenizer)
+
+
+def settings_of_rows(settings: Settings, tokenizer, drafter, prompts: list[Prompt]) -> dict[str, list]:
+  """Of `Session.prepare`, one value for each prompt."""
   stops = settings.stop_token_ids  # (): none; None: the tokenizer's
   if stops is None:
     stops = chat.stop_ids(tokenizer) if tokenizer else ()
-  with shell.stderr.status("loading"):
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
-    drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
-                                                                              dtype=settings.dtype)
-  each = [prompt.asked.over(settings, row) for row, prompt in enumerate(prompts)]
-  each = {name: [row[name] for row in each] for name in (each[0] if each else ())}
-  tables = {t: calibration(settings, drafter, t) for t in sorted(set(each.get("temperature", ())))}
+  rows = [prompt.asked.over(settings, row) for row, prompt in enumerate(prompts)]
+  tables = {t: calibration(settings, drafter, t) for t in sorted({row["temperature"] for row in rows})}
+  return {name: [row[name] for row in rows] for name in rows[0]} | dict(
+      stop_token_ids=[tuple(stops)] * len(rows), calibration=[tables[row["temperature"]] for row in rows],
+      confidence_threshold=[settings.confidence_threshold] * len(rows),
+      survival_threshold=[settings.survival_threshold] * len(rows))
+
+
+def describe(settings: Settings, target, drafter, prompts: list[Prompt], how: dict[str, list]) -> dict:
+  """What the lines of --out depend on."""
+  plain = lambda x: x if x is None or isinstance(x, (int, float)) else np.asarray(x).tolist()
+  rows = [[prompt.tokens, {name: plain(values[row]) for name, values in how.items()}]
+          for row, prompt in enumerate(prompts)]
+  return {"program": "infer.generate", "data": run_folder.digest(json.dumps(rows).encode()),
+          "config": {"target": target_id(target), "drafter": drafter and drafter_id(drafter), "dtype": settings.dtype,
+                     "stop": list(settings.stop), "logprobs": settings.logprobs}}
+
+
+def decode(settings: Settings, tokenizer, target, drafter, prompts: list[Prompt], how: dict[str, list],
+           known: dict[int, Line]) -> dict:
+  """Decodes the prompts that are not known, tells --out of every batch that is done, and returns the result of all."""
+  todo = [row for row in range(len(prompts)) if row not in known]
   batches = Session(target, drafter, budget=1e9 * settings.budget_gb).prepare(
-      [prompt.tokens for prompt in prompts], stop_token_ids=tuple(stops),
-      confidence_threshold=settings.confidence_threshold, survival_threshold=settings.survival_threshold,
-      calibration=[tables[t] for t in each["temperature"]] if any(x is not None for x in tables.values()) else None,
-      **each)
-  texts, compile_seconds, seconds = {}, 0.0, 0.0
+      [prompts[row].tokens for row in todo],
+      **{name: [values[row] for row in todo] for name, values in how.items()}) if todo else []
+  count, compile_seconds, seconds = 0, 0.0, 0.0
   with shell.bar() as bar:
-    task = bar.add_task("generating", total=len(prompts), note="compiling")
+    task = bar.add_task("generating", total=len(prompts), completed=len(known), note="compiling")
     for batch in batches:
       bar.update(task, note="compiling")
       began = time.perf_counter()
       batch.compile()  # apart from decoding: the first call would count the compilation as tokens that took minutes
       compiled = time.perf_counter()
       bar.update(task, note="")
-      texts |= zip(batch.indices, batch.run())
+      texts = batch.run()
       seconds += time.perf_counter() - compiled  # without what follows, which is no part of decoding
       compile_seconds += compiled - began
-      bar.update(task, advance=len(batch.indices))
-  count = sum(len(text.tokens) for text in texts.values())
-  texts = [cut(settings, tokenizer, texts[row]) for row in range(len(prompts))]
-  out = Generation.of(texts)
-  said = lambda row: before(settings.stop, tokenizer.decode(row, skip_special_tokens=True))
-  text = list(map(said, out.tokens)) if tokenizer else None
-  more = {}
-  if settings.logprobs:
-    more["logprobs"] = [score.logprobs(target, [prompt.tokens], [said])[0] for prompt, said in zip(prompts, out.tokens)]
-  length = out.accepted_length if out.rounds else None  # not NaN, which JSON lacks
-  return dict(tokens=out.tokens, text=text, n_accept=out.n_accept, accepted_length=length, rounds=out.rounds,
-              tokens_per_second=count / seconds, compile_seconds=compile_seconds, **more)
+      count += sum(len(text.tokens) for text in texts)
+      rows = [todo[i] for i in batch.indices]
+      new = [finish(settings, tokenizer, target, prompts[row], row, text) for row, text in zip(rows, texts)]
+      if settings.out:
+        run_folder.append(settings.out, list(map(to_json, new)))
+      known |= {line.index: line for line in new}
+      bar.update(task, advance=len(new))
+  lines = [known[row] for row in range(len(prompts))]
+  column = lambda name: [getattr(line, name) for line in lines]
+  commits = [n for line in lines for n in acceptance.delivered(line.n_accept, len(line.tokens))]
+  return dict(tokens=list(map(list, column("tokens"))), text=column("text") if tokenizer else None,
+              n_accept=list(map(list, column("n_accept"))), accepted_length=acceptance.accepted_length(commits),
+              rounds=len(commits), tokens_per_second=count / seconds if seconds else None,
+              compile_seconds=compile_seconds, **({"logprobs": column("logprobs")} if settings.logprobs else {}))
+
+
+def finish(settings: Settings, tokenizer, target, prompt: Prompt, index: int, text: Text) -> Line:
+  """A decoded text as it is handed out."""
+  text = cut(settings, tokenizer, text)
+  said = tokenizer and before(settings.stop, tokenizer.decode(text.tokens, skip_special_tokens=True))
+  found = score.logprobs(target, [prompt.tokens], [text.tokens])[0] if settings.logprobs else None
+  return Line(index, tuple(text.tokens), said, tuple(text.n_accept), found and tuple(found))
 
 
 def before(stops: tuple[str, ...], text: str) -> str:

@@ -24,7 +24,7 @@ def test_questions_are_the_prompts(capsys, tmp_path):
   assert [len(prompt) for prompt in read] == [6, 7]
   result, _ = called(capsys, bench.main, bench.Settings, *args, *SMALL)
   assert [row["batch"] for row in result["batches"]] == [1, 2]
-  assert all(row["accepted_length"] >= 1 and row["round_seconds"] > 0 for row in result["batches"])
+  assert all(row["accepted_length"] >= 1 for row in result["batches"])
 
 
 def test_a_target_without_a_tokenizer(capsys):
