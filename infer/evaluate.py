@@ -41,6 +41,7 @@ from dspark_jax.decoding.session import Session
 from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Decoded, Result
 
+PROGRAM = "infer.evaluate"
 PLAIN = "none"
 # Settings that may change when a run goes on: each value has files of its own, so nothing is mixed.
 CASES = ("targets", "drafters", "datasets", "temperatures", "thresholds")
@@ -113,6 +114,12 @@ class Models:
 
 def main(settings: Settings) -> dict:
   cases, datasets = check(settings), read_samples(settings)
+  with run_folder.owned(settings.out):
+    return decode(settings, cases, datasets)
+
+
+def decode(settings: Settings, cases: list[Case], datasets: dict[str, list[Sample]]) -> dict:
+  """Decodes what is missing in the folder, writes the results, and returns what the program prints."""
   run, found = open_run(settings, datasets), []
   with shell.bar() as bar:
     task = bar.add_task("samples", total=sum(len(datasets[case.dataset]) for case in cases), note="loading")
@@ -190,9 +197,11 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   plain = run_folder.plain(dataclasses.asdict(settings))
   plain.pop("out")  # a folder may be moved
   digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
-  run = {"settings": plain, "samples": {name: digest(samples) for name, samples in datasets.items()}}
-  if run_folder.is_begun(settings.out, work="samples/*.jsonl"):
-    known = run_folder.read_record(settings.out, dict.fromkeys(("settings", "samples", "models", "versions"), dict))
+  run = {"program": PROGRAM, "settings": plain,
+         "samples": {name: digest(samples) for name, samples in datasets.items()}}
+  if run_folder.is_begun(settings.out):
+    parts = dict.fromkeys(("settings", "samples", "models", "versions"), dict)
+    known = run_folder.read_record(settings.out, PROGRAM, parts)
     return run_folder.merged(settings.out, known, run, free=CASES, growing=("samples",))
   # For the reader, not compared: a run may go on under another version.
   versions = {"python": sys.version.split()[0], "jax": jax.__version__, "numpy": np.__version__,

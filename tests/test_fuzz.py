@@ -30,7 +30,7 @@ from dspark_jax.data.gguf_metadata import open_gguf
 from dspark_jax.loading import stored_temperatures
 from dspark_jax.programs import results, run_folder
 from infer import generate
-from train import answers, calibrate
+from train import answers, calibrate, train
 from folders import CHATML, DSPARK, GOLDEN, LLAMA, QWEN3, fresh_drafter, qwen3, sharded, target_of, with_tokenizer
 from mutations import ODD, TEMPLATES, spoil_bytes, spoil_json, spoil_lines, spoil_names, spoil_safetensors
 from test_gguf import model, write
@@ -143,7 +143,7 @@ def records(folder: Path) -> dict[str, Place]:
                                                   encode_conversation=chat.encode_conversation)
   rounds = dict(id="1", n_accept=[1], n_verify=[4], confidence=[[0.5] * 4])
   shutil.copy(REPORTS / "sweep.json", folder / "results.json")
-  run = {"config": {"steps": 2, "drafter": {"taps": [1]}}, "data": "abc", "total_steps": 2}
+  run = {"program": train.PROGRAM, "config": {"steps": 2, "drafter": {"taps": [1]}}, "data": "abc", "total_steps": 2}
   run_folder.write_record(folder / "run", run)
   of_lines = {
     "data": (lines(folder / "data.jsonl", {"messages": TALK}, MASKED, {"messages": TALK + TALK}), data),

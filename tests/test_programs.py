@@ -17,12 +17,12 @@ import pytest
 import dspark_jax
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DSpark
-from dspark_jax.programs import shell
+from dspark_jax.programs import run_folder, shell
 from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, files, llama,
-                     with_tokenizer)
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains,
+                     files, llama, with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
@@ -256,12 +256,12 @@ def test_an_answer_does_not_depend_on_where_a_run_stopped(folder, capsys, tmp_pa
   asked = tmp_path / "asked.jsonl"
   asked.write_text("".join(json.dumps({"prompt": f"w1{i} w20"}) + "\n" for i in range(5)))
   drawn = {}
-  for name, batch, counts in (("whole", 2, [5]), ("resumed", 2, [1, 5]), ("batches", 3, [5])):
+  for name, batch, counts in (("whole.jsonl", 2, [5]), ("resumed.jsonl", 2, [1, 5]), ("batches.jsonl", 3, [5])):
     for count in counts:
       called(capsys, answers.main, answers.Settings, "--target", folder / "target", "--out", tmp_path / name,
              "--questions", asked, "--batch", batch, "--max-new-tokens", 8, "--temperature", 1, "--count", count)
     drawn[name] = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-  assert drawn["whole"] == drawn["resumed"] == drawn["batches"]
+  assert drawn["whole.jsonl"] == drawn["resumed.jsonl"] == drawn["batches.jsonl"]
 
 
 # train.train
@@ -369,6 +369,35 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
   with pytest.raises(ValueError, match=rf"holds a run with other settings \(.*{word}.*\): give the same ones"):
     train.main(experiment(folder, out, **change))
   assert losses(out) == before
+
+
+@pytest.mark.parametrize("record, part", [
+    ({"program": "infer.evaluate", "settings": {}}, "run.json is of infer.evaluate, not of train.train"),
+    ({"settings": {}, "samples": {}, "models": {}, "versions": {}}, "run.json has no config, data, so it is another"),
+    ({"config": {"target": "5a", "drafter": "5b"}, "data": "5c"}, "holds a run with other settings ("),
+    ("seed", "holds a run with other settings (seed was 1, is 0)"),
+    (None, "holds metrics.jsonl, x.jsonl but no run.json")])
+def test_a_folder_of_something_else(record, part, folder, uninterrupted, tmp_path):
+  """Kills: the record of an evaluation, a calibration, or of a run without a checkpoint that training writes over."""
+  if record == "seed":
+    record = read(uninterrupted[0] / "run.json")
+    record["config"]["seed"] = 1
+  run_folder.append(tmp_path / "samples" / "x.jsonl", [{}])
+  run_folder.append(tmp_path / "metrics.jsonl", [{"step": 1}] if record else [])
+  if record:
+    run_folder.write_record(tmp_path, record)
+  before = files(tmp_path)
+  with complains(part, "another --out"):
+    train.main(experiment(folder, tmp_path))
+  assert files(tmp_path) == before and not (tmp_path / "steps").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint(folder, uninterrupted, tmp_path):
+  """Kills: steps that were lost and stay in the log; a number of steps by the clock that is found again."""
+  run_folder.write_record(tmp_path, read(uninterrupted[0] / "run.json"))
+  run_folder.append(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 9.0}])
+  train.main(experiment(folder, tmp_path))
+  assert losses(tmp_path) == losses(uninterrupted[0])
 
 
 def test_a_lens_is_fitted_once(folder, monkeypatch, tmp_path):

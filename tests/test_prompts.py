@@ -8,6 +8,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat
+from dspark_jax.decoding.session import PromptBatch
 from folders import DSPARK, LLAMA, QWEN3, called, compilation_cache, llama, with_tokenizer
 from infer import generate
 
@@ -99,3 +100,24 @@ def test_base_models(folder, capsys, tmp_path, monkeypatch):
   (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "w5"}]}\n')
   _, err = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl", code=2)
   assert "no chat template" in err
+
+
+def test_out_goes_on(folder, capsys, tmp_path, monkeypatch):
+  """Kills: a run that is killed and begins anew, or goes on with other numbers; one file with the texts of two runs."""
+  out = tmp_path / "out.jsonl"
+  common = ["--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 8,
+            "--temperature", 1.0, "--logprobs", "--budget-gb", 1e-9, "--out", out]  # a batch for each prompt
+  whole, _ = called(capsys, generate.main, generate.Settings, *common)
+  lines = out.read_text().splitlines(keepends=True)
+  assert sorted(json.loads(line)["index"] for line in lines) == [0, 1]
+  out.write_text(lines[0] + lines[1][:20])  # killed while it wrote the second one
+  ran, run = [], PromptBatch.run
+  monkeypatch.setattr(PromptBatch, "run", lambda batch: ran.append(batch) or run(batch))
+  again, _ = called(capsys, generate.main, generate.Settings, *common)
+  assert len(ran) == 1 and out.read_text().splitlines(keepends=True) == lines
+  timed = ("tokens_per_second", "compile_seconds")
+  assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
+  before = out.read_bytes()
+  for other in (["--seed", 1], ["--temperature", 0.5], ["--drafter", "none"]):
+    _, err = called(capsys, generate.main, generate.Settings, *common, *other, code=2)
+    assert "holds a run with other settings" in err and out.read_bytes() == before

@@ -1,12 +1,22 @@
-"""The record of a run and its lines: what goes on after a kill, what is refused, and in which words."""
+"""The record of a run and its lines: what goes on after a kill, what is refused, and in which words; its one owner."""
 
+import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from dspark_jax.drafters import DSpark
 from dspark_jax.programs import run_folder
-from folders import complains, files
+from infer import evaluate
+from train import answers, calibrate, compare, demo, train
+from train.config import read_config
+from folders import LLAMA, QWEN3, compilation_cache, complains, files, with_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 RECORDS = [{"id": "1", "text": "a\u2028b"}, {"id": "2", "text": "c"}, {"id": "3", "text": "é"}]
 CONFIG = {"seed": 0, "taps": [0, 1], "drafter": {"lens": False, "layers": 2}, "limit": None}
@@ -82,13 +92,13 @@ def test_steps_taken_back_are_forgotten(tmp_path):
 
 def test_the_same_run_goes_on(tmp_path):
   """Kills: settings that JSON spells otherwise (tuples, paths) taken for others; a new setting that is off refused."""
-  assert not run_folder.is_begun(tmp_path, work="*.jsonl")
+  assert not run_folder.is_begun(tmp_path)
   config = run_folder.plain(CONFIG | {"taps": (0, 1), "target": Path("x")})
   run_folder.write_record(tmp_path / "run", {"config": config, "data": "d1", "total_steps": 7})
-  assert run_folder.is_begun(tmp_path / "run", work="*")
-  now = {"config": config | {"new": None}, "data": "d1"}
+  assert run_folder.is_begun(tmp_path / "run")
+  now = {"program": "p", "config": config | {"new": None}, "data": "d1"}
   known = run_folder.resumed(tmp_path / "run", now)
-  assert known["total_steps"] == 7 and known["config"]["target"] == "x"
+  assert known["total_steps"] == 7 and known["config"]["target"] == "x" and known["program"] == "p"
   assert run_folder.plain(now) == now
 
 
@@ -102,13 +112,13 @@ def test_the_same_run_goes_on(tmp_path):
   ("data", ["(data has changed since)"])])
 def test_another_run_is_refused(change, parts, tmp_path):
   """Kills: going on with half of one experiment and half of another; a refusal that does not say what differs."""
-  record = {"config": CONFIG, "data": "d1"}
+  record = {"program": "p", "config": CONFIG, "data": "d1"}
   run_folder.write_record(tmp_path, record)
   before = files(tmp_path)
-  new = record | {"data": "d2"} if change == "data" else {"config": CONFIG | change, "data": "d1"}
+  new = record | ({"data": "d2"} if change == "data" else {"config": CONFIG | change})
   with complains(f"{tmp_path} holds a run with other settings (", *parts,
                  "give the same ones to go on with it, or another --out"):
-    run_folder.resumed(tmp_path, new)
+    run_folder.claim(tmp_path, new)
   assert files(tmp_path) == before
 
 
@@ -127,20 +137,38 @@ def test_what_may_change_and_grow():
 @pytest.mark.parametrize("text, part", [
   ("", "run.json is not JSON"), ('{"config": {', "run.json is not JSON"), ("[]", "expected an object"),
   ("{}", "has no config, data, so it is another program's, or damaged: choose another --out"),
-  ('{"config": [], "data": "d1"}', "has no config, so"), ('{"config": {}, "data": 1}', "has no data, so")])
+  ('{"config": [], "data": "d1"}', "has no config, so"), ('{"config": {}, "data": 1}', "has no data, so"),
+  ('{"program": "q", "config": {}, "data": "d1"}', "is of q, not of p: choose another --out"),
+  ('{"program": null}', "is of None, not of p")])
 def test_damaged_or_foreign_records(text, part, tmp_path):
   """Kills: a traceback, or a run that takes over somebody else's folder."""
   (tmp_path / "run.json").write_text(text)
   with complains("run.json", part):
-    run_folder.resumed(tmp_path, {"config": CONFIG, "data": "d1"})
+    run_folder.claim(tmp_path, {"program": "p", "config": CONFIG, "data": "d1"})
   assert (tmp_path / "run.json").read_text() == text
 
 
-def test_work_without_a_record(lines):
-  """Kills: rounds of who knows what counted as this run's."""
-  with complains("holds lines.jsonl but no run.json that says where from", "another --out"):
-    run_folder.is_begun(lines.parent, work="*.jsonl")
-  assert not run_folder.is_begun(lines.parent) and not run_folder.is_begun(lines.parent, work="rounds-*.jsonl")
+@pytest.mark.parametrize("name", ["rounds-greedy.jsonl", "samples/x.jsonl", "metrics.jsonl", "steps/3/x",
+                                  "results.json", "drafter/drafter.json", "drafter.json"])
+def test_work_without_a_record(name, lines):
+  """Kills: rounds of who knows what counted as this run's; another program's work that is written over or mixed in."""
+  assert not run_folder.is_begun(lines.parent)
+  (lines.parent / name).parent.mkdir(parents=True, exist_ok=True)
+  shutil.copy(lines, lines.parent / name)
+  with complains("but no run.json that says where from", "choose another --out, or move the old work away"):
+    run_folder.claim(lines.parent, {"program": "p"})
+  assert not (lines.parent / "run.json").exists()
+
+
+def test_the_record_of_a_file(lines, tmp_path):
+  """Kills: lines without a record that are adopted; two files of one folder that share a record."""
+  with complains("new holds lines.jsonl but no lines.jsonl.run.json that says where from"):
+    run_folder.claim(lines, {"program": "p"})
+  lines.write_bytes(b"")
+  run_folder.claim(lines, {"program": "p", "config": CONFIG})
+  run_folder.claim(lines.with_name("other.jsonl"), {"program": "p", "config": CONFIG | {"seed": 1}})
+  with complains("lines.jsonl holds a run with other settings (seed was 0, is 1)"):
+    run_folder.claim(lines, {"program": "p", "config": CONFIG | {"seed": 1}})
 
 
 def test_records_are_json(tmp_path):
@@ -150,3 +178,154 @@ def test_records_are_json(tmp_path):
   with pytest.raises(ValueError):
     run_folder.write_record(tmp_path, {"config": {"x": float("nan")}})
   assert files(tmp_path) == before and json.loads(before["run.json"]) == {"config": {}}
+
+
+# One owner
+
+
+@pytest.mark.parametrize("name", ["run", "lines.jsonl"])
+def test_one_owner(name, tmp_path):
+  """Kills: two runs that append to one file; a lock that stays, or a folder, when nothing was written; one that takes
+  a folder along which was there."""
+  out = tmp_path / "new" / name
+  with pytest.raises(KeyboardInterrupt), run_folder.owned(out):
+    with complains(f"{out} is in use by process ", "wait until it ends, or choose another --out"):
+      with run_folder.owned(out):
+        pytest.fail("two owners")
+    with run_folder.owned(out.with_name("other")):
+      pass
+    raise KeyboardInterrupt
+  assert files(tmp_path) == {} and not out.exists()
+  out.parent.mkdir(exist_ok=True)
+  with run_folder.owned(out):
+    run_folder.write_record(out, {})
+  assert list(files(out.parent)) == [str(run_folder.record_path(out).relative_to(out.parent))]
+
+
+def test_an_owner_that_is_killed(tmp_path):
+  """Kills: a lock that knows its own process alone, or that a kill leaves locked for good."""
+  code = ("import pathlib, sys, time\nfrom dspark_jax.programs import run_folder\n"
+          "with run_folder.owned(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(99)")
+  owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=ROOT)
+  assert owner.stdout.readline() == b"held\n"
+  with complains(f"{tmp_path} is in use by process {owner.pid} on "), run_folder.owned(tmp_path):
+    pytest.fail("two owners")
+  owner.kill()
+  owner.communicate()
+  with run_folder.owned(tmp_path):
+    pass
+
+
+def config(folder: Path, name: str, change: str) -> str:
+  """The path of an experiment like configs/NAME.py, with a line that makes another `config` of it."""
+  text = (ROOT / "configs" / f"{name}.py").read_text()
+  (folder / f"{name}.py").write_text(f"{text}\nfrom dataclasses import replace\n{change}\n")
+  return str(folder / f"{name}.py")
+
+
+def demo_config(folder: Path, **changes) -> str:
+  return config(folder, "demo", f"config = replace(config, **{changes!r})")
+
+
+# Each would go on to load a target that does not exist.
+PROGRAMS = {
+  "train": lambda out, at: train.main(dataclasses.replace(read_config(demo_config(at, target="/nowhere")), data=(at,),
+                                                         out=out)),
+  "answers": lambda out, at: answers.main(answers.Settings("/nowhere", out)),
+  "calibrate": lambda out, at: calibrate.main(calibrate.Settings("/nowhere", at, out=out)),
+  "compare": lambda out, at: compare.main(compare.Settings(config(
+      at, "compare", "config = replace(config, base=replace(config.base, target='/nowhere'))"), (at,), out)),
+  "demo": lambda out, at: demo.main(demo.Settings(out=out, config=demo_config(at, target="/nowhere"))),
+  "evaluate": lambda out, at: evaluate.main(evaluate.Settings(("/nowhere",), out))}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_owns_what_it_writes(name, tmp_path):
+  """Kills: a program that does not ask whether its folder is in use, or asks after minutes of loading."""
+  (tmp_path / "drafter.json").write_text("{}")
+  out = tmp_path / "runs" / "out.jsonl"
+  with run_folder.owned(out), complains(f"{out} is in use by process "):
+    PROGRAMS[name](out, tmp_path)
+  with complains("target /nowhere does not exist"):
+    PROGRAMS[name](out, tmp_path)
+  assert not (tmp_path / "runs").exists()
+
+
+# What answers depend on
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+  """Two targets, and the first with another template."""
+  folder = tmp_path_factory.mktemp("targets")
+  with_tokenizer(LLAMA, folder / "llama"), with_tokenizer(QWEN3, folder / "qwen3")
+  template = with_tokenizer(LLAMA, folder / "template") / "chat_template.jinja"
+  template.write_text(template.read_text() + "{# other #}")
+  (folder / "asked.jsonl").write_text('{"prompt": "w7"}\n{"prompt": "w8"}\n')
+  (folder / "other.jsonl").write_text('{"prompt": "w7"}\n{"prompt": "w9"}\n')
+  with compilation_cache(folder / "cache"):
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def answered(targets):
+  """The settings of a file that holds the first of two answers."""
+  settings = answers.Settings(str(targets / "llama"), targets / "a.jsonl", questions=targets / "asked.jsonl", count=1,
+                              batch=1, max_new_tokens=4)
+  answers.main(settings)
+  return settings
+
+
+@pytest.mark.parametrize("change, part", [
+  ({"temperature": 1.0}, "temperature was 0.0, is 1.0"), ({"top_k": 3}, "top_k was 0, is 3"),
+  ({"seed": 1}, "seed was 0"), ({"max_new_tokens": 5}, "max_new_tokens was 4"),
+  ({"dtype": "bfloat16"}, "dtype was float32"),
+  ({"target": "qwen3"}, "(target was "), ({"target": "template"}, "(template has changed since)"),
+  ({"questions": "other.jsonl"}, "(data has changed since)")])
+@pytest.mark.parametrize("left", [True, False])
+def test_answers_of_one_run(change, part, left, targets, answered, tmp_path):
+  """Kills: answers at two temperatures, or of two targets, in one file; another file's question 1 taken for asked; an
+  identity that is checked only where there are answers."""
+  for name in ("a.jsonl", "a.jsonl.run.json")[not left:]:
+    shutil.copy(targets / name, tmp_path)
+  before = files(tmp_path)
+  change = {key: type(getattr(answered, key))(targets / value) if key in ("target", "questions") else value
+            for key, value in change.items()}
+  with complains("a.jsonl holds a run with other settings (", part, "another --out"):
+    answers.main(dataclasses.replace(answered, out=tmp_path / "a.jsonl", count=2, **change))
+  assert files(tmp_path) == before
+
+
+def test_answers_without_a_record(targets, answered, tmp_path):
+  """Kills: answers of who knows which target that are added to; a file that train.train does not read afterwards."""
+  shutil.copy(answered.out, tmp_path)
+  with complains("holds a.jsonl but no a.jsonl.run.json that says where from", "another --out"):
+    answers.main(dataclasses.replace(answered, out=tmp_path / "a.jsonl"))
+  with complains("expected a name that ends in .jsonl"):
+    answers.main(dataclasses.replace(answered, out=tmp_path / "a.json"))
+  assert list(files(tmp_path)) == ["a.jsonl"]
+
+
+def test_the_demo_goes_on(targets, monkeypatch, tmp_path):
+  """Kills: a demo that locks itself out, asks again after a kill, or takes another program's folder."""
+  small = DSpark.Settings(taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=4)
+  settings = demo.Settings(minutes=1e-6, out=tmp_path / "demo", held_out=2, new_tokens=8, config=config(
+      tmp_path, "demo", f"from dspark_jax.drafters.dspark import DSparkSettings\nconfig = replace(config, target="
+      f"{str(targets / 'llama')!r}, batch=2, row_length=64, anchors=4, drafter={small!r})"))
+  questions = answers.stdlib_questions()[::40]
+  for program in (answers, demo):
+    monkeypatch.setattr(program, "stdlib_questions", lambda: questions)
+  real = train.train
+  monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    demo.main(settings)
+  monkeypatch.setattr(train, "train", real)
+  first = demo.main(settings)
+  asked = files(tmp_path / "demo")["answers.jsonl"]
+  monkeypatch.setattr(demo, "compare", lambda *_: first)
+  assert first["identical"] and demo.main(settings)["training"]["steps"] == first["training"]["steps"]
+  assert files(tmp_path / "demo")["answers.jsonl"] == asked
+  assert not {path.name for path in (tmp_path / "demo").rglob(".*lock")}
+  run_folder.write_record(tmp_path / "demo", {"program": "infer.evaluate"})
+  with complains("run.json is of infer.evaluate, not of train.train: choose another --out"):
+    demo.main(settings)

@@ -6,13 +6,15 @@ from Python's own standard library, which every machine has. A run that is kille
     python -m train.answers --target smollm2 --out runs/answers.jsonl --minutes 4
     python -m train.answers --target Qwen/Qwen3-4B --questions prompts.jsonl --out answers.jsonl --temperature 0.7
 
-Each line of the output holds one conversation in tokens: {"id", "tokens", "loss_mask"}, answer tokens supervised.
+Each line of the output holds one conversation in tokens: {"id", "tokens", "loss_mask"}, answer tokens supervised. What
+they depend on (target, template, questions, sampling) is in OUT.run.json: a file has the answers of one run alone.
 The last line of stdout is a JSON object with the keys answers, tokens, tokens_per_second and out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 import zlib
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Literal
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
+from dspark_jax.loading import target_id
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_jsonl
 
@@ -30,7 +33,7 @@ class Settings:
   target: str
   """GGUF file, Hugging Face folder or id, or smollm2"""
   out: Path
-  """JSONL file; lines that are there already are kept and not asked again"""
+  """.jsonl file; lines that are there already are kept and not asked again"""
   questions: Path | None = None
   """JSONL: {"prompt": TEXT} per line; default: questions about the standard library (the training part)"""
   minutes: float | None = None
@@ -53,8 +56,11 @@ def main(settings: Settings) -> dict:
   shell.check_decoding(settings)
   if settings.minutes is not None and not settings.minutes > 0 or settings.count is not None and settings.count < 1:
     raise ValueError(f"minutes is {settings.minutes} and count {settings.count}, expected numbers above 0 where given")
+  if settings.out.suffix != ".jsonl":
+    raise ValueError(f"out is {settings.out}, expected a name that ends in .jsonl, by which train.train knows its data")
   questions = read_questions(settings)
-  return answer(settings, *shell.load(settings.target, settings.dtype), questions)
+  with run_folder.owned(settings.out):
+    return answer(settings, *shell.load(settings.target, settings.dtype), questions)
 
 
 def read_questions(settings: Settings) -> list[tuple[str, str]]:
@@ -70,8 +76,18 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   return questions
 
 
+def describe(settings: Settings, target, tokenizer, questions: list[tuple[str, str]]) -> dict:
+  """What the answers depend on. Not the batch, nor how many are asked for: seeds are by question."""
+  names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
+  digest = lambda value: run_folder.digest(json.dumps(value).encode())
+  return {"program": "train.answers",
+          "config": {name: getattr(settings, name) for name in names} | {"target": target_id(target)},
+          "template": digest(tokenizer.chat_template), "data": digest(questions)}
+
+
 def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str]]) -> dict:
-  """Asks what is not answered yet, a batch at a time, and appends every batch whole."""
+  """Asks what is not answered yet, a batch at a time, and appends every batch whole. The caller owns the file."""
+  run_folder.claim(settings.out, describe(settings, target, tokenizer, questions))
   # The ids alone: a file of answers may be larger than the memory that is left beside the target.
   known = set(run_folder.read_lines(settings.out, lambda record: record["id"],
                                     remedy="delete the line, its question is asked again then"))

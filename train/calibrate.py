@@ -112,6 +112,14 @@ class Rounds:
 def main(settings: Settings) -> dict:
   modes = check(settings)
   questions = read_questions(settings)
+  # Beside the drafter and not in it: a drafter's folder is replaced as a whole when it is saved again.
+  out = settings.out or settings.drafter.resolve().with_name(settings.drafter.resolve().name + "-calibration")
+  with run_folder.owned(out):
+    return calibrate(settings, modes, questions, out)
+
+
+def calibrate(settings: Settings, modes: dict[str, float], questions: list[tuple[str, str]], out: Path) -> dict:
+  """Decodes what is missing in `out`, fits, reports, and returns the result that the program prints."""
   target, tokenizer = shell.load(settings.target, settings.dtype)
   drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   if not drafter.has_confidence:
@@ -119,9 +127,7 @@ def main(settings: Settings) -> dict:
                      f"drafter with confidence 'markov' or 'hidden'")
   stored_temperatures(settings.drafter, drafter)  # what is damaged should not come out after an hour
   prompts = choose(settings, tokenizer, questions)
-  # Beside the drafter and not in it: a drafter's folder is replaced as a whole when it is saved again.
-  out = settings.out or settings.drafter.resolve().with_name(settings.drafter.resolve().name + "-calibration")
-  open_run(out, settings, target, drafter, questions)
+  run_folder.claim(out, describe(settings, target, drafter, questions))
   decoded = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
   results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in decoded.items()}
   shell.write_json(out / "calibration.json", dict(target=settings.target, drafter=str(settings.drafter), modes={
@@ -186,16 +192,13 @@ def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int
   return prompts
 
 
-def open_run(out: Path, settings: Settings, target, drafter, questions) -> None:
-  """Makes the folder and records what its rounds depend on. ValueError if it holds rounds of something else."""
+def describe(settings: Settings, target, drafter, questions) -> dict:
+  """What the rounds depend on."""
   # Neither the batch nor the number of samples: a prompt's rounds depend on its own seed, and more may be asked for.
   config = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "seed", "dtype")}
-  record = {"config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
-            "data": run_folder.digest(json.dumps(questions).encode())}
-  if run_folder.is_begun(out, work="rounds-*.jsonl"):
-    run_folder.resumed(out, record)
-  else:
-    run_folder.write_record(out, record)
+  return {"program": "train.calibrate",
+          "config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
+          "data": run_folder.digest(json.dumps(questions).encode())}
 
 
 def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops,

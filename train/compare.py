@@ -24,7 +24,7 @@ from dspark_jax.config import from_json, to_json
 from dspark_jax.decoding import acceptance
 from dspark_jax.loading import load_drafter
 from dspark_jax.nn.parameters import values
-from dspark_jax.programs import results, shell
+from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Result
 from infer import evaluate, plots
 from train import train
@@ -55,17 +55,23 @@ def main(settings: Settings) -> dict:
   if not (settings.steps or config.base.steps):
     raise ValueError(f"{settings.config} sets no steps, and all drafters must have as many: give --steps")
   runs = {name: planned(settings, config, name) for name in config.drafters}
-  evaluation = settings.out / "evaluation"
   asked = evaluate.Settings(
       targets=(config.base.target,), drafters=tuple(str(run.out) for seeds in runs.values() for run in seeds),
       datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
-      max_new_tokens=config.max_new_tokens, folder=settings.folder, hub=settings.hub, out=evaluation)
+      max_new_tokens=config.max_new_tokens, folder=settings.folder, hub=settings.hub,
+      out=settings.out / "evaluation")
   evaluate.check(asked), evaluate.read_samples(asked)  # a mistake is seen now, not after hours of training
+  with run_folder.owned(settings.out):
+    return compare(settings, config, runs, asked)
+
+
+def compare(settings: Settings, config: CompareConfig, runs: dict[str, list], asked: evaluate.Settings) -> dict:
+  """Trains, evaluates, reports, and returns the result that the program prints. runs: the trainings by drafter."""
   # Seed by seed: killed in the middle, there are whole comparisons and not all seeds of one drafter.
-  trained = train_all([run for runs_of_seed in zip(*runs.values()) for run in runs_of_seed])
+  trained = train_all(settings.out, [run for runs_of_seed in zip(*runs.values()) for run in runs_of_seed])
   evaluate.main(asked)
-  found = results.read(evaluation / "results.json")
-  rows, gaps = pool(evaluation, found.results, {run.out.name: name for name, seeds in runs.items() for run in seeds})
+  found = results.read(asked.out / "results.json")
+  rows, gaps = pool(asked.out, found.results, {run.out.name: name for name, seeds in runs.items() for run in seeds})
   pooled = settings.out / "results.json"
   shell.write_json(pooled, to_json(dataclasses.replace(found, results=tuple(rows))))
   drawn = plots.main(plots.Settings(results=(pooled,), out=settings.out / "figures"))
@@ -83,15 +89,18 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
           for seed in settings.seeds]
 
 
-def train_all(runs: list) -> dict[str, dict]:
+def train_all(out: Path, runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
   target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype)
   for run in runs:
     train.drafter_config(run.drafter, target)  # what does not fit the target is seen before anything is trained
+  # What else could differ is in the records of the trainings and of the evaluation.
+  run_folder.claim(out, {"program": "train.compare", "config": {"target": runs[0].target, "steps": runs[0].steps}})
   trained = {}
   for run in runs:  # also those that are done: train returns their last numbers without compiling anything
     shell.say(f"[{run.out.name}]")
-    result = train.train(run, target, tokenizer)
+    with run_folder.owned(run.out):
+      result = train.train(run, target, tokenizer)
     if train.is_stopped(run, result):
       raise ValueError(f"the training of {run.out.name} was stopped after step {result['steps']}: give the same "
                        f"command to go on")

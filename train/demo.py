@@ -27,7 +27,7 @@ from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
-from train.config import read_config
+from train.config import TrainConfig, read_config
 
 
 @dataclasses.dataclass
@@ -45,13 +45,22 @@ class Settings:
 def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
+  with run_folder.owned(settings.out):
+    return demonstrate(settings, config)
+
+
+def demonstrate(settings: Settings, config: TrainConfig) -> dict:
+  """Answers, training and comparison, of which what is done stays done; returns what the program prints."""
   # In float32 greedy text is the same token for token, whatever wrote it; for training it is cast as the config says.
   target, tokenizer = shell.load(config.target, "float32")
   # 192: with the longest question (64 tokens) an answer fills a training row. 64 rows read each weight once for all.
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
-  if not run_folder.is_begun(settings.out):  # a run that began keeps its data
+  if run_folder.is_begun(settings.out):  # a run that began keeps its data
+    run_folder.read_record(settings.out, train.PROGRAM, {"total_steps": int})
+  else:
     shell.say("the target answers questions about Python's standard library")
-    answers.answer(ask, target, tokenizer, answers.read_questions(ask))
+    with run_folder.owned(ask.out):
+      answers.answer(ask, target, tokenizer, answers.read_questions(ask))
   shell.say("a drafter learns from the answers")
   trained = train.train(config, target, tokenizer)
   if train.is_stopped(config, trained):

@@ -44,6 +44,7 @@ from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train.config import TrainConfig, read_config
 
+PROGRAM = "train.train"
 LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 TIMED = 4             # steps whose median says how long one takes: the first of them may compile
@@ -55,13 +56,16 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
-  return train(config, *shell.load(config.target, config.target_dtype))
+  with run_folder.owned(config.out):
+    return train(config, *shell.load(config.target, config.target_dtype))
 
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
-  """Trains (or goes on training), saves, and returns the result that the program prints."""
+  """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
   date = date_of(config.out)
   source, packed = read_data(config, target.config.vocab_size, tokenizer, date)
+  record = describe(config, packed)
+  run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
   step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
                            compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
@@ -70,10 +74,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 1000)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
-  record = describe(config, packed)
-  # Without a checkpoint nothing would be mixed: the run begins anew, under whatever settings.
-  run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if saved.latest is not None else None
-  if run and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
+  fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
+  if run and not fresh and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
@@ -82,7 +84,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     compiled = step.lower(state, target, batch_of(0)).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
-  if run is None and getattr(config.drafter, "lens", False):  # not every kind has one
+  if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
     drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
     state = state.replace(drafter=drafter)
 
@@ -99,8 +101,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   restored = checkpoints.restore(saved, state)
   if restored is not None:
     state = restored
-    run_folder.forget_after(config.out / LOG, int(state.step))
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+  run_folder.forget_after(config.out / LOG, int(state.step))
   state, last = loop(config, advance, state, saved, run["total_steps"])
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
@@ -162,20 +164,20 @@ def describe(config: TrainConfig, packed) -> dict:
   settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
-  return {"config": settings, "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
+  return {"program": PROGRAM, "config": settings,
+          "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
 
 
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
   run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
   run_folder.write_record(config.out, run)
-  (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
   return run
 
 
 def is_stopped(config: TrainConfig, result: dict) -> bool:
   """Whether SIGTERM ended a training before its last step; `result` is what it returned."""
-  return result["steps"] < run_folder.read_record(config.out, {"total_steps": int})["total_steps"]
+  return result["steps"] < run_folder.read_record(config.out, PROGRAM, {"total_steps": int})["total_steps"]
 
 
 def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):

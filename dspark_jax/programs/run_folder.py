@@ -1,45 +1,101 @@
-"""The folder of a run that may be killed: run.json says what made it, finished work is appended as lines of JSON."""
+"""What a run leaves that may be killed: a record says what made it, finished work is appended as lines of JSON.
+
+`out` is a folder, or a file of lines whose name ends in .jsonl. It has one owner at a time, and one run for good.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dspark_jax.programs import shell
 from dspark_jax.text import parsed, read_json
 
 RECORD = "run.json"
+# What the programs leave in their folders: where any of it lies without a record, nobody knows whose it is.
+WORK = ("calibration.json", "drafter", "drafter.json", "metrics.jsonl", "report.md", "results.json", "rounds-*.jsonl",
+        "samples/*.jsonl", "steps/*")
 
 
-def is_begun(folder: Path, work: str | None = None) -> bool:
-  """Whether `folder` says which run it is of. ValueError when it does not but holds files of one (pattern `work`)."""
-  begun = (folder / RECORD).exists()
-  held = sorted(path.name for path in folder.glob(work)) if work and not begun else []
+def record_path(out: Path) -> Path:
+  """Where the record is: in a folder, or beside a file of lines."""
+  return out.with_name(f"{out.name}.{RECORD}") if out.suffix == ".jsonl" else out / RECORD
+
+
+@contextlib.contextmanager
+def owned(out: Path) -> Iterator[None]:
+  """Keeps other runs away from `out` for as long as this block, or its process, lives.
+
+  ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too.
+  """
+  record = record_path(out)
+  lock = record.with_name(f".{record.name}.lock")
+  made = not lock.parent.exists()
+  lock.parent.mkdir(parents=True, exist_ok=True)
+  held = FileLock(lock)  # the system's, which ends with the process, however that ends
+  try:
+    held.acquire(blocking=False)
+  except Timeout as error:
+    raise ValueError(f"{out} is in use by {lock.read_text() or 'another process'}: wait until it ends, or choose "
+                     f"another --out") from error
+  try:
+    lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    yield
+  finally:
+    lock.unlink(missing_ok=True)  # before it is released: who opened this file meanwhile sees that it is gone
+    held.release()
+    if made:
+      with contextlib.suppress(OSError):
+        lock.parent.rmdir()  # only when empty: a mistake that was seen before anything was written
+
+
+def is_begun(out: Path) -> bool:
+  """Whether there is a record of the run that `out` is of. ValueError when there is none, but a run's work."""
+  if record_path(out).exists():
+    return True
+  is_file = out.is_file() and out.stat().st_size
+  held = [out.name] if is_file else sorted(path.name for pattern in WORK for path in out.glob(pattern))
   if held:
-    raise ValueError(f"{folder} holds {', '.join(held[:5])} but no {RECORD} that says where from: choose another --out")
-  return begun
+    raise ValueError(f"{out.parent if is_file else out} holds {', '.join(held[:5])} but no {record_path(out).name} "
+                     f"that says where from: choose another --out, or move the old work away")
+  return False
 
 
-def read_record(folder: Path, parts: dict[str, type]) -> dict[str, Any]:
-  """The record of the run in `folder`. ValueError unless it has these parts: it is damaged, or another program's."""
-  known = read_json(folder / RECORD)
+def claim(out: Path, record: dict[str, Any]) -> None:
+  """Records what the work in `out` depends on. ValueError when that is another run's."""
+  if is_begun(out):
+    resumed(out, record)
+  else:
+    write_record(out, record)
+
+
+def read_record(out: Path, program: str, parts: dict[str, type]) -> dict[str, Any]:
+  """The record of a run of `program`. ValueError when it is another program's, or damaged: a part is missing."""
+  path = record_path(out)
+  known = {"program": program} | read_json(path)  # older records name none: their parts tell them apart
+  if known["program"] != program:
+    raise ValueError(f"{path} is of {str(known['program'])[:40]}, not of {program}: choose another --out")
   missing = [name for name, kind in parts.items() if not isinstance(known.get(name), kind)]
   if missing:
-    raise ValueError(f"{folder / RECORD} has no {', '.join(missing)}, so it is another program's, or damaged: choose "
-                     f"another --out")
+    raise ValueError(f"{path} has no {', '.join(missing)}, so it is another program's, or damaged: choose another "
+                     f"--out")
   return known
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-  """Writes the record whole or not at all: half of one would make the folder look like somebody else's."""
-  shell.write_json(folder / RECORD, record)
+def write_record(out: Path, record: dict[str, Any]) -> None:
+  """Writes the record whole or not at all: half of one would make the run look like somebody else's."""
+  shell.write_json(record_path(out), record)
 
 
-def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), growing=(), shrunk=()
+def merged(out: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), growing=(), shrunk=()
            ) -> dict[str, Any]:
   """`known` with the parts of `new`, if both describe the same run; else a ValueError that names all that differs.
 
@@ -47,12 +103,12 @@ def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(),
   free: settings that may change, since results do not mix them. A setting that `known` does not have was None. shrunk:
   settings that are objects, of which old records held fields that nothing read.
   """
-  differ, out = [], known | new
+  differ, both = [], known | new
   for name, part in new.items():
     if name in growing:
       old = known[name]
       differ += [f"{name}: {key} has changed since" for key, value in part.items() if old.get(key, value) != value]
-      out[name] = old | part
+      both[name] = old | part
     elif isinstance(part, dict):
       # Only what is asked for now: a setting of an older version, gone since, is no reason to refuse its run.
       fixed = {key: value for key, value in part.items() if key not in free}
@@ -60,15 +116,15 @@ def merged(folder: Path, known: dict[str, Any], new: dict[str, Any], *, free=(),
     elif known[name] != part:
       differ.append(f"{name} has changed since")
   if differ:
-    raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on "
+    raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on "
                      f"with it, or another --out")
-  return out
+  return both
 
 
-def resumed(folder: Path, record: dict[str, Any], *, shrunk=()) -> dict[str, Any]:
-  """The record of the run in `folder`, which must be the one that `record` describes. shrunk: see `merged`."""
-  known = read_record(folder, {name: type(part) for name, part in record.items()})
-  return merged(folder, known, record, shrunk=shrunk)
+def resumed(out: Path, record: dict[str, Any], *, shrunk=()) -> dict[str, Any]:
+  """The record of the run in `out`, which must be the one that `record` describes. shrunk: see `merged`."""
+  known = read_record(out, record["program"], {name: type(part) for name, part in record.items()})
+  return merged(out, known, record, shrunk=shrunk)
 
 
 def _differences(was: dict, now: dict, shrunk=(), where: str = "") -> Iterator[str]:
