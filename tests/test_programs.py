@@ -372,7 +372,7 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
 
 
 @pytest.mark.parametrize("record, part", [
-    ({"program": "infer.evaluate", "settings": {}}, "run.json is of infer.evaluate, not of train.train"),
+    ({"program": "infer.evaluate", "settings": {}}, "run.json is of 'infer.evaluate', not of train.train"),
     ({"settings": {}, "samples": {}, "models": {}, "versions": {}}, "run.json has no config, data, so it is another"),
     ({"config": {"target": "5a", "drafter": "5b"}, "data": "5c"}, "holds a run with other settings ("),
     ("seed", "holds a run with other settings (seed was 1, is 0)"),

@@ -138,7 +138,8 @@ def test_what_may_change_and_grow():
   ("", "run.json is not JSON"), ('{"config": {', "run.json is not JSON"), ("[]", "expected an object"),
   ("{}", "has no config, data, so it is another program's, or damaged: choose another --out"),
   ('{"config": [], "data": "d1"}', "has no config, so"), ('{"config": {}, "data": 1}', "has no data, so"),
-  ('{"program": "q", "config": {}, "data": "d1"}', "is of q, not of p: choose another --out"),
+  ('{"program": "q", "config": {}, "data": "d1"}', "is of 'q', not of p: choose another --out"),
+  ('{"program": "\\n", "config": {}}', "is of '\\n', not of p"),
   ('{"program": null}', "is of None, not of p")])
 def test_damaged_or_foreign_records(text, part, tmp_path):
   """Kills: a traceback, or a run that takes over somebody else's folder."""
@@ -327,5 +328,5 @@ def test_the_demo_goes_on(targets, monkeypatch, tmp_path):
   assert files(tmp_path / "demo")["answers.jsonl"] == asked
   assert not {path.name for path in (tmp_path / "demo").rglob(".*lock")}
   run_folder.write_record(tmp_path / "demo", {"program": "infer.evaluate"})
-  with complains("run.json is of infer.evaluate, not of train.train: choose another --out"):
+  with complains("run.json is of 'infer.evaluate', not of train.train: choose another --out"):
     demo.main(settings)

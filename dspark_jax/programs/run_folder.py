@@ -82,7 +82,7 @@ def read_record(out: Path, program: str, parts: dict[str, type]) -> dict[str, An
   path = record_path(out)
   known = {"program": program} | read_json(path)  # older records name none: their parts tell them apart
   if known["program"] != program:
-    raise ValueError(f"{path} is of {str(known['program'])[:40]}, not of {program}: choose another --out")
+    raise ValueError(f"{path} is of {known['program']!r:.40}, not of {program}: choose another --out")
   missing = [name for name, kind in parts.items() if not isinstance(known.get(name), kind)]
   if missing:
     raise ValueError(f"{path} has no {', '.join(missing)}, so it is another program's, or damaged: choose another "
