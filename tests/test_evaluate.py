@@ -154,11 +154,24 @@ def test_uncalibrate():
   np.testing.assert_allclose(acceptance.uncalibrate(np.asarray(calibrated, np.float64), temperatures), raw, atol=1e-5)
 
 
-def test_commits():
-  """Kills: the bonus token of a round that a stop token ended, counted although it was never said."""
-  assert acceptance.commits([1, 0, 4], 9) == [2, 1, 5]
-  assert acceptance.commits([1, 0, 4], 8) == [2, 1, 4]
-  assert acceptance.commits([], 1) == []
+def test_delivered():
+  """Kills: tokens past a stop token or past the limit, counted although nobody got them: accepted lengths of 5 in texts
+  of two tokens."""
+  assert acceptance.delivered([1, 0, 4], 9) == [2, 1, 5]
+  assert acceptance.delivered([1, 0, 4], 8) == [2, 1, 4]
+  assert acceptance.delivered([1, 0, 4], 5) == [2, 1, 1]
+  assert acceptance.delivered([], 1) == [] and acceptance.accepted_length([]) is None
+  assert acceptance.accepted_length([2, 1, 1]) == 4 / 3
+
+
+def test_one_accepted_length():
+  """Kills: programs that count a cut round in ways of their own. Every count is of the tokens that were delivered."""
+  drafter = dspark_jax.load_drafter(DSPARK, target())
+  out = dspark_jax.generate(target(), drafter, [[1, 2, 3], [4, 5]], max_new_tokens=6, stop_token_ids=(119,))
+  texts = [acceptance.Rounds.of(*row) for row in zip(out.n_accept, out.n_verify, out.n_commit)]
+  wanted = sum(len(tokens) - 1 for tokens in out.tokens) / out.rounds
+  assert out.accepted_length == acceptance.summary(texts, drafter.block_size)["accepted_length"] == wanted
+  assert wanted < np.mean([n + 1 for row in out.n_accept for n in row])  # the limit did cut
 
 
 def test_rounds_are_the_reference_s(folder):
@@ -173,7 +186,8 @@ def test_rounds_are_the_reference_s(folder):
     lists = [wanted[f"t0/prompt{i}/{name}"].tolist() for name in (
         "accepted_draft_lengths", "proposal_lengths", "acceptance_lengths")]
     n = len(row["n_accept"])
-    assert [row["n_accept"], row["n_verify"], row["n_commit"]] == [x[:n] for x in lists]
+    assert [row["n_accept"], row["n_verify"]] == [x[:n] for x in lists[:2]]
+    assert row["n_commit"][:-1] == lists[2][:n - 1] and 1 + sum(row["n_commit"]) == len(row["text"])
     assert n == len(lists[0]) if i else 1 + sum(lists[2][:n - 1]) < 10 <= 1 + sum(lists[2][:n])
     assert row["text"] == wanted[f"prompt{i}/ar_output_ids"][0].tolist()[len(prompts[i]):][:10]
 
@@ -388,6 +402,7 @@ def test_other_settings_in_the_same_folder(change, part, folder, whole):
     (lambda r: json.dumps(r | {"n_verify": [6, 6]}), "counts out of range"),
     (lambda r: json.dumps(r | {"n_commit": [3, 1]}), "counts out of range"),
     (lambda r: json.dumps(r | {"n_commit": [2, -1]}), "counts out of range"),
+    (lambda r: json.dumps(r | {"tokens": 3}), "rounds that do not add up to its tokens"),
     (lambda r: json.dumps(r | {"confidence": [[0.5] * 5, [0.5] * 4]}), "other confidences than rounds"),
     (lambda r: json.dumps({k: v for k, v in r.items() if k != "confidence"}), "other confidences than rounds"),
     (lambda r: json.dumps(r | {"n_accept": [9] * len(r["n_accept"])}), "counts out of range"),

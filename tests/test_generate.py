@@ -265,6 +265,16 @@ def test_nan_is_an_error(settings):
       generate(*models, PROMPTS, max_new_tokens=NEW, **settings)
 
 
+def test_nan_after_the_first_token():
+  """Kills: NaN that is looked for in the prompt alone: here a token breaks the target, and the prompt lacks it."""
+  first = int(greedy_text()[0, 0])
+  row = next(row for row in range(len(PROMPTS)) if first not in PROMPTS[row] and greedy_text()[row, 0] == first)
+  model = jax.tree.map(lambda x: x, target())
+  model.embed_tokens.weight.set_value(model.embed_tokens.weight[...].at[first].set(jnp.nan))
+  with pytest.raises(ValueError, match=r"NaN logits or confidences in rows \[0\]"):
+    generate(model, None, [PROMPTS[row]], max_new_tokens=NEW)
+
+
 @pytest.mark.parametrize("prompts, settings, message", [
   ([], {}, "no prompts"),
   ([[1], []], {}, "prompt 1 is empty"),

@@ -260,6 +260,21 @@ def test_only_the_drafter_learns():
   assert not np.any(grads["hidden"]) and not np.any(grads["w2"]) and np.any(grads["confidence"])
 
 
+def test_a_scaled_loss_has_scaled_gradients():
+  """Kills gradients taken ahead of time that forget what is done with the loss afterwards."""
+  arrays, blocks = example()
+
+  def loss(arrays, scale):
+    outputs = DraftOutputs(arrays["hidden"], arrays["latent"], None)
+    return scale * draft_loss(Student(arrays["w2"], None), Teacher(arrays["head"]), outputs, blocks=blocks,
+                              target_hidden=arrays["target_hidden"], config=LossConfig(chunk=7))[0]
+
+  grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)), compiler_options=QUICK)(arrays, jnp.array([1.0, 3.0]))
+  for name in ("hidden", "latent", "w2"):
+    np.testing.assert_allclose(grads[name][1], 3 * grads[name][0], rtol=1e-5, atol=1e-8)
+    assert np.any(grads[name][0])
+
+
 def test_parts_of_a_batch_add_up():
   """Kills a mean of microbatch means: the first row has fewer supervised slots than the second."""
   arrays, blocks = example(WORDS)

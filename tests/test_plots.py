@@ -2,10 +2,12 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from scipy import stats
 
 from dspark_jax.decoding.calibration import reliability
@@ -237,6 +239,41 @@ def test_names_and_colours():
       "a (DSpark vanilla, block 3, layers 2)", "a (DSpark vanilla, block 8, layers 2)", "b"]
   names = [f"drafter {i}" for i in range(20)]
   assert plots.looks(names) == plots.looks(names[::-1]) and len(set(plots.looks(names).values())) == 20
+
+
+def shown(name: str, path: Path) -> list:
+  """The texts of one of the figures of a results file, as they are drawn."""
+  found, costs = plots.read([path])
+  names = plots.variants(found)
+  prepare, draw = plots.FIGURES[name]
+  with plots.matplotlib.rc_context(plots.STYLE):
+    figure = draw(prepare(found, costs, names), plots.looks(names.values()))
+    shell.image(figure)
+  return [text for text in figure.findobj(Text) if text.get_text()]
+
+
+@pytest.mark.parametrize("name", ["v$1$_$2$", "_mine"])
+def test_names_are_drawn_as_they_are(name, tmp_path):
+  """Kills: a $ in a name taken for a formula; a name that begins with _ left out of the legend, or shown twice."""
+  rows = [result(name, **calibrated()), result("b", num_layers=5), result(name, threshold=0.5, **calibrated())]
+  costs = [{"device": name, "block_size": 4, "percent": 1.5}]
+  file = saved(tmp_path / "r.json", {"results": rows, "head_cost": costs})
+  for figure in FIGURES:
+    texts = [text for text in shown(figure, file) if name in text.get_text()]
+    assert len(texts) == 1 and not texts[0].get_parse_math(), figure
+
+
+def test_letters_of_other_scripts(capsys, tmp_path):
+  """Kills: boxes in the place of letters, in silence, where Matplotlib's own font has none."""
+  assert plots.fonts("DSpark, naïve Ωмир مرحبا 😀") == (["DejaVu Sans"], "")
+  families, missing = plots.fonts("草稿モデル")
+  assert len(families) > 1 and missing == ""
+  for drafter, dataset in (("草稿モデル", "d"), ("b\U0001bc00\n", "d"), ("a", "\U0001bc00")):  # a shorthand of 1860
+    file = saved(tmp_path / "r.json", {"results": [result(drafter, dataset=dataset)]})
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")  # Matplotlib's, of a letter that the fonts it was told of lack
+      _, err = called(capsys, plots.main, plots.Settings, "--results", file, "--out", tmp_path)
+    assert ("no font here has \U0001bc00, which" in err) == ("\U0001bc00" in drafter + dataset) and "Glyph" not in err
 
 
 def test_what_is_drawn_is_the_data():

@@ -11,6 +11,7 @@ import pytest
 import dspark_jax
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.metrics import mean
+from dspark_jax.nn import attention
 from dspark_jax.nn.parameters import parameters, values
 from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.training import starts
@@ -18,6 +19,7 @@ from dspark_jax.training import step as training
 from dspark_jax.training.anchors import all_blocks
 from dspark_jax.training.losses import EAGLE3, draft_loss
 from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state
+from dspark_jax.types import Committed, TargetOutput
 from folders import assert_same_weights, qwen3, words
 from test_drafters import small_drafter
 from test_targets import batch_of, packed, random_tokens, small_target
@@ -35,6 +37,42 @@ def test_blocks_of_every_position():
   np.testing.assert_array_equal(blocks.keep[0], [1, 1, 0, 1, 1, 1, 0, 0])
   np.testing.assert_array_equal(blocks.supervised[0], [[1, 1], [1, 0], [0, 0], [0, 1], [1, 1], [1, 0], [0, 0], [0, 0]])
   np.testing.assert_array_equal(blocks.previous[0, 3], batch.tokens[0, [4, 5]])
+
+
+def test_labels_end_with_their_document():
+  """Kills cross-entropy on a token of the next document, or of none: draft position k of column i has the label
+  i + k + 2, of which the reference's rule, made for a loss without labels, does not ask."""
+  target, drafter = small_target("qwen3"), small_drafter(small_target("qwen3"), "eagle3")
+  batch = batch_of(random_tokens(1, 8), *packed((3, 4), 8))
+  blocks = all_blocks(batch, 3)
+  encoded = target.encode(batch, drafter.taps)
+  outputs = drafter.train_outputs(target, batch, encoded, blocks)
+  config = dataclasses.replace(LOSS, ce=1.0, soft=0.0)
+  loss = lambda blocks: draft_loss(drafter, target, outputs, blocks=blocks, target_hidden=encoded.hidden, config=config)
+  (value, metrics), length = loss(blocks), np.array([3] * 3 + [7] * 4 + [8])[:, None]
+  inside = (np.arange(8)[:, None] + np.arange(3) + 2 < length) & np.asarray(blocks.supervised[0])
+  assert 0 < inside.sum() < blocks.supervised.sum()
+  weight = np.where(inside, 0.8 ** np.arange(3), 0).sum()
+  np.testing.assert_allclose(metrics["ce"].weight, weight, rtol=1e-5)
+  np.testing.assert_allclose(value, loss(blocks.replace(supervised=inside[None]))[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_prompts_in_blocks(kind, monkeypatch):
+  """Kills columns of a long prompt that do not see those of the blocks before theirs."""
+  target, drafter = small_target("qwen3"), small_drafter(small_target("qwen3"), kind)
+  said = TargetOutput(*np.random.default_rng(0).normal(size=(2, 1, 256, 16)).astype(np.float32))
+  said = said.replace(features=np.concatenate([said.features] * 2, -1))
+  committed = Committed(said, random_tokens(1, 256), np.array([256], np.int32))
+
+  def hidden():  # traced anew at each call
+    run = lambda committed: drafter.absorb(target, drafter.init_state(target, 1, 256), committed).hidden
+    return jax.jit(run)(committed)
+
+  assert attention.QUERY_BLOCK == 128
+  blocks = hidden()
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 256)
+  np.testing.assert_allclose(blocks, hidden(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

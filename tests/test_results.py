@@ -56,7 +56,7 @@ def test_samples_come_back(tmp_path):
   assert rounds.n_commit.tolist() == [2, 1] and rounds.confidence.shape == (2, 5)
   assert found["2"].rounds.confidence is None
   assert results.read_decoded(tmp_path / "none.jsonl") == {}
-  nothing = from_json(Decoded, DECODED | dict(n_accept=[], n_verify=[], n_commit=[], confidence=[]), "sample")
+  nothing = from_json(Decoded, DECODED | dict(tokens=1, n_accept=[], n_verify=[], n_commit=[], confidence=[]), "sample")
   assert reliability_of([nothing.rounds, rounds], 5).ece.shape == (5,)  # a text that its prompt's own token ended
 
 

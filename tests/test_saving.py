@@ -123,6 +123,23 @@ def test_kill_then_save_without_loading(tmp_path):
   assert files(tmp_path) == {"d/drafter.json": b"old"}
 
 
+def test_a_rename_that_fails(tmp_path, monkeypatch):
+  """Kills: the old folder moved aside and swept away, where the new one could not take its place."""
+  (tmp_path / "d").mkdir()
+  (tmp_path / "d" / "drafter.json").write_text("old")
+  rename = Path.rename
+
+  def refused(path, to):
+    if ".new-" in path.name:
+      raise OSError(errno.EACCES, "Permission denied")
+    return rename(path, to)
+
+  monkeypatch.setattr(Path, "rename", refused)
+  with pytest.raises(OSError, match="denied"), atomic.new_folder(tmp_path / "d", {"drafter.json"}) as new:
+    (new / "drafter.json").write_text("new")
+  assert files(tmp_path) == {"d/drafter.json": b"old"}
+
+
 def test_nothing_of_the_users_is_replaced(tmp_path):
   """Kills: `--destination ~`: a folder with other things in it moved aside and deleted."""
   for name in ("mine", "file"):

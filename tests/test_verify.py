@@ -90,6 +90,13 @@ def test_golden_greedy_verdict():
   assert 2 * whole.sum() > len(whole)
 
 
+def test_a_small_residual():
+  """Kills: a target that differs little from the draft taken for the same one: a rejected token would be drawn again,
+  and come more often than the target says it."""
+  p = jnp.array([0.5, 0.3, 0.2])
+  np.testing.assert_allclose(residual(p, p + jnp.array([1e-5, 0, -1e-5])), [0, 0, 1], atol=1e-3)
+
+
 def test_golden_residual():
   """Kills: |p - q|, an unnormalised residual, 0 / 0 where p equals q."""
   inputs, outputs = np.load(GOLDEN / "inputs.npz"), np.load(GOLDEN / "outputs.npz")

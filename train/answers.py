@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -85,8 +86,9 @@ def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str
       part = prompts[done:done + settings.batch]
       found = dict(session.stream([ids for _, ids in part], max_new_tokens=settings.max_new_tokens,
                                   temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
-                                  # Row r adds r to it: no two answers of a run share their random numbers.
-                                  seed=settings.seed + done, stop_token_ids=stops))
+                                  # By question: an answer must not depend on the batch, nor on where a run stopped.
+                                  seeds=[zlib.crc32(f"{settings.seed}/{name}".encode()) for name, _ in part],
+                                  stop_token_ids=stops))
       replies = [found[row].tokens for row in range(len(part))]
       run_folder.append(settings.out, [
           # In tokens, not in text: encoding the text again need not give what the target wrote.

@@ -23,6 +23,7 @@ from rich.table import Table
 import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
+from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
@@ -72,7 +73,7 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
   questions = questions[::max(len(questions) // settings.held_out, 1)][:settings.held_out]
   sessions = {"plain": Session(target), "speculative": Session(target, drafter)}
   how = dict(max_new_tokens=settings.new_tokens, stop_token_ids=chat.stop_ids(tokenizer))
-  text, seconds, kept = {"plain": [], "speculative": []}, {"plain": 0.0, "speculative": 0.0}, []
+  text, seconds = {"plain": [], "speculative": []}, {"plain": 0.0, "speculative": 0.0}
   with shell.bar() as bar:
     task = bar.add_task("decoding", total=len(questions), note="compiling")
     for prompt in questions:
@@ -84,17 +85,16 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
         began = time.perf_counter()
         (out,) = batch.run()
         seconds[name] += time.perf_counter() - began
-        text[name].append(out.tokens)
-      kept += out.n_accept
+        text[name].append(out)
       bar.update(task, advance=1, note="")
-  count = sum(map(len, text["plain"]))
-  kept = np.asarray(kept)
+  plain, fast = Generation.of(text["plain"]), Generation.of(text["speculative"])
+  count, kept = sum(map(len, plain.tokens)), np.concatenate(fast.n_accept)
   # Position k is reached where k drafts were kept, so the rates are of neighbours in this list.
   reached = [int((kept >= k).sum()) for k in range(drafter.block_size + 1)]
-  return dict(identical=text["plain"] == text["speculative"], tokens=count, rounds=len(kept),
+  return dict(identical=plain.tokens == fast.tokens, tokens=count, rounds=len(kept),
               plain_tokens_per_second=count / seconds["plain"],
               speculative_tokens_per_second=count / seconds["speculative"],
-              speedup=seconds["plain"] / seconds["speculative"], accepted_length=float(kept.mean() + 1),
+              speedup=seconds["plain"] / seconds["speculative"], accepted_length=fast.accepted_length,
               acceptance=[b / a if a else None for a, b in zip(reached, reached[1:])])
 
 

@@ -7,6 +7,7 @@ size, N the rounds of one text.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class Rounds:
   """The rounds of one text."""
   n_accept: np.ndarray           # i[N]  drafts kept, 0..G
   n_verify: np.ndarray           # i[N]  drafts verified, 0..G; up to a stop token among the kept drafts
-  n_commit: np.ndarray           # i[N]  tokens that came of it: n_accept + 1, without the + 1 after such a stop token
+  n_commit: np.ndarray           # i[N]  tokens delivered: n_accept + 1, less what the end of the text cut off
   confidence: np.ndarray | None  # f[N,G]  P(draft k is kept | those before it are); None without a confidence head
 
   @classmethod
@@ -33,12 +34,17 @@ class Rounds:
     return cls(*plain, confidence if confidence is None or confidence.ndim == 2 else confidence.reshape(0, 0))
 
 
-def commits(n_accept: list[int], count: int) -> list[int]:
-  """Tokens of each round of a text of `count` tokens (before it is cut to a limit): see `Rounds.n_commit`."""
-  lengths = [n + 1 for n in n_accept]
-  surplus = 1 + sum(lengths) - count  # the bonus token that a stop token among the last round's drafts forbade
-  assert surplus in (0, 1) and (lengths or not surplus), (n_accept, count)
-  return lengths[:-1] + [lengths[-1] - surplus] if lengths else []
+def delivered(n_accept: list[int], tokens: int) -> list[int]:
+  """Tokens that each round brought to a text of `tokens` tokens as it was delivered: see `Rounds.n_commit`."""
+  # The first token is of the prompt's pass. Where a stop token or the limit ended the text, the last round said more.
+  ends = np.minimum(np.cumsum([kept + 1 for kept in n_accept]), tokens - 1)
+  return np.diff(ends, prepend=0).astype(int).tolist()
+
+
+def accepted_length(n_commit: Iterable[int]) -> float | None:
+  """Tokens delivered per round, bonus tokens included, over all of these rounds; None without a round."""
+  n_commit = list(n_commit)
+  return _ratio(sum(n_commit), len(n_commit))
 
 
 def summary(texts: list[Rounds], block_size: int) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def summary(texts: list[Rounds], block_size: int) -> dict[str, Any]:
   kept, reached, verified = positions(n_accept, n_verify, block_size)
   rounds, drafts = len(n_accept), int(n_verify.sum())
   return dict(
-      rounds=rounds, accepted_length=_ratio(n_commit.sum(), rounds), accepted_length_interval=interval([texts]),
+      rounds=rounds, accepted_length=accepted_length(n_commit), accepted_length_interval=interval([texts]),
       acceptance=[_ratio(a, b) for a, b in zip(kept, reached)], reached=reached.tolist(),
       survival=[_ratio(a, b) for a, b in zip(kept, verified)], verified=verified.tolist(),
       verify_rate=_ratio(n_commit.sum(), drafts + rounds), drafts_per_round=_ratio(drafts, rounds),

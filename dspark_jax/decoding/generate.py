@@ -110,7 +110,7 @@ class Text:
   tokens: list[int]       # new ones, the stop token included
   n_accept: list[int]     # drafts kept, per round
   n_verify: list[int]     # drafts verified, per round; up to an accepted stop token
-  n_commit: list[int]     # tokens of each round, before the text was cut to its limit (`acceptance.Rounds`)
+  n_commit: list[int]     # tokens that each round delivered (`acceptance.Rounds`)
   confidence: np.ndarray  # f32[rounds,G]  of all drafts, calibrated
 
 
@@ -120,6 +120,7 @@ class Generation:
   tokens: list[list[int]]
   n_accept: list[list[int]]
   n_verify: list[list[int]]
+  n_commit: list[list[int]]
   confidence: list[np.ndarray]
 
   @classmethod
@@ -133,8 +134,9 @@ class Generation:
 
   @property
   def accepted_length(self) -> float:
-    """Tokens per round, the bonus token included; NaN without a round."""
-    return float(np.mean([n + 1 for row in self.n_accept for n in row])) if self.rounds else float("nan")
+    """Tokens delivered per round (`acceptance.accepted_length`); NaN without a round."""
+    length = acceptance.accepted_length(n for row in self.n_commit for n in row)
+    return float("nan") if length is None else length
 
 
 def collect(log: Log, indices: tuple[int, ...], limits: np.ndarray) -> list[Text]:
@@ -149,7 +151,7 @@ def collect(log: Log, indices: tuple[int, ...], limits: np.ndarray) -> list[Text
   texts = []
   for row in range(len(indices)):
     ran, count = log.n_accept[row] >= 0, int(log.count[row])
-    n_accept = log.n_accept[row, ran].tolist()
-    texts.append(Text(log.tokens[row, :min(count, limits[row])].tolist(), n_accept, log.n_verify[row, ran].tolist(),
-                      acceptance.commits(n_accept, count), log.confidence[row, ran]))
+    n_accept, tokens = log.n_accept[row, ran].tolist(), log.tokens[row, :min(count, limits[row])].tolist()
+    texts.append(Text(tokens, n_accept, log.n_verify[row, ran].tolist(),
+                      acceptance.delivered(n_accept, len(tokens)), log.confidence[row, ran]))
   return texts

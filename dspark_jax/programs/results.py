@@ -39,10 +39,13 @@ class Decoded:
   def __post_init__(self):
     if not len(self.n_accept) == len(self.n_verify) == len(self.n_commit):
       raise ValueError("lists of different lengths")
-    # A round ends with a token of the target's own, unless a stop token among its drafts ended the text.
-    if not all(0 <= kept <= there and said - kept in (0, 1)
+    # A round ends with a token of the target's own, unless the text ended among its drafts.
+    if not all(0 <= kept <= there and 1 <= said <= kept + 1
                for kept, there, said in zip(self.n_accept, self.n_verify, self.n_commit)):
       raise ValueError("counts out of range")
+    # Every turn begins with a token of its prompt's pass. Older versions counted what the limit had cut off.
+    if self.turns + sum(self.n_commit) != self.tokens:
+      raise ValueError("rounds that do not add up to its tokens")
     if self.confidence is not None and len(self.confidence) != len(self.n_accept):
       raise ValueError("other confidences than rounds")
 

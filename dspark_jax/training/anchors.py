@@ -38,6 +38,7 @@ def all_blocks(batch: Batch, block_size: int) -> Blocks:
 
   Draft position k is supervised where loss_mask[i + k] is set and i + k + 1 is in i's document: the reference's rule
   for Eagle3, which asks for the mask of the token before the previous one, and lets supervision resume after a gap.
+  Where a label would be of another document, or past the row, it is -1: cross-entropy does not count there.
   """
   length = batch.tokens.shape[1]
   column = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch.tokens.shape)
@@ -46,7 +47,10 @@ def all_blocks(batch: Batch, block_size: int) -> Blocks:
   blocks = blocks_at(batch, jnp.where(keep, following, 0), keep, block_size)
   seen = column[..., None] + jnp.arange(block_size, dtype=jnp.int32)[None, None]
   inside = (seen + 1 < length) & (_at(batch.segments, jnp.minimum(seen + 1, length - 1)) == batch.segments[..., None])
-  return blocks.replace(supervised=keep[..., None] & inside & _at(batch.loss_mask, jnp.minimum(seen, length - 1)))
+  # That rule is of a loss without labels: the last supervised column of a document has its label in the next one.
+  known = (seen + 2 < length) & (_at(batch.segments, jnp.minimum(seen + 2, length - 1)) == batch.segments[..., None])
+  return blocks.replace(labels=jnp.where(known, blocks.labels, -1),
+                        supervised=keep[..., None] & inside & _at(batch.loss_mask, jnp.minimum(seen, length - 1)))
 
 
 def blocks_at(batch: Batch, anchors: Array, keep: Array, block_size: int) -> Blocks:

@@ -84,9 +84,9 @@ def position_decay(blocks: Blocks, config: LossConfig) -> Array:
 
 
 def draft_columns(drafter: Drafter, blocks: Blocks) -> tuple[Array, Array]:
-  """(column of each label in the draft logits i32[B,A,G], f32[B,A,G]: 1 where the label is a draft word)."""
+  """(column of each label in the draft logits i32[B,A,G], f32[B,A,G]: 1 where the label is a draft word, not -1)."""
   if drafter.words is None:
-    return blocks.labels, jnp.ones(blocks.labels.shape, jnp.float32)
+    return jnp.maximum(blocks.labels, 0), (blocks.labels >= 0).astype(jnp.float32)
   words = drafter.words
   # words.index(label); where the label is none of them, any column, and 0
   column = jnp.minimum(jnp.searchsorted(words, blocks.labels), words.shape[0] - 1).astype(jnp.int32)
