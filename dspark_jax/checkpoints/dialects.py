@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import Range, from_json, raise_all
+from dspark_jax.config import Range, raise_all, read_known, shown
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.model import DrafterConfig
@@ -111,24 +111,21 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
   dialect = next((dialect for dialect, sign in OTHERS.items() if sign(flat, name)), None)
   if dialect or name not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {name!r}{f' (of {dialect})' if dialect else ''} is not supported, "
+    raise NotImplementedError(f"drafter architecture {shown(name)}{f' (of {dialect})' if dialect else ''} is not supported, "
                               f"only {', '.join(ARCHITECTURES)} are, as DeepSpec and the original DFlash write them")
   kind, block = ARCHITECTURES[name]
   original = name == ORIGINAL
   keys = Eagle3Keys if kind == "eagle3" else DFlashKeys if original else DSparkKeys
   read, changes = [f.name for f in dataclasses.fields(keys)], CHANGES_ORIGINAL if original else CHANGES_OURS
   problems += _changed(flat, changes)
-  problems += [f"unknown key {key!r} in {part}" for part in NESTED for key in sorted(hf.get(part) or {})
+  problems += [f"unknown key {shown(key)} in {part}" for part in NESTED for key in sorted(hf.get(part) or {})
                if key not in {*read, *changes, *HARMLESS}]
   spec, wrong = block(flat if original else _without_noise(flat))
-  try:
-    stored = from_json(keys, {key: flat[key] for key in read if flat.get(key) is not None}, "")
-  except ValueError as error:
-    wrong = list(dict.fromkeys([*wrong, *str(error).removeprefix(": ").split("; ")]))
-  else:
-    if stored.target_layer_ids and len(set(stored.target_layer_ids)) < len(stored.target_layer_ids):
-      wrong = [*wrong, f"key 'target_layer_ids' is {list(stored.target_layer_ids)}, expected each layer once"]
-  raise_all("drafter config", problems + wrong)
+  stored, of_drafter = read_known(keys, flat)
+  taps = stored and stored.target_layer_ids or ()
+  if len(set(taps)) < len(taps):
+    wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once"]
+  raise_all("drafter config", problems + wrong + of_drafter)
   return kind, _eagle3(flat, spec, stored) if kind == "eagle3" else _dspark(spec, stored, original)
 
 
@@ -137,10 +134,10 @@ def _flat(hf):
   flat, problems = dict(hf), []
   for part in NESTED:
     if not isinstance(hf.get(part) or {}, dict):
-      raise ValueError(f"drafter config: key {part!r} is {hf[part]!r}, expected an object")
+      raise ValueError(f"drafter config: key {part!r} is {shown(hf[part])}, expected an object")
     for key, value in (hf.get(part) or {}).items():
       if flat.get(key) is not None and value is not None and flat[key] != value:
-        problems.append(f"key {key!r} is {flat[key]!r}, and {value!r} in {part}: expected one value")
+        problems.append(f"key {shown(key)} is {shown(flat[key])}, and {shown(value)} in {part}: expected one value")
       flat[key] = value if flat.get(key) is None else flat[key]
   return flat, problems
 
@@ -152,10 +149,10 @@ def _changed(flat, changes):
     # By type too, as True == 1.
     if value is not None and not any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
       only = f", only {neutral[0]!r} is" if neutral else ""
-      problems.append(f"key {key!r} is {value!r}, which is not supported{only}")
+      problems.append(f"key {key!r} is {shown(value)}, which is not supported{only}")
   if flat.get("draft_vocab_size") not in (None, flat.get("vocab_size")):
-    problems.append(f"key 'draft_vocab_size' is {flat['draft_vocab_size']!r}, but vocab_size "
-                    f"{flat.get('vocab_size')!r}: a reduced draft vocabulary is not supported")
+    problems.append(f"key 'draft_vocab_size' is {shown(flat['draft_vocab_size'])}, but vocab_size "
+                    f"{shown(flat.get('vocab_size'))}: a reduced draft vocabulary is not supported")
   return problems
 
 
@@ -167,7 +164,7 @@ def _without_noise(flat):
 
 def _eagle3(flat, spec, stored):
   layers = flat.get("draft_num_hidden_layers", flat.get("num_hidden_layers"))
-  raise_all("drafter config", [f"an Eagle3 drafter of {layers} layers is not supported, only of one"] if layers != 1
+  raise_all("drafter config", [f"an Eagle3 drafter of {shown(layers)} layers is not supported, only of one"] if layers != 1
             else [])
   # As many drafts as it was unrolled for: the file names no other number.
   return Eagle3Config(spec=spec, vocab_size=stored.vocab_size, num_target_layers=stored.num_target_layers,
@@ -248,7 +245,7 @@ def _layers(config):
   for name, family in TARGETS.items():
     if type(config.spec) is family.spec:  # not isinstance: a family's may extend another's
       keys = family.keys(config.spec)
-      if family.block(keys | dict(num_hidden_layers=1, vocab_size=config.vocab_size)) == (config.spec, []):
+      if family.block(keys) == (config.spec, []):
         return family.prefix, keys | {"model_type": name}
   raise ValueError(f"export to DeepSpec: no family there has layers like {config.spec}")
 

@@ -37,7 +37,7 @@ CONFIG_NAMES = {
   "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
   "rope_theta": "llama.rope.freq_base",
 }
-# Read below, or compared with what is read.
+# Read below, or compared with what is read (llama.vocab_size: with the embedding's rows).
 READ = {*CONFIG_NAMES.values(), "llama.vocab_size", "llama.attention.head_count_kv", "llama.attention.key_length",
         "llama.attention.value_length", "llama.rope.dimension_count"}
 # Keys that change what a llama computes and none of its tensors: the values that change nothing.
@@ -140,6 +140,10 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
   config = {name: metadata[key] for name, key in CONFIG_NAMES.items()}
   for name in ("rms_norm_eps", "rope_theta"):
     config[name] = float(str(np.float32(config[name])))  # stored in float32: 1e-5, not 9.999999747378752e-06
+  rows = int(stored["token_embd.weight"].shape[1])  # gguf's shapes start at the fastest dimension
+  if metadata.get("llama.vocab_size", rows) != rows:
+    raise ValueError(f"{path} has {rows} rows of token_embd.weight, llama.vocab_size is {metadata['llama.vocab_size']}: "
+                     f"they must agree, convert the model again")
   heads = config["num_attention_heads"]
   # One width for all: GGUF knows others for values, and rotates a part of the head where dimension_count is smaller.
   head_dim = metadata.get("llama.attention.key_length", config["hidden_size"] // heads)
@@ -154,7 +158,7 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
     "mlp_bias": False,
     "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
     "head_dim": head_dim,
-    "vocab_size": int(stored["token_embd.weight"].shape[1]),  # gguf's shapes start at the fastest dimension
+    "vocab_size": rows,
     "tie_word_embeddings": "output.weight" not in stored,  # no key says so
     "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
