@@ -31,6 +31,11 @@ def shown(value) -> str:
   return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def name_shown(name: str) -> str:
+  """A name from a file, for a sentence: as it is, where it is short and printable."""
+  return name if name.isprintable() and len(name) <= 2 * SHOWN else shown(name)
+
+
 def wrong_choices(config) -> list[str]:
   """What is wrong with the fields of a dataclass that take one of a few values (`Literal`)."""
   kinds = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(type(config)).items()

@@ -65,7 +65,7 @@ def test_keys_copied_from_the_target(tmp_path):
                          "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default",
                                              "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}}
   assert load(copied(DSPARK, tmp_path / "d", config=noise)).config == load(DSPARK).config
-  with complains("partial rotary"):
+  with complains("partial_rotary_factor' is 0.25"):
     load(copied(ORIGINAL, tmp_path / "o", config=noise))
 
 

@@ -111,8 +111,9 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
   dialect = next((dialect for dialect, sign in OTHERS.items() if sign(flat, name)), None)
   if dialect or name not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {shown(name)}{f' (of {dialect})' if dialect else ''} is not supported, "
-                              f"only {', '.join(ARCHITECTURES)} are, as DeepSpec and the original DFlash write them")
+    of = f" (of {dialect})" if dialect else ""
+    raise NotImplementedError(f"drafter architecture {shown(name)}{of} is not supported, only "
+                              f"{', '.join(ARCHITECTURES)} are, as DeepSpec and the original DFlash write them")
   kind, block = ARCHITECTURES[name]
   original = name == ORIGINAL
   keys = Eagle3Keys if kind == "eagle3" else DFlashKeys if original else DSparkKeys
@@ -164,8 +165,8 @@ def _without_noise(flat):
 
 def _eagle3(flat, spec, stored):
   layers = flat.get("draft_num_hidden_layers", flat.get("num_hidden_layers"))
-  raise_all("drafter config", [f"an Eagle3 drafter of {shown(layers)} layers is not supported, only of one"] if layers != 1
-            else [])
+  if layers != 1:
+    raise ValueError(f"drafter config: an Eagle3 drafter of {shown(layers)} layers is not supported, only of one")
   # As many drafts as it was unrolled for: the file names no other number.
   return Eagle3Config(spec=spec, vocab_size=stored.vocab_size, num_target_layers=stored.num_target_layers,
                       taps=stored.target_layer_ids, block_size=stored.ttt_length)

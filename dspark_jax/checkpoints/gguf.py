@@ -142,8 +142,8 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
     config[name] = float(str(np.float32(config[name])))  # stored in float32: 1e-5, not 9.999999747378752e-06
   rows = int(stored["token_embd.weight"].shape[1])  # gguf's shapes start at the fastest dimension
   if metadata.get("llama.vocab_size", rows) != rows:
-    raise ValueError(f"{path} has {rows} rows of token_embd.weight, llama.vocab_size is {metadata['llama.vocab_size']}: "
-                     f"they must agree, convert the model again")
+    raise ValueError(f"{path} has {rows} rows of token_embd.weight, llama.vocab_size is "
+                     f"{metadata['llama.vocab_size']}: they must agree, convert the model again")
   heads = config["num_attention_heads"]
   # One width for all: GGUF knows others for values, and rotates a part of the head where dimension_count is smaller.
   head_dim = metadata.get("llama.attention.key_length", config["hidden_size"] // heads)
