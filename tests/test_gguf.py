@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
+from dspark_jax import load_target
 from dspark_jax.checkpoints.gguf import read_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -137,6 +138,15 @@ def test_unknown_keys(tmp_path):
   """Kills: taking a key of llama that nobody here has heard of for harmless."""
   with pytest.raises(NotImplementedError, match="llama.new_gate 1.0"):
     read_gguf(write(tmp_path / "m.gguf", model(True), keys={"llama.new_gate": 1.0}))
+
+
+def test_rows_that_do_not_divide_into_heads(tmp_path):
+  """Kills: numpy's reshape error for a q of another height than the heads say."""
+  wanted = model(True)
+  del wanted["model.layers.0.self_attn.q_proj.weight"]
+  path = write(tmp_path / "m.gguf", wanted, extra={"blk.0.attn_q.weight": np.ones((6, HIDDEN), np.float32)})
+  with pytest.raises(ValueError, match=r"m.gguf: tensor model.layers.0.self_attn.q_proj.weight is float32\[6, 32\]"):
+    load_target(path)
 
 
 def test_more_layers_than_the_file_has(tmp_path):

@@ -43,7 +43,7 @@ def small_target(family, seed=0, **changes):
 
 
 def golden_target(case):
-  (raw, _), tensors = hf.read_config(GOLDEN / case), hf.Tensors(GOLDEN / case)
+  raw, tensors = hf.read_folder(GOLDEN / case)
   family = TARGETS[raw["model_type"]]
   config = family.config(raw)
   return hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, case, stored=family.stored)

@@ -65,7 +65,9 @@ class Tensors(collections.abc.Mapping):
     # np.array copies: what is stored as float32 would otherwise be a view of the file.
     array = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
     heads = self.heads.get(name.split(".")[-2])  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
-    return array if heads is None else unpermute(array, heads)
+    # One that does not divide into them goes on as it is: its shape is compared with the others' later.
+    fits = heads and array.ndim == 2 and len(array) % (2 * heads) == 0
+    return unpermute(array, heads) if fits else array
 
   def __iter__(self):
     return iter(self.stored)

@@ -118,6 +118,11 @@ def _open(path):
                      f"download it again") from error
 
 
+def read_folder(folder: Path) -> tuple[dict, Tensors]:
+  """(config.json, tensors by stored name) of a Hugging Face folder."""
+  return read_config(folder)[0], Tensors(Path(folder))
+
+
 def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: (name,), extra_ok=(),
          problems=()) -> nnx.Module:
   """The module build() with its parameters taken from `tensors`, in `dtype` (default: as stored).
