@@ -295,8 +295,8 @@ def stored_temperatures(path: str | os.PathLike, drafter: Drafter) -> Temperatur
   table = read_json(file).get("temperatures", {}) if file.exists() else {}
   if not isinstance(table, dict) or not all(isinstance(row, list) and all(type(x) in (int, float) for x in row)
                                             for row in table.values()):
-    raise ValueError(f"{file} has temperatures {shown(table)}, expected a list of numbers for each mode of sampling: remove "
-                     f"the key, and fit them again with train.calibrate")
+    raise ValueError(f"{file} has temperatures {shown(table)}, expected a list of numbers for each mode of sampling: "
+                     f"remove the key, and fit them again with train.calibrate")
   try:
     return Temperatures(drafter.block_size, {mode: tuple(row) for mode, row in table.items()}) if table else None
   except ValueError as error:
