@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import types
 import typing
 from typing import Any
 
-MOST, SHOWN = 3, 60  # problems of one list, and characters of one value, that fit a sentence
+# Problems of one list, and characters of one value, of one problem and of all, that fit a sentence.
+MOST, SHOWN, PROBLEM, ALL = 3, 60, 240, 450
 PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null",
          Any: "anything"}
 
 
 def raise_all(what: str, problems: list[str]) -> None:
-  """One ValueError for a list of problems; nothing for an empty list."""
+  """One ValueError for a list of problems, the last of a long one counted alone; nothing for an empty list."""
   if problems:
-    raise ValueError(f"{what}: " + "; ".join(problems))
+    short = [problem if len(problem) <= PROBLEM else f"{problem[:PROBLEM]}..." for problem in problems]
+    told = sum(total <= ALL for total in itertools.accumulate(len(problem) + 2 for problem in short)) or 1
+    more = [f"and {len(short) - told} more"] if told < len(short) else []
+    raise ValueError(f"{what}: " + "; ".join(short[:told] + more))
+
+
+def shown(value) -> str:
+  """A value from a file, for a sentence: on one line, printable, and cut where it is long."""
+  text = repr(value)
+  return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def name_shown(name: str) -> str:
+  """A name from a file, for a sentence: as it is, where it is short and printable."""
+  return name if name.isprintable() and len(name) <= 2 * SHOWN else shown(name)
 
 
 def wrong_choices(config) -> list[str]:
@@ -65,6 +81,18 @@ def from_json(cls, data: dict[str, Any], what: str):
   return value
 
 
+def read_known(cls, data: dict[str, Any]) -> tuple[Any, list[str]]:
+  """(`cls` or None, what is wrong) from another program's JSON object: keys that `cls` lacks are passed over, at every
+  depth, and null counts as missing."""
+  return _read(cls, _known(cls, data), "")
+
+
+def _known(kind, value):
+  if not (dataclasses.is_dataclass(kind) and isinstance(value, dict)):
+    return value
+  return {name: _known(part, value[name]) for name, part in _kinds(kind).items() if value.get(name) is not None}
+
+
 def _read(kind, value, path):
   """(`value` as `kind`, what is wrong with it). path: the keys that lead to it, as results[2].kind."""
   origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -93,7 +121,7 @@ def _read_object(cls, data, path):
   fields, kinds, at = {f.name: f for f in dataclasses.fields(cls)}, _kinds(cls), f"{path}." if path else ""
   required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
   read = {name: _read(kinds[name], value, f"{at}{name}") for name, value in data.items() if name in fields}
-  problems = [f"unknown key {at + k!r}" for k in sorted(set(data) - set(fields))]
+  problems = [f"unknown key {shown(at + k)}" for k in sorted(set(data) - set(fields))]
   problems += [f"key {at + k!r} is missing" for k in sorted(required - set(data))]
   problems += [problem for _, found in read.values() for problem in found]
   # Built of right values alone: of others, a __post_init__ that compares or counts would make a TypeError.
@@ -114,11 +142,9 @@ def _read_parts(kind, value, path, parts):
 
 
 def _refused(kind, value, path):
-  shown = repr(value)
-  shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
   if not path:
-    return None, [f"got {shown}, expected an object with the keys {', '.join(_kinds(kind))}"]
-  return None, [f"key {path!r} is {shown}, expected {_words(kind)}"]
+    return None, [f"got {shown(value)}, expected an object with the keys {', '.join(_kinds(kind))}"]
+  return None, [f"key {shown(path)} is {shown(value)}, expected {_words(kind)}"]
 
 
 def _fits(kind, value):
@@ -137,6 +163,8 @@ def _words(kind):
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if origin is typing.Annotated:
     low, high = args[1].low, args[1].high
+    if low == high:
+      return str(low)
     return f"{_words(args[0])} " + (f"of at least {low}" if high == math.inf else f"in {low}..{high}")
   if origin in (typing.Union, types.UnionType):
     return " or ".join(map(_words, args))

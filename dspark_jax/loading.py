@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import from_json, to_json
+from dspark_jax.config import from_json, shown, to_json
 from dspark_jax.data.chat import smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
@@ -28,6 +29,8 @@ from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
 
+# What tells of what kind a folder is; its weights are fetched when that is known.
+SMALL = ("config.json", "drafter.json", "adapter_config.json", *hf.SIGNS)
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
 LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
@@ -38,39 +41,102 @@ def locate_target(name: str | os.PathLike) -> Path:
     return Path(smollm2_path())
   if Path(name).exists():
     return Path(name)
-  if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+  if not _is_id(name):
     raise ValueError(f"target {name} does not exist: expected a GGUF file, a Hugging Face folder, a Hugging Face id "
                      f"(owner/name) or smollm2")
+  _described(_fetched(str(name), "target", SMALL))  # what is refused is so before its weights are fetched
+  return _fetched(str(name), "target", ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"))
+
+
+def _is_id(name):
+  return str(name).count("/") == 1 and not str(name).startswith((".", "/"))
+
+
+@functools.cache
+def _fetched(name, what, patterns):
+  """The folder with what a hub id has of these files. By what is read: neither *.bin nor *.py, which loading could
+  execute, nor the same weights in other formats."""
   from huggingface_hub import snapshot_download  # slow to import, and rarely needed
-  # By what is read: neither *.bin nor *.py, which loading could execute, nor the same weights in other formats.
   try:
-    return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    return Path(snapshot_download(name, allow_patterns=list(patterns)))
   except Exception as error:  # the hub's errors have no common base; the remedy is the same
-    raise ValueError(f"target {name} is no local path and could not be fetched from the hub ({type(error).__name__}): "
+    raise ValueError(f"{what} {name} is no local path and could not be fetched from the hub ({type(error).__name__}): "
                      f"check the name and the network, or download it to a folder") from error
+
+
+def _described(folder):
+  """(family, configuration) of a Hugging Face folder, by its config.json alone."""
+  raw, kind = hf.read_config(folder)
+  hf.writes_text(folder, kind)
+  return _understood(raw, folder)
+
+
+def _understood(raw, path):
+  name = raw.get("model_type")
+  if name not in list(TARGETS):  # a list: what a damaged file holds may not be hashable
+    raise NotImplementedError(f"target {path} is of family {shown(name)}, supported are {', '.join(sorted(TARGETS))}")
+  with _of(path):
+    return TARGETS[name], TARGETS[name].config(raw)
+
+
+@contextlib.contextmanager
+def _of(path):
+  """Problems of a configuration are told with the place where it was found."""
+  try:
+    yield
+  except (ValueError, NotImplementedError) as error:
+    raise type(error)(f"{path}: {error}") from error
 
 
 def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | None = None) -> Target:
   """A frozen target from a Hugging Face folder or id, a GGUF file, or `smollm2`, with weights in `dtype`.
 
   scanned: layers stacked and scanned (one layer to compile) or unrolled (fastest on CPU); default: scanned unless the
-  default device is a CPU. ValueError lists every missing, unknown and misshapen tensor; nothing in a file is executed.
+  default device is a CPU. A head that is stored is used, even where the configuration ties it to the embedding.
+  ValueError lists every missing, unknown and misshapen tensor; nothing in a file is executed.
   """
   path = locate_target(path)
-  config, tensors = read_gguf(path) if path.is_file() else hf.read_folder(path)
-  family = config.get("model_type")
-  if family not in TARGETS:
-    raise NotImplementedError(f"target {path} is of family {family!r}, supported are {', '.join(sorted(TARGETS))}")
-  family = TARGETS[family]
-  config = family.config(config)
-  # Tied heads are sometimes stored twice, and old exporters store the rotary frequencies, which follow from theta.
-  unused = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
-  unused |= {"lm_head.weight"} if config.tie_word_embeddings else set()
+  if path.is_file():
+    raw, tensors = read_gguf(path)
+    family, config = _understood(raw, path)
+  else:
+    family, config = _described(path)
+    tensors = hf.Tensors(path)
+  _layers_there(config.num_layers, tensors, path)
+  config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight")[0])
   target = hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
-                   stored=family.stored, extra_ok=unused)
+                   stored=family.stored, extra_ok=unused, problems=problems)
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
   return stack_layers(target) if scanned else target
+
+
+def _layers_there(count, tensors, path):
+  if count > len(tensors):  # before they are built: a file may declare any number
+    raise ValueError(f"{path} declares {count} layers, and has {len(tensors)} tensors: it is damaged, or of two models")
+
+
+def _left_out(config, tensors, embedding):
+  """(configuration, names of tensors that stay unused, what is wrong with these)"""
+  unused, problems, head = set(), [], "lm_head.weight"
+  if config.tie_word_embeddings and head in tensors and embedding in tensors:
+    # Some exporters store a tied head, too. One that is not the embedding was trained: used, as transformers does.
+    if jnp.array_equal(tensors[head], tensors[embedding]):
+      unused.add(head)
+    else:
+      config = dataclasses.replace(config, tie_word_embeddings=False)
+  width, theta = config.spec.head_dim, config.spec.rope_theta
+  wanted = theta ** (-np.arange(0, width, 2) / width)
+  for name in (name for name in tensors if name.endswith("rotary_emb.inv_freq")):  # of old exporters
+    unused.add(name)
+    stored = tensors[name]
+    near = jnp.issubdtype(stored.dtype, jnp.floating) and stored.shape == wanted.shape and np.allclose(
+      np.asarray(stored, np.float64), wanted, rtol=max(2 * float(jnp.finfo(stored.dtype).eps), 1e-5),
+      atol=float(jnp.finfo(stored.dtype).smallest_subnormal))
+    if not near:
+      problems.append(f"{name} holds other frequencies than rope_theta {theta} gives: they were trained with, and are "
+                      f"not supported")
+  return config, unused, problems
 
 
 def target_id(target: Target) -> str:
@@ -93,7 +159,8 @@ def drafter_id(drafter: Drafter) -> str:
 
 
 def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") -> Drafter:
-  """A drafter for `target` from our own folder, a training run, or a DeepSpec or DFlash folder, in `dtype`.
+  """A drafter for `target` from our own folder, a training run, a DeepSpec or DFlash folder, or a hub id of
+  one of these, in `dtype`.
 
   ValueError when it was made for another target, and for every missing, unknown and misshapen tensor at once.
   """
@@ -105,16 +172,21 @@ def made_for(path: str | os.PathLike, target: Target) -> bool:
   path = drafter_folder(path)
   if (path / "drafter.json").exists():
     return read_json(path / "drafter.json").get("target") == target_id(target)
-  _config_there(path)
-  return not _fit(dialects.drafter_config(read_json(path / "config.json"))[1], target)
+  return not _fit(_deepspec_config(path)[1], target)
 
 
 def drafter_folder(path: str | os.PathLike) -> Path:
-  """The folder with the drafter itself: `drafter` in a training run, else the one given."""
+  """The folder with the drafter itself: `drafter` in a training run, the hub's copy for an id, else the one given."""
   path = Path(path)
   # Either may have been moved aside when a kill came, and there is no drafter before it is back.
   atomic.put_back(path)
   atomic.put_back(path / "drafter")
+  if not path.exists() and _is_id(path):
+    small = _fetched(str(path), "drafter", SMALL)
+    if (small / "drafter.json").exists():
+      return _fetched(str(path), "drafter", ("drafter.json", "weights/*"))
+    _deepspec_config(small)
+    return _fetched(str(path), "drafter", ("*.json", "*.safetensors"))
   return path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
 
 
@@ -123,6 +195,7 @@ def _read_drafter(path: Path, target: Target, dtype=None):
   path = drafter_folder(path)
   read = _read_ours if (path / "drafter.json").exists() else _read_deepspec
   kind, config, tensors, apart, problems, imported = read(path, target)
+  _layers_there(getattr(config, "num_layers", 1), tensors, path)
   drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
                     extra_ok=apart, problems=problems)
   if config.draft_vocab_size:  # no parameter, so `fill` has passed it by
@@ -148,16 +221,17 @@ def _read_ours(path, target):
   return kind, config, tensors, {"draft_words"} if config.draft_vocab_size else set(), problems, sidecar["imported"]
 
 
-def _config_there(path):
-  if not (path / "config.json").exists():
+def _deepspec_config(path):
+  if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
     raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with "
                      f"drafter.json (ours) or config.json (DeepSpec, DFlash) in it")
+  raw, _ = hf.read_config(path)
+  with _of(path):
+    return dialects.drafter_config(raw)
 
 
 def _read_deepspec(path, target):
-  _config_there(path)
-  raw, tensors = hf.read_folder(path)
-  (kind, config), frozen = dialects.drafter_config(raw), set()
+  (kind, config), tensors, frozen = _deepspec_config(path), hf.Tensors(path), set()
   problems = _fit(config, target)
   if dialects.stores_frozen(config):
     frozen = set(dialects.FROZEN)
@@ -221,8 +295,8 @@ def stored_temperatures(path: str | os.PathLike, drafter: Drafter) -> Temperatur
   table = read_json(file).get("temperatures", {}) if file.exists() else {}
   if not isinstance(table, dict) or not all(isinstance(row, list) and all(type(x) in (int, float) for x in row)
                                             for row in table.values()):
-    raise ValueError(f"{file} has temperatures {table!r}, expected a list of numbers for each mode of sampling: remove "
-                     f"the key, and fit them again with train.calibrate")
+    raise ValueError(f"{file} has temperatures {shown(table)}, expected a list of numbers for each mode of sampling: "
+                     f"remove the key, and fit them again with train.calibrate")
   try:
     return Temperatures(drafter.block_size, {mode: tuple(row) for mode, row in table.items()}) if table else None
   except ValueError as error:

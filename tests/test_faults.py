@@ -116,7 +116,8 @@ def test_rope_theta_has_no_default(tmp_path):
 def test_all_problems_of_a_config_at_once(tmp_path):
   """Kills: fixing a config one error at a time; a config that is no object."""
   drop = ("hidden_size", "vocab_size", "rope_parameters")
-  with complains("'hidden_size' is missing", "'vocab_size' is missing", "no rope theta", "attention_bias is true"):
+  with complains("'hidden_size' is missing", "'vocab_size' is missing", "no rope theta",
+                 "'attention_bias' is True, expected False"):
     dspark_jax.load_target(copied(LLAMA, tmp_path / "t", config=lambda c: {
         k: v for k, v in c.items() if k not in drop} | {"attention_bias": True}))
   folder = copied(LLAMA, tmp_path / "u")

@@ -1,11 +1,13 @@
 """GGUF files: written with llama.cpp's conventions, read back under Hugging Face names."""
 
 import json
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
+from dspark_jax import load_target
 from dspark_jax.checkpoints.gguf import read_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -33,14 +35,15 @@ def model(tied):
   return {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def write(path, tensors, *, architecture="llama", leave_out=(), extra=None, kind=Kind.F32):
+def write(path, tensors, *, architecture="llama", leave_out=(), extra=None, kind=Kind.F32, keys=None,
+          layers=LAYERS):
   """A GGUF file of `tensors`; names by gguf's own table, so that ours is checked against it."""
   writer = gguf.GGUFWriter(path, architecture)
   fields = {
     "rope_theta": lambda: writer.add_rope_freq_base(100000.0),
     "head_count": lambda: writer.add_head_count(HEADS),
     "head_count_kv": lambda: writer.add_head_count_kv(KV_HEADS),
-    "rest": lambda: (writer.add_block_count(LAYERS), writer.add_context_length(128),
+    "rest": lambda: (writer.add_block_count(layers), writer.add_context_length(128),
                      writer.add_embedding_length(HIDDEN), writer.add_feed_forward_length(WIDE),
                      writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_dimension_count(HEAD_DIM),
                      writer.add_bos_token_id(1), writer.add_eos_token_id(2)),
@@ -48,6 +51,9 @@ def write(path, tensors, *, architecture="llama", leave_out=(), extra=None, kind
   for name, add in fields.items():
     if name not in leave_out:
       add()
+  for name, value in (keys or {}).items():
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add[type(value)](name, value)
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
   for name, tensor in tensors.items():
     heads = HEADS if "q_proj" in name else KV_HEADS if "k_proj" in name else None
@@ -107,6 +113,47 @@ def test_refusals(tmp_path):
   del tensors["model.layers.1.mlp.up_proj.weight"]
   with pytest.raises(ValueError, match="lacks the tensors .*blk.1.ffn_up.weight"):
     read_gguf(write(path, tensors))
+
+
+@pytest.mark.parametrize("key, neutral, other", [
+    ("rope.scale_linear", 1.0, 4.0), ("rope.scaling.factor", 1.0, 8.0), ("rope.scaling.type", "none", "linear"),
+    ("logit_scale", 0.0, 0.5), ("residual_scale", 1.0, 0.25), ("embedding_scale", 0.0, 12.0),
+    ("final_logit_softcapping", 0.0, 30.0), ("attention.scale", 0.0, 0.125), ("attention.sliding_window", 0, 64),
+    ("attention.causal", True, False), ("attention.clamp_kqv", 0.0, 8.0), ("expert_count", 0, 8)])
+def test_keys_that_change_the_numbers(key, neutral, other, tmp_path):
+  """Kills: reading past a scale, a cap, a window or experts, of which no tensor tells; refusing neutral ones."""
+  key = f"llama.{key}"
+  assert read_gguf(write(tmp_path / "a.gguf", model(True), keys={key: neutral}))[0]["model_type"] == "llama"
+  with pytest.raises(NotImplementedError, match=f"{key} {other!r}, which may change what it computes"):
+    read_gguf(write(tmp_path / "b.gguf", model(True), keys={key: other}))
+
+
+def test_a_file_of_another_writer_with_a_linear_scale():
+  """Kills: a RoPE factor in the older spelling read as 1."""
+  with pytest.raises(NotImplementedError, match="llama.rope.scale_linear 4.0"):
+    read_gguf(Path(__file__).parent / "scale_linear.gguf")
+
+
+def test_unknown_keys(tmp_path):
+  """Kills: taking a key of llama that nobody here has heard of for harmless."""
+  with pytest.raises(NotImplementedError, match="llama.new_gate 1.0"):
+    read_gguf(write(tmp_path / "m.gguf", model(True), keys={"llama.new_gate": 1.0}))
+
+
+def test_rows_that_do_not_divide_into_heads(tmp_path):
+  """Kills: numpy's reshape error for a q of another height than the heads say."""
+  wanted = model(True)
+  del wanted["model.layers.0.self_attn.q_proj.weight"]
+  path = write(tmp_path / "m.gguf", wanted, extra={"blk.0.attn_q.weight": np.ones((6, HIDDEN), np.float32)})
+  with pytest.raises(ValueError, match=r"m.gguf: tensor model.layers.0.self_attn.q_proj.weight is float32\[6, 32\]"):
+    load_target(path)
+
+
+def test_more_layers_than_the_file_has(tmp_path):
+  """Kills: making up the names of four thousand million layers before looking for one of them."""
+  path = write(tmp_path / "m.gguf", model(True), layers=2 ** 32 - 1)
+  with pytest.raises(ValueError, match="declares 4294967295 layers in llama.block_count, and has 20 tensors"):
+    read_gguf(path)
 
 
 def test_no_kv_heads_means_as_many_as_heads(tmp_path):

@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.flax import load_file
 
 import dspark_jax
+from dspark_jax import loading
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
 from dspark_jax.nn.parameters import parameters
@@ -26,6 +27,8 @@ from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complain
 DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original",
             "drafter_dspark_qwen3_vanilla", "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn",
             "drafter_dflash_qwen3", "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
+INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
+FREQUENCIES = 100000.0 ** (-np.arange(0, 8, 2) / 8)  # of LLAMA
 KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
          "dflash": {"markov_rank": 0, "confidence": "none"}}
 
@@ -130,10 +133,27 @@ def test_tied_and_untied(tmp_path):
   assert tied.lm_head is None
   np.testing.assert_array_equal(tied.head().weight, tied.embed_tokens.weight[...])
   twice = copied(LLAMA, tmp_path / "twice", tensors=lambda t: t | {
-      "lm_head.weight": t["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": jnp.ones(4)})
+      "lm_head.weight": t["model.embed_tokens.weight"], INV_FREQ: jnp.asarray(FREQUENCIES, jnp.float16)})
   assert_same_weights(dspark_jax.load_target(twice), tied)
   np.testing.assert_array_equal(qwen3().head().weight, load_file(QWEN3 / "model.safetensors")["lm_head.weight"])
   assert not np.array_equal(qwen3().head().weight, qwen3().embed_tokens.weight[...])
+
+
+def test_a_head_that_is_stored_is_used(tmp_path):
+  """Kills: a trained head dropped because the config says that it is tied: other tokens, and no word of it."""
+  head = lambda t: jnp.flip(t["model.embed_tokens.weight"], 0)
+  target = dspark_jax.load_target(copied(LLAMA, tmp_path / "t", tensors=lambda t: t | {"lm_head.weight": head(t)}))
+  np.testing.assert_array_equal(target.head().weight, jnp.flip(target.embed_tokens.weight[...], 0))
+  assert not target.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("stored", [FREQUENCIES * 2, FREQUENCIES[:2], np.ones(4, np.int8)])
+def test_frequencies_that_do_not_follow_from_theta(stored, tmp_path):
+  """Kills: dropping the rotary frequencies of a model that was trained with others."""
+  folder = copied(LLAMA, tmp_path / "t", tensors=lambda t: t | {
+      INV_FREQ: jnp.asarray(stored, jnp.int8 if stored.dtype == np.int8 else jnp.float32)})
+  with complains(str(folder), "inv_freq holds other frequencies than rope_theta 100000.0 gives"):
+    dspark_jax.load_target(folder)
 
 
 @pytest.mark.parametrize("source", [LLAMA, QWEN3], ids=["llama", "qwen3"])
@@ -148,12 +168,12 @@ def test_both_spellings_of_the_rope(source, tmp_path):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
-    ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "yarn"}}, "rope_type 'yarn'"),
-    ({"partial_rotary_factor": 0.5}, "partial rotary"),
-    ({"sliding_window": 64}, "sliding window"),
-    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding window"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type' is 'linear'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type' is 'llama3'"),
+    ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "yarn"}}, "rope_parameters.rope_type' is 'yarn'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor' is 0.5"),
+    ({"sliding_window": 64}, "sliding_window' is 64"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types' is .*expected .'full_attention'"),
     ({"attention_bias": True}, "attention_bias"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"hidden_size": "48"}, "hidden_size' is '48'")])
@@ -191,7 +211,7 @@ def test_a_family_reads_back_the_layers_it_writes(family):
   family = TARGETS[family]
   spec, problems = family.block(json.loads((QWEN3 / "config.json").read_text()))
   assert not problems
-  again = family.block(family.keys(spec) | dict(num_hidden_layers=1, vocab_size=8))
+  again = family.block(family.keys(spec))
   assert again == (spec, []) and type(spec) is family.spec
 
 
@@ -215,6 +235,43 @@ def test_parameters_stored_in_parts():
     hf.fill(Experts, spoiled_parts, "experts", stored=stored)
 
 
+@pytest.fixture(autouse=True)
+def nothing_fetched():
+  loading._fetched.cache_clear()
+
+
+def hub(monkeypatch, folder):
+  """A hub of one model; gives the list of what is asked of it."""
+  asked = []
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, *, allow_patterns: (
+      asked.append(allow_patterns), str(folder))[1])
+  return asked
+
+
+def test_the_family_is_checked_before_weights_are_fetched(monkeypatch, tmp_path):
+  """Kills: gigabytes fetched of a model that is then refused."""
+  asked = hub(monkeypatch, copied(QWEN3, tmp_path / "q", config=lambda c: c | {"model_type": "gemma3"}))
+  with complains("family 'gemma3'", error=NotImplementedError):
+    locate_target("google/gemma")
+  with complains("drafter architecture 'Qwen3ForCausalLM'", error=NotImplementedError):
+    dspark_jax.load_drafter("google/gemma", qwen3())
+  assert not [p for patterns in asked for p in patterns if "*" in p]
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_drafter_from_the_hub(ours, monkeypatch, tmp_path):
+  """Kills: drafters by path alone; a folder of ours without its weights, which lie in folders of their own."""
+  if ours:
+    dspark_jax.import_drafter(DSPARK, tmp_path / "ours", qwen3())
+  asked = hub(monkeypatch, tmp_path / "ours" if ours else DSPARK)
+  assert_same_weights(dspark_jax.load_drafter("owner/drafter", qwen3()), dspark_jax.load_drafter(DSPARK, qwen3()))
+  assert loading.made_for("owner/drafter", qwen3())
+  assert loading.stored_temperatures("owner/drafter", dspark_jax.load_drafter(DSPARK, qwen3())) is None
+  dspark_jax.export_drafter("owner/drafter", tmp_path / "out", qwen3())
+  assert files(tmp_path / "out")["config.json"] == files(DSPARK)["config.json"]
+  assert len(asked) == 2 and ("weights/*" in asked[1]) == ours  # once for all of these
+
+
 def test_hub_id(monkeypatch):
   """Kills: fetching pickles and code along with the weights; a local folder looked up on the hub."""
   asked = []
@@ -224,9 +281,10 @@ def test_hub_id(monkeypatch):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
   assert locate_target("Qwen/Qwen3-4B") == QWEN3
   assert_same_weights(dspark_jax.load_target("Qwen/Qwen3-4B"), qwen3())
-  assert asked[0][0] == "Qwen/Qwen3-4B"
-  assert {"*.json", "*.safetensors"} <= set(asked[0][1])
-  assert not [p for p in asked[0][1] if p.endswith((".bin", ".py", ".pt", "*"))]
+  (name, first), (_, second) = asked  # what it is, then its weights; each once
+  assert name == "Qwen/Qwen3-4B" and "config.json" in first and not [p for p in first if "*" in p]
+  assert {"*.json", "*.safetensors"} <= set(second)
+  assert not [p for p in second if p.endswith((".bin", ".py", ".pt", "*"))]
   assert locate_target(QWEN3) == QWEN3 and len(asked) == 2
 
 

@@ -199,3 +199,31 @@ def test_training_state_comes_back(tmp_path):
     state.restore(saved, tree)
   with complains("save_every is 0, expected at least 1"):
     state.checkpointer(tmp_path / "other", every=0)
+
+
+def flipped(path: Path, byte: int) -> None:
+  data = bytearray(path.read_bytes())
+  data[byte] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["drafter", "state"])
+def test_a_flipped_bit(what, tmp_path):
+  """Kills: other numbers than were saved, in silence: Orbax's checksums do not cover its data."""
+  if what == "drafter":
+    dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())
+    load = lambda: dspark_jax.load_drafter(tmp_path / "d", qwen3())
+  else:
+    tree = {"drafter": fresh_drafter(), "step": jnp.int32(3)}
+    with contextlib.closing(state.checkpointer(tmp_path / "d", every=1)) as saved:
+      saved.save_checkpointables(1, {"state": tree})
+    load = lambda: state.restore(state.checkpointer(tmp_path / "d", every=1), tree)
+  load()
+  data = max((p for p in (tmp_path / "d").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  before = data.read_bytes()
+  for share in (0.2, 0.4, 0.6, 0.8):
+    flipped(data, int(len(before) * share))
+    with complains("is not what was saved" if what == "drafter" else "the state of step 1 cannot be restored"):
+      load()
+    data.write_bytes(before)
+  load()

@@ -6,13 +6,15 @@ head, which are compared with the target and dropped; on export they are put bac
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import raise_all
+from dspark_jax.config import Range, raise_all, read_known, shown
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.model import DrafterConfig
@@ -30,47 +32,158 @@ ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family 
 ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
 
 
+# What only other dialects write; a later sign never overrides an earlier one.
+OTHERS = {
+  "speculators": lambda hf, name: "speculators_model_type" in hf or "speculators_config" in hf,
+  "DeepSeek-V4's embedded DSpark": lambda hf, name: "dspark_block_size" in hf,
+  "DFlash 2": lambda hf, name: name == "DFlash2DraftModel" or "selector_rank" in hf,
+  "SpecForge": lambda hf, name: name == "DSparkDraftModel",
+  "ModelOpt": lambda hf, name: name == ORIGINAL and hf.get("projector_type") == "dspark",
+  "a DFlash with an added Markov head": lambda hf, name: name == ORIGINAL and bool(hf.get("markov_rank")),
+  "the original Eagle3": lambda hf, name: name == "LlamaForCausalLMEagle3"}
+
+# Keys that change what is computed and none of the tensors: the values that change nothing. Missing and null are such.
+CHANGES = {
+  "is_causal": (False,), "causal": (False,), "use_swa": (False,), "attention_sink_bias": (False,),
+  "input_embedding_scale": (1,), "embedding_scale": (1,), "output_multiplier": (1,), "logit_scale": (1,),
+  "final_logit_softcapping": (0,), "attn_logit_softcapping": (0,), "quantization_config": ({},),
+  "rope_is_neox_style": (True,), "enable_qwen35_gated_q_proj": (False,), "norm_before_residual": (False,),
+  "norm_before_fc": (False,), "fc_norm": (False,), "norm_output": (True,), "pure_draft_prefix_len": (0,),
+  "confidence_temperatures": ()}
+# Of the block: where a head predicts from, and which heads there are.
+CHANGES_OURS = CHANGES | {"sample_from_anchor": (True,), "shift_label": (True,), "dspark_bonus_anchor": (False,),
+                          "projector_type": ("dspark", "dflash")}
+CHANGES_ORIGINAL = CHANGES | {"sample_from_anchor": (False,), "shift_label": (False,), "dspark_bonus_anchor": (True,),
+                              "projector_type": ("dflash",), "markov_rank": (0,), "enable_confidence_head": (False,)}
+# Known to be of training, or of what is refused or turned off elsewhere.
+HARMLESS = {"attention_mode", "confidence_head_alpha", "draft_vocab_size", "max_anchors", "num_anchors",
+            "sliding_window_non_causal", "swa_window_size"}
+NESTED = "dflash_config", "dspark_config"
+# Copied by DeepSpec's classes from the target's config; the block that they build rotates whole heads.
+NOISE = "partial_rotary_factor", "mrope_section", "mrope_interleaved"
+
+Count = Annotated[int, Range(1, 2 ** 31 - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Keys:
+  """What is read of an Eagle3 drafter's config.json."""
+  vocab_size: Count
+  num_target_layers: Count
+  target_layer_ids: tuple[int, ...]
+  ttt_length: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class DFlashKeys:
+  """What is read of an original DFlash's config.json."""
+  vocab_size: Count
+  num_hidden_layers: Count
+  num_target_layers: Count
+  mask_token_id: int
+  block_size: Annotated[int, Range(2, 2 ** 31 - 1)]  # the anchor's position included
+  target_layer_ids: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DSparkKeys:
+  """What is read of a DeepSpec DSpark or DFlash drafter's config.json."""
+  vocab_size: Count
+  num_hidden_layers: Count
+  num_target_layers: Count
+  mask_token_id: int
+  block_size: Count
+  target_layer_ids: tuple[int, ...]
+  markov_rank: Annotated[int, Range(0, 2 ** 31 - 1)]
+  # Keys about a head that is not there are absent, not false.
+  markov_head_type: str | None = None
+  enable_confidence_head: bool | None = None
+  confidence_head_with_markov: bool | None = None
+
+
 def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
-  """(name of the drafter, configuration) in a stored config.json; ValueError: all that is missing or not understood."""
-  architecture = (hf.get("architectures") or ["none"])[0]
-  if architecture not in ARCHITECTURES:
-    raise NotImplementedError(f"drafter architecture {architecture!r} is not supported, only "
-                              f"{', '.join(ARCHITECTURES)} are")
-  kind, block = ARCHITECTURES[architecture]
-  return kind, (_eagle3 if kind == "eagle3" else _dspark)(hf, *block(hf))
+  """(name of the drafter, configuration) in a stored config.json; ValueError: all that is missing or not understood.
+
+  A key is looked up at the top level, then in `dflash_config` and `dspark_config`; unknown ones are an error in these.
+  """
+  flat, problems = _flat(hf)
+  names = hf.get("architectures")
+  name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
+  dialect = next((dialect for dialect, sign in OTHERS.items() if sign(flat, name)), None)
+  if dialect or name not in ARCHITECTURES:
+    of = f" (of {dialect})" if dialect else ""
+    raise NotImplementedError(f"drafter architecture {shown(name)}{of} is not supported, only "
+                              f"{', '.join(ARCHITECTURES)} are, as DeepSpec and the original DFlash write them")
+  kind, block = ARCHITECTURES[name]
+  original = name == ORIGINAL
+  keys = Eagle3Keys if kind == "eagle3" else DFlashKeys if original else DSparkKeys
+  read, changes = [f.name for f in dataclasses.fields(keys)], CHANGES_ORIGINAL if original else CHANGES_OURS
+  problems += _changed(flat, changes)
+  problems += [f"unknown key {shown(key)} in {part}" for part in NESTED for key in sorted(hf.get(part) or {})
+               if key not in {*read, *changes, *HARMLESS}]
+  spec, wrong = block(flat if original else _without_noise(flat))
+  stored, of_drafter = read_known(keys, flat)
+  taps = stored and stored.target_layer_ids or ()
+  if len(set(taps)) < len(taps):
+    wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once"]
+  raise_all("drafter config", problems + wrong + of_drafter)
+  return kind, _eagle3(flat, spec, stored) if kind == "eagle3" else _dspark(spec, stored, original)
 
 
-def _eagle3(hf, spec, problems):
-  needed = ("ttt_length", "num_target_layers", "target_layer_ids")
-  problems += [f"key {k!r} is missing" for k in needed if hf.get(k) is None]
-  layers = hf.get("draft_num_hidden_layers", hf.get("num_hidden_layers"))
-  problems += [f"an Eagle3 drafter of {layers} layers is not supported, only of one"] if layers != 1 else []
-  raise_all("drafter config", problems)
+def _flat(hf):
+  """(top level and what is nested in it as one, problems): of one key with two values neither can be trusted."""
+  flat, problems = dict(hf), []
+  for part in NESTED:
+    if not isinstance(hf.get(part) or {}, dict):
+      raise ValueError(f"drafter config: key {part!r} is {shown(hf[part])}, expected an object")
+    for key, value in (hf.get(part) or {}).items():
+      if flat.get(key) is not None and value is not None and flat[key] != value:
+        problems.append(f"key {shown(key)} is {shown(flat[key])}, and {shown(value)} in {part}: expected one value")
+      flat[key] = value if flat.get(key) is None else flat[key]
+  return flat, problems
+
+
+def _changed(flat, changes):
+  problems = []
+  for key, neutral in changes.items():
+    value = flat.get(key)
+    # By type too, as True == 1.
+    if value is not None and not any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
+      only = f", only {neutral[0]!r} is" if neutral else ""
+      problems.append(f"key {key!r} is {shown(value)}, which is not supported{only}")
+  if flat.get("draft_vocab_size") not in (None, flat.get("vocab_size")):
+    problems.append(f"key 'draft_vocab_size' is {shown(flat['draft_vocab_size'])}, but vocab_size "
+                    f"{shown(flat.get('vocab_size'))}: a reduced draft vocabulary is not supported")
+  return problems
+
+
+def _without_noise(flat):
+  rope = flat.get("rope_parameters")
+  rope = {key: x for key, x in rope.items() if key not in NOISE} if isinstance(rope, dict) else rope
+  return {key: x for key, x in flat.items() if key not in NOISE} | ({"rope_parameters": rope} if rope else {})
+
+
+def _eagle3(flat, spec, stored):
+  layers = flat.get("draft_num_hidden_layers", flat.get("num_hidden_layers"))
+  if layers != 1:
+    raise ValueError(f"drafter config: an Eagle3 drafter of {shown(layers)} layers is not supported, only of one")
   # As many drafts as it was unrolled for: the file names no other number.
-  return Eagle3Config(spec=spec, vocab_size=hf["vocab_size"], num_target_layers=hf["num_target_layers"],
-                      taps=tuple(hf["target_layer_ids"]), block_size=hf["ttt_length"])
+  return Eagle3Config(spec=spec, vocab_size=stored.vocab_size, num_target_layers=stored.num_target_layers,
+                      taps=stored.target_layer_ids, block_size=stored.ttt_length)
 
 
-def _dspark(hf, spec, problems):
-  original = hf["architectures"][0] == ORIGINAL
-  # Newer files of the original have these keys, block_size among them, in dflash_config alone.
-  own = {**hf, **hf.get("dflash_config", {})} if original else hf
-  needed = ["block_size", "num_target_layers", "mask_token_id"]
-  needed += [] if original else ["target_layer_ids", "markov_rank"]
-  problems += [f"key {k!r} is missing" for k in needed if own.get(k) is None]
-  raise_all("drafter config", problems)
-  common = dict(spec=spec, num_layers=hf["num_hidden_layers"], vocab_size=hf["vocab_size"],
-                num_target_layers=own["num_target_layers"], mask_token_id=own["mask_token_id"])
+def _dspark(spec, stored, original):
+  common = dict(spec=spec, num_layers=stored.num_hidden_layers, vocab_size=stored.vocab_size,
+                num_target_layers=stored.num_target_layers, mask_token_id=stored.mask_token_id)
   if original:
     # Its block_size counts the anchor's position, which predicts nothing: one draft less than positions.
-    taps = own.get("target_layer_ids") or default_taps(own["num_target_layers"], hf["num_hidden_layers"])
-    return DSparkConfig(**common, taps=tuple(taps), block_size=own["block_size"] - 1, markov_rank=0, confidence="none",
+    taps = stored.target_layer_ids or default_taps(stored.num_target_layers, stored.num_hidden_layers)
+    return DSparkConfig(**common, taps=taps, block_size=stored.block_size - 1, markov_rank=0, confidence="none",
                         sample_from_anchor=False)
-  # Keys about a head that is not there are absent, not false.
-  confidence = "none" if not hf.get("enable_confidence_head") else (
-      "markov" if hf.get("confidence_head_with_markov") else "hidden")
-  return DSparkConfig(**common, taps=tuple(hf["target_layer_ids"]), block_size=hf["block_size"],
-                      markov_rank=hf["markov_rank"], markov_head=hf.get("markov_head_type") or "vanilla",
+  confidence = "none" if not stored.enable_confidence_head else (
+      "markov" if stored.confidence_head_with_markov else "hidden")
+  return DSparkConfig(**common, taps=stored.target_layer_ids, block_size=stored.block_size,
+                      markov_rank=stored.markov_rank, markov_head=stored.markov_head_type or "vanilla",
                       confidence=confidence)
 
 
@@ -133,7 +246,7 @@ def _layers(config):
   for name, family in TARGETS.items():
     if type(config.spec) is family.spec:  # not isinstance: a family's may extend another's
       keys = family.keys(config.spec)
-      if family.block(keys | dict(num_hidden_layers=1, vocab_size=config.vocab_size)) == (config.spec, []):
+      if family.block(keys) == (config.spec, []):
         return family.prefix, keys | {"model_type": name}
   raise ValueError(f"export to DeepSpec: no family there has layers like {config.spec}")
 

@@ -37,6 +37,20 @@ CONFIG_NAMES = {
   "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
   "rope_theta": "llama.rope.freq_base",
 }
+# Read below, or compared with what is read (llama.vocab_size: with the embedding's rows).
+READ = {*CONFIG_NAMES.values(), "llama.vocab_size", "llama.attention.head_count_kv", "llama.attention.key_length",
+        "llama.attention.value_length", "llama.rope.dimension_count"}
+# Keys that change what a llama computes and none of its tensors: the values that change nothing.
+NEUTRAL = {
+  "llama.rope.scale_linear": (1,), "llama.rope.scaling.type": ("none", ""), "llama.rope.scaling.factor": (0, 1),
+  "llama.rope.scaling.attn_factor": (0, 1), "llama.rope.scaling.alpha": (0,),
+  "llama.rope.scaling.finetuned": (False,), "llama.attention.causal": (True,), "llama.attention.clamp_kqv": (0,),
+  "llama.attention.max_alibi_bias": (0,), "llama.attention.scale": (0,), "llama.attention.sliding_window": (0,),
+  "llama.attn_logit_softcapping": (0,), "llama.final_logit_softcapping": (0,), "llama.logit_scale": (0, 1),
+  "llama.residual_scale": (0, 1), "llama.embedding_scale": (0, 1), "llama.expert_count": (0,),
+  "llama.expert_used_count": (0,), "llama.use_parallel_residual": (False,), "llama.tensor_data_layout": ("",),
+  "llama.pooling_type": (0,), "llama.nextn_predict_layers": (0,),
+}
 
 
 class Tensors(collections.abc.Mapping):
@@ -51,7 +65,9 @@ class Tensors(collections.abc.Mapping):
     # np.array copies: what is stored as float32 would otherwise be a view of the file.
     array = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
     heads = self.heads.get(name.split(".")[-2])  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
-    return array if heads is None else unpermute(array, heads)
+    # One that does not divide into them goes on as it is: its shape is compared with the others' later.
+    fits = heads and array.ndim == 2 and len(array) % (2 * heads) == 0
+    return unpermute(array, heads) if fits else array
 
   def __iter__(self):
     return iter(self.stored)
@@ -71,14 +87,19 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Tensors]:
   """(config, tensors) of a llama GGUF file; a tensor is dequantised when asked for, by its Hugging Face name.
 
-  q and k rows come out for half rotation. NotImplementedError: another architecture, RoPE scaling, tensors
-  that a plain llama does not have. ValueError: damaged file, missing metadata, missing tensors.
+  q and k rows come out for half rotation. NotImplementedError: another architecture, keys that may change what it
+  computes (RoPE scaling, soft-caps, experts; unknown keys of llama, too), tensors that a plain llama does not have.
+  ValueError: damaged file, missing metadata, missing tensors, more layers than tensors.
   """
   reader = open_gguf(path)
   metadata = read_metadata(reader)
   stored = {tensor.name: tensor for tensor in reader.tensors}
   refuse_unsupported(path, metadata, stored)
   config = read_config(path, metadata, stored)
+  # Before names are made up for them: a file may declare any number.
+  if not isinstance(config["num_hidden_layers"], int) or config["num_hidden_layers"] > len(stored):
+    raise ValueError(f"{path} declares {config['num_hidden_layers']} layers in llama.block_count, and has "
+                     f"{len(stored)} tensors: it is damaged, download it again")
   names = {hf: name for hf, name in MODEL_NAMES.items() if name in stored or hf != "lm_head.weight"}
   for layer in range(config["num_hidden_layers"]):
     names |= {f"model.layers.{layer}.{hf}": f"blk.{layer}.{name}" for hf, name in LAYER_NAMES.items()}
@@ -101,11 +122,14 @@ def refuse_unsupported(path: str | os.PathLike, metadata: dict[str, Any], stored
   if metadata.get("split.count", 1) > 1:
     raise NotImplementedError(f"{path} is one of {metadata['split.count']} parts: "
                               "join them with `llama-gguf-split --merge`")
-  # Llama 3's frequencies come as a tensor, other scalings as metadata.
-  scaling = metadata.get("llama.rope.scaling.type", "none")
-  if scaling != "none" or "rope_freqs.weight" in stored:
-    raise NotImplementedError(f"{path} scales its RoPE frequencies (type {scaling!r}), which is not read "
-                              "from GGUF: load the model from its Hugging Face folder")
+  if "rope_freqs.weight" in stored:  # Llama 3's frequencies come as a tensor, other scalings as metadata
+    raise NotImplementedError(f"{path} scales its RoPE frequencies (rope_freqs.weight), which is not read from GGUF: "
+                              "load the model from its Hugging Face folder")
+  unread = [f"{key} {metadata[key]!r}" for key in sorted(metadata) if key.startswith("llama.") and key not in READ
+            and not (key in NEUTRAL and metadata[key] in NEUTRAL[key])]
+  if unread:
+    raise NotImplementedError(f"{path} has {', '.join(unread)[:300]}, which may change what it computes and is not "
+                              "read from GGUF: load the model from its Hugging Face folder")
 
 
 def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +142,10 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
   config = {name: metadata[key] for name, key in CONFIG_NAMES.items()}
   for name in ("rms_norm_eps", "rope_theta"):
     config[name] = float(str(np.float32(config[name])))  # stored in float32: 1e-5, not 9.999999747378752e-06
+  rows = int(stored["token_embd.weight"].shape[1])  # gguf's shapes start at the fastest dimension
+  if metadata.get("llama.vocab_size", rows) != rows:
+    raise ValueError(f"{path} has {rows} rows of token_embd.weight, llama.vocab_size is "
+                     f"{metadata['llama.vocab_size']}: they must agree, convert the model again")
   heads = config["num_attention_heads"]
   # One width for all: GGUF knows others for values, and rotates a part of the head where dimension_count is smaller.
   head_dim = metadata.get("llama.attention.key_length", config["hidden_size"] // heads)
@@ -132,7 +160,7 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
     "mlp_bias": False,
     "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
     "head_dim": head_dim,
-    "vocab_size": int(stored["token_embd.weight"].shape[1]),  # gguf's shapes start at the fastest dimension
+    "vocab_size": rows,
     "tie_word_embeddings": "output.weight" not in stored,  # no key says so
     "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,53 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from dspark_jax.checkpoints.atomic import new_folder
-from dspark_jax.config import raise_all
+from dspark_jax.config import name_shown, raise_all, read_known, shown
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.text import read_json
+
+
+# Files that only stand in folders of another kind, architectures that write no text, and tensors of quantised weights.
+SIGNS = {"modules.json": "an embedding model (of sentence-transformers): it writes no text",
+         "config_sentence_transformers.json": "an embedding model (of sentence-transformers): it writes no text",
+         **dict.fromkeys(("hf_quant_config.json", "quantize_config.json", "quant_config.json"), "a quantised model")}
+ADAPTER = "a LoRA adapter: merge it into its base model"
+ENDS = {"ForSequenceClassification": "a reward model or classifier", "RewardModel": "a reward model",
+        "ForTokenClassification": "a reward model or classifier", "ForQuestionAnswering": "a classifier",
+        "Model": "an embedding model, without a head over words"}
+SCALES = re.compile(r"(_scale|_scale_inv|scales|qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What config.json says of the model as a whole."""
+  model_type: str = ""
+  architectures: tuple[str, ...] = ()
+  quantization_config: dict[str, Any] | None = None
+  compression_config: dict[str, Any] | None = None
+
+
+def read_config(folder: Path) -> tuple[dict, Kind]:
+  """(config.json, the kind of model it tells of) of a folder. NotImplementedError names what else a folder holds."""
+  folder = Path(folder)
+  if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    raise NotImplementedError(f"{folder} holds {ADAPTER}")
+  config = read_json(folder / "config.json")
+  kind, problems = read_known(Kind, config)
+  raise_all(f"{folder / 'config.json'}", problems)
+  found = [f"{what} ({file})" for file, what in SIGNS.items() if (folder / file).exists()]
+  if found:
+    raise NotImplementedError(f"{folder} holds {found[0]}: only language models as they were trained are loaded")
+  return config, kind
+
+
+def writes_text(folder: Path, kind: Kind) -> None:
+  """NotImplementedError for what is known to be no language model, or none that is stored as it was trained."""
+  name, quantised = next(iter(kind.architectures), ""), kind.quantization_config or kind.compression_config
+  what = next((f"{what} ({shown(name)})" for end, what in ENDS.items() if name.endswith(end)), None)
+  if quantised:
+    what = f"a quantised model ({shown(quantised.get('quant_method', 'as its config.json tells'))})"
+  if what:
+    raise NotImplementedError(f"{folder} holds {what}, expected a causal language model as it was trained")
 
 
 class Tensors(Mapping):
@@ -27,16 +74,25 @@ class Tensors(Mapping):
     if index.exists() and not (isinstance(table, dict) and all(isinstance(f, str) for f in table.values())):
       raise ValueError(f"{index} has no weight_map from tensors to files: download it again")
     files = sorted(set(table.values())) if table else [one]
-    missing = [f for f in files if not (folder / f).exists()]
+    # Of a file beside the index, that is one: a name could lead anywhere, and a device has no end.
+    plain = lambda f: f not in ("", "..") and Path(f).name == f and len(f) <= 255 and f.isprintable()
+    raise_all(f"{index}", [f"weight_map names {shown(f)}, expected the name of a file beside it: download it again"
+                           for f in files if not plain(f)])
+    missing = [f for f in files if not (folder / f).is_file()]
+    if missing == [one] and (folder / "adapter_config.json").exists():
+      raise NotImplementedError(f"{folder} holds {ADAPTER}")
     if missing == [one] and (pickles := [p.name for p in sorted(folder.glob("*.bin"))]):
       raise ValueError(f"{folder} has its weights in {', '.join(pickles)} only, which loading would execute as code: "
                        f"convert them to safetensors")
     raise_all(f"{folder}", [f"weight file {f} is missing: download it again" for f in missing])
     self._files = {f: _open(folder / f) for f in files}
     self._table = table or {name: one for name in self._files[one].keys()}
+    if scales := next((name for name in self._table if SCALES.search(name)), None):
+      raise NotImplementedError(f"{folder} holds a quantised model (tensor {name_shown(scales)}): only language models "
+                                f"as they were trained are loaded")
     # An index beside the shards of another download is found here, not as a KeyError halfway through loading.
     held = {f: set(opened.keys()) for f, opened in self._files.items()}
-    raise_all(f"{folder}", [f"{name} is listed in the index but not in {f}: download both again"
+    raise_all(f"{folder}", [f"{name_shown(name)} is listed in the index but not in {f}: download both again"
                             for name, f in self._table.items() if name not in held[f]])
 
   @property
@@ -58,13 +114,13 @@ def _open(path):
   try:
     return safe_open(path, framework="flax")  # not numpy, which has no bfloat16
   except (SafetensorError, OSError) as error:
-    raise ValueError(f"{path} cannot be read ({error}): it is truncated or no safetensors file; download it "
-                     f"again") from error
+    raise ValueError(f"{path} cannot be read ({shown(str(error))}): it is truncated or no safetensors file; "
+                     f"download it again") from error
 
 
 def read_folder(folder: Path) -> tuple[dict, Tensors]:
   """(config.json, tensors by stored name) of a Hugging Face folder."""
-  return read_json(Path(folder) / "config.json"), Tensors(Path(folder))
+  return read_config(folder)[0], Tensors(Path(folder))
 
 
 def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: (name,), extra_ok=(),
@@ -80,7 +136,8 @@ def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: 
   wanted = {stored(name): v for name, v in parameters(module).items()}
   known = [part for parts in wanted for part in parts]
   problems = [*problems, *(f"tensor {n} is missing" for n in known if n not in tensors)]
-  problems += [f"tensor {n} is not part of this model" for n in tensors if n not in known and n not in extra_ok]
+  problems += [f"tensor {name_shown(n)} is not part of this model" for n in tensors
+               if n not in known and n not in extra_ok]
   # Every tensor is read once, even when nothing can be loaded any more: its shape is checked for the list.
   for parts, variable in wanted.items():
     arrays, shape = [], variable.shape[len(parts) > 1:]  # of a part: without the axis along which several are stacked

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from dspark_jax.config import raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
 from dspark_jax.text import read_json
 
@@ -63,21 +64,37 @@ def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   if kind != "gpt2" or cut not in PRE_TOKENIZERS:
     raise NotImplementedError(f"{path} has tokenizer {kind!r}, pre-tokenizer {cut!r}, only 'gpt2' with one "
                               f"of {sorted(PRE_TOKENIZERS)} is read from GGUF: give a Hugging Face folder")
-  tokens = metadata["tokens"]
-  types = metadata.get("token_type", [1] * len(tokens))
+  tokens, merges, types, named = _gguf_words(path, metadata)
   whole = [(type_, AddedToken(token, normalized=False)) for token, type_ in zip(tokens, types)]
-  merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
+  merges = [tuple(merge.split(" ")) for merge in merges]
   backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
   backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[cut])
   backend.decoder = decoders.ByteLevel()
   backend.add_special_tokens([token for type_, token in whole if type_ == 3])  # control tokens
   backend.add_tokens([token for type_, token in whole if type_ == 4])          # user defined ones
-  named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-  named = {name: metadata.get(f"{key}_token_id") for name, key in named.items()}
   named = {name: tokens[index] for name, index in named.items() if index is not None}
   return fast_tokenizer()(
       tokenizer_object=backend, chat_template=metadata.get("tokenizer.chat_template"),
       clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
+
+
+def _gguf_words(path, metadata):
+  """(tokens, merges, types of tokens, named tokens' numbers) as the file has them; ValueError lists what is wrong."""
+  tokens, merges = metadata.get("tokens"), metadata.get("merges")
+  count = len(tokens) if isinstance(tokens, list) else 0
+  types = metadata.get("token_type", [1] * count)
+  named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+  named = {name: metadata.get(f"{key}_token_id") for name, key in named.items()}
+  texts = lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
+  checks = [("tokens", tokens, texts(tokens) and count > 0, "a list of texts"),
+            ("merges", merges, texts(merges) and all(merge.count(" ") == 1 for merge in merges), "pairs of words"),
+            ("token_type", types, isinstance(types, list) and len(types) == count, "a number for each token")]
+  problems = [f"tokenizer.ggml.{name} is {'missing' if value is None else shown(value)}, expected {expected}"
+              for name, value, right, expected in checks if not right]
+  problems += [f"{name} is number {shown(index)} of {count} tokens" for name, index in named.items()
+               if index is not None and not (type(index) is int and 0 <= index < count)]
+  raise_all(f"{path} (download it again, or give a Hugging Face folder)", problems)
+  return tokens, merges, types, named
 
 
 def smollm2_path() -> str:

@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any, Literal
 
-from dspark_jax.config import raise_all
+from dspark_jax.config import Range, raise_all, read_known
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.targets.decoder import Family, TargetConfig
+
+Count = Annotated[int, Range(1, 2 ** 31 - 1)]
+One = Annotated[float, Range(1, 1)]
+Theta = Annotated[float, Range(1, 1e30)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """What is read of rope_parameters (also rope_scaling, the older form)."""
+  rope_theta: Theta | None = None
+  rope_type: Literal["default"] = "default"
+  type: Literal["default"] = "default"  # the older spelling
+  partial_rotary_factor: One = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockKeys:
+  """What is read of a Hugging Face config.json about its layers.
+
+  Of a key that takes one value, others are refused and not ignored: most leave no trace in the tensors, and would just
+  compute something else.
+  """
+  hidden_size: Count
+  intermediate_size: Count
+  num_attention_heads: Count
+  rms_norm_eps: Annotated[float, Range(0, 1)]
+  num_key_value_heads: Count | None = None
+  head_dim: Count | None = None
+  rope_theta: Theta | None = None
+  rope_parameters: Rope = Rope()
+  rope_scaling: Rope = Rope()
+  partial_rotary_factor: One = 1
+  attention_bias: Literal[False] = False
+  mlp_bias: Literal[False] = False
+  hidden_act: Literal["silu"] = "silu"
+  use_sliding_window: Literal[False] = False
+  sliding_window: Annotated[int, Range(0, 0)] = 0
+  layer_types: tuple[Literal["full_attention"], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetKeys:
+  """What is read of the rest."""
+  num_hidden_layers: Count
+  vocab_size: Count
+  tie_word_embeddings: bool = False
+  # Where no limit is given, positions have that of their int32: files of no maker leave it out, and a guess would
+  # refuse prompts that the model was trained for.
+  max_position_embeddings: Count = 2 ** 31 - 1
 
 
 def from_hf(hf: dict) -> TargetConfig:
@@ -16,44 +66,33 @@ def from_hf(hf: dict) -> TargetConfig:
 
 def decoder_config(family: str, hf: dict, spec: BlockSpec | None, problems: list[str]) -> TargetConfig:
   """What Llama-like families share of a Hugging Face config.json, around what `block_spec` gave."""
-  raise_all(f"{family} config", problems)
-  # Where no limit is given, positions have that of their int32.
-  return TargetConfig(family, spec, hf["num_hidden_layers"], hf["vocab_size"], bool(hf.get("tie_word_embeddings")),
-                      hf.get("max_position_embeddings") or 2 ** 31 - 1)
+  keys, wrong = read_known(TargetKeys, hf)
+  raise_all(f"{family} config", problems + wrong)
+  return TargetConfig(family, spec, keys.num_hidden_layers, keys.vocab_size, keys.tie_word_embeddings,
+                      keys.max_position_embeddings)
 
 
 def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec | None, list[str]]:
   """(spec, problems) from a Hugging Face config; both spellings of the rope are read and theta is never assumed."""
-  problems = [f"key {k!r} is {'missing' if hf.get(k) is None else repr(hf[k])}, expected a number"
-              for k in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "num_hidden_layers",
-                        "vocab_size") if type(hf.get(k)) not in (int, float)]
-  rope, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-  theta = rope.get("rope_theta", hf.get("rope_theta"))
-  if theta is None:
+  # The switch before the number: Qwen's configs keep a window that use_sliding_window turns off.
+  off = hf.get("use_sliding_window") is False
+  keys, problems = read_known(BlockKeys, hf | {"sliding_window": None} if off else hf)
+  rope = hf.get("rope_parameters")
+  if hf.get("rope_theta") is None and (not isinstance(rope, dict) or rope.get("rope_theta") is None):
     problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently "
                     "wrong)")
-  # Refused, not ignored: most of what follows leaves no trace in the tensors, and would just compute something else.
-  for part in (rope, scaling):
-    kind = part.get("rope_type", part.get("type", "default"))  # `type` is the older spelling
-    if kind != "default":
-      problems.append(f"rope_type {kind!r} is not supported, only 'default'")
-  if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1):
-    problems.append("a partial rotary embedding is not supported")
-  for key in ("attention_bias", "mlp_bias"):
-    if hf.get(key):
-      problems.append(f"{key} is true, but only layers without biases are supported")
-  if hf.get("hidden_act", "silu") != "silu":
-    problems.append(f"hidden_act is {hf['hidden_act']!r}, only 'silu' is supported")
-  # The switch before the number: Qwen's configs keep a window that use_sliding_window turns off.
-  sliding = hf.get("use_sliding_window", hf.get("sliding_window"))
-  if sliding or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
-    problems.append("a sliding window is trained in, which is not supported")
   if problems:
     return None, problems
-  heads = hf["num_attention_heads"]
+  heads = keys.num_attention_heads
   # head_dim is a number of its own (128 where Qwen3-30B-A3B's D / H is 64); the quotient is for files without it.
-  return BlockSpec(hf["hidden_size"], hf["intermediate_size"], heads, hf.get("num_key_value_heads") or heads,
-                   hf.get("head_dim") or hf["hidden_size"] // heads, hf["rms_norm_eps"], float(theta), qk_norm), []
+  head_dim, kv_heads = keys.head_dim or keys.hidden_size // heads, keys.num_key_value_heads or heads
+  if head_dim < 2 or head_dim % 2:
+    problems.append(f"heads are {head_dim} wide, expected an even number: a rotary embedding turns pairs")
+  if heads % kv_heads:
+    problems.append(f"key 'num_key_value_heads' is {kv_heads}, expected a divisor of num_attention_heads {heads}")
+  theta = keys.rope_parameters.rope_theta or keys.rope_theta
+  return None if problems else BlockSpec(keys.hidden_size, keys.intermediate_size, heads, kv_heads, head_dim,
+                                         keys.rms_norm_eps, float(theta), qk_norm), problems
 
 
 def block_keys(spec: BlockSpec) -> dict[str, Any]:
