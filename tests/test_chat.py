@@ -260,7 +260,7 @@ def test_templates_are_programs_of_others(template, part, tokenizer, monkeypatch
   """Kills: a traceback, or a hang, from a template that is wrong or means harm."""
   monkeypatch.setattr(tokenizer, "chat_template", template)
   monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.5)
-  with complains("the chat template refuses these messages", part):
+  with complains("the chat template", "refuses these messages", part):
     chat.encode_prompt(tokenizer, CHAT[:1])
 
 

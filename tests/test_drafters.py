@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import dspark_jax
+from dspark_jax import config
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.drafters import DRAFTERS, heads
 from dspark_jax.nn.parameters import parameters
@@ -225,9 +226,12 @@ class Averaged(heads.MarkovHead):
     return (total, count), self.gain[...][None] * total / count[:, None].astype(total.dtype)
 
 
-def test_a_new_head_is_one_class_and_one_line(monkeypatch, tmp_path):
+def test_a_new_head_is_one_class_and_one_line(monkeypatch, tmp_path, request):
   """Kills: scans that know the heads they serve, or whose state must be f[N,R]; a second list of heads, in a
   configuration or a checkpoint."""
+  # What a configuration may hold is worked out once per process, in which heads are usually known from the start.
+  config._kinds.cache_clear()
+  request.addfinalizer(config._kinds.cache_clear)
   monkeypatch.setitem(heads.HEADS, "averaged", Averaged)
   monkeypatch.setitem(KINDS, "averaged", ("dspark", dict(markov_head="averaged")))
   proposal, args = sampled_and_forced.__wrapped__("averaged")

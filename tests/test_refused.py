@@ -1,7 +1,6 @@
 """Folders and files of other kinds, damaged or of impossible sizes: each is named as what it is, soon."""
 
 import json
-import shutil
 import struct
 import time
 
@@ -11,7 +10,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat
-from folders import DSPARK, LLAMA, QWEN3, complains, copied, qwen3, sharded
+from folders import LLAMA, complains, copied, qwen3, sharded
 from test_fuzz import gguf_words
 from test_gguf import model, write
 

@@ -9,6 +9,7 @@ import pytest
 
 from dspark_jax.data import chat
 from dspark_jax.drafters import DSpark
+from dspark_jax.programs import run_folder
 from train import train
 from train.config import TrainConfig
 from folders import CHATML, LLAMA, complains, llama, with_tokenizer
@@ -100,7 +101,7 @@ def today(monkeypatch, day: int):
     @classmethod
     def today(cls):
       return cls(2026, 7, day)
-  monkeypatch.setattr(train, "datetime", SimpleNamespace(date=Day))
+  monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(date=Day))
 
 
 @pytest.fixture(scope="module")

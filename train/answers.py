@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from dspark_jax.data import chat
+from dspark_jax.data.benchmarks import LINE_SETTINGS
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.loading import target_id
@@ -69,6 +70,9 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
     return [(q.id, q.question) for q in split(stdlib_questions())[0]]
   questions = []
   for number, record in read_jsonl(settings.questions):
+    if wrong := sorted(set(record) & LINE_SETTINGS):
+      raise ValueError(f"{settings.questions}, line {number} has {', '.join(wrong)}, but all questions are asked under "
+                       f"the settings of the command: remove it")
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
       raise ValueError(f'{settings.questions}, line {number} is no question: expected {{"prompt": TEXT}}')
@@ -76,22 +80,23 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   return questions
 
 
-def describe(settings: Settings, target, tokenizer, questions: list[tuple[str, str]]) -> dict:
+def describe(settings: Settings, target, tokenizer, questions: list[tuple[str, str]], date) -> dict:
   """What the answers depend on. Not the batch, nor how many are asked for: seeds are by question."""
   names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
   digest = lambda value: run_folder.digest(json.dumps(value).encode())
-  return {"program": "train.answers",
+  return {"program": "train.answers", "date": str(date),
           "config": {name: getattr(settings, name) for name in names} | {"target": target_id(target)},
           "template": digest(tokenizer.chat_template), "data": digest(questions)}
 
 
 def answer(settings: Settings, target, tokenizer, questions: list[tuple[str, str]]) -> dict:
   """Asks what is not answered yet, a batch at a time, and appends every batch whole. The caller owns the file."""
-  run_folder.claim(settings.out, describe(settings, target, tokenizer, questions))
+  date = run_folder.date_of(settings.out)
+  run_folder.claim(settings.out, describe(settings, target, tokenizer, questions, date))
   # The ids alone: a file of answers may be larger than the memory that is left beside the target.
   known = set(run_folder.read_lines(settings.out, lambda record: record["id"],
                                     remedy="delete the line, its question is asked again then"))
-  prompts = [(name, chat.encode_prompt(tokenizer, [{"role": "user", "content": text}]))
+  prompts = [(name, chat.encode_prompt(tokenizer, [{"role": "user", "content": text}], date=date))
              for name, text in questions if name not in known]
   prompts = [(n, ids) for n, ids in prompts if len(ids) <= settings.max_prompt_tokens]
   prompts = prompts[:None if settings.count is None else max(settings.count - len(known), 0)]

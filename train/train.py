@@ -26,7 +26,6 @@ import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,6 @@ from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterSettings
 from dspark_jax.programs import run_folder, shell
-from dspark_jax.text import read_json
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train.config import TrainConfig, read_config
@@ -62,7 +60,7 @@ def main(config: TrainConfig) -> dict:
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
-  date = date_of(config.out)
+  date = run_folder.date_of(config.out)
   source, packed = read_data(config, target.config.vocab_size, tokenizer, date)
   record = describe(config, packed)
   run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
@@ -107,19 +105,6 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
-
-
-def date_of(out: Path) -> datetime.date:
-  """The day that chat templates are told: that on which the run in `out` began, or today for a new one.
-
-  With another day, its prompts might be other tokens, and it could not go on.
-  """
-  told = read_json(out / run_folder.RECORD).get("date") if run_folder.is_begun(out) else None
-  try:
-    return datetime.date.today() if told is None else datetime.date.fromisoformat(told)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{out / run_folder.RECORD} has the date {str(told)[:40]!r}, expected YYYY-MM-DD: restore it, or "
-                     f"choose another --out") from error
 
 
 def read_data(config: TrainConfig, vocab_size: int, tokenizer, date: datetime.date):

@@ -1,7 +1,7 @@
 """Evaluation prompts: the paper's nine benchmarks, any JSONL file, and questions that every machine has.
 
 A file holds one JSON object per line with `turns`, the user's messages in order: {"turns": ["What is 1 + 1?"]}. Other
-keys are not read, blank lines are skipped.
+keys are not read, but those that would be settings are refused; blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from dspark_jax.text import read_jsonl
 COUNTS = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 256, "livecodebench": 500,
           "mt-bench": 80, "alpaca": 500, "arena-hard-v2": 500}  # how many samples the reference takes of each
 STDLIB, STDLIB_COUNT = "stdlib", 64
+# What a line might ask for itself, as requests to a server do; where all lines are asked alike, it is refused.
+LINE_SETTINGS = {"temperature", "top_k", "top_p", "seed", "max_tokens", "max_completion_tokens", "max_new_tokens",
+                 "stop", "tools", "logit_bias", "frequency_penalty", "presence_penalty", "messages"}
 SEED = 980406  # the reference's: of the same file it takes the same samples
 
 
@@ -62,6 +65,9 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _turns(record, where):
+  if wrong := sorted(set(record) & LINE_SETTINGS):
+    raise ValueError(f"{where} has {', '.join(wrong)}, but all samples are asked under the settings of the command: "
+                     f"remove it")
   turns = record.get("turns")
   if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
     raise ValueError(f'{where} has no turns: expected {{"turns": [TEXT, ...]}}, at least one, with some text in each')

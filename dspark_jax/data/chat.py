@@ -199,16 +199,16 @@ def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> s
   without thinking (DSpark, 4.1). date: a datetime.date, told to a template that asks for today's (default:
   today's).
   """
-  template = tokenizer.chat_template
+  template, whose = tokenizer.chat_template, f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
   if not template:
-    raise ValueError("this tokenizer has no chat template, so it cannot make a prompt of messages: give raw text, or a "
-                     "model that is trained to chat")
+    raise ValueError(f"the tokenizer{whose} has no chat template, so it cannot make a prompt of messages: give raw "
+                     f"text, or a model that is trained to chat")
   if date is not None and isinstance(template, str):
     variables["chat_template"] = dated(template, date)
   # Templates know three keys of a message; tokens, which stand beside them here, are none of their business.
   messages = [{k: v for k, v in message.items() if k != "tokens"} for message in messages]
   run = lambda: tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **variables})
-  return _guarded(lambda: _limited(run), "the chat template refuses these messages", "change the messages")
+  return _guarded(lambda: _limited(run), f"the chat template{whose} refuses these messages", "change the messages")
 
 
 def dated(template: str, date: Any) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -77,6 +78,20 @@ def claim(out: Path, record: dict[str, Any]) -> None:
     write_record(out, record)
 
 
+def date_of(out: Path) -> datetime.date:
+  """The day that chat templates are told: that on which the run of `out` began, or today for a new one.
+
+  With another day, its prompts might be other tokens, and it could not go on.
+  """
+  path = record_path(out)
+  told = read_json(path).get("date") if is_begun(out) else None
+  try:
+    return datetime.date.today() if told is None else datetime.date.fromisoformat(told)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path} has the date {str(told)[:40]!r}, expected YYYY-MM-DD: restore it, or choose another "
+                     f"--out") from error
+
+
 def read_record(out: Path, program: str, parts: dict[str, type]) -> dict[str, Any]:
   """The record of a run of `program`. ValueError when it is another program's, or damaged: a part is missing."""
   path = record_path(out)
@@ -135,7 +150,9 @@ def _differences(was: dict, now: dict, shrunk=(), where: str = "") -> Iterator[s
       a = {name: a[name] for name in a if name in b} if key in shrunk else a
       yield from _differences(a, b, shrunk, f"{where}{key}.")
     elif a != b:
-      yield f"{where}{key} was {a}, is {b}"
+      # Of a file that may be damaged: what would break the line is quoted.
+      shown = (str(x) if str(x).isprintable() else repr(x) for x in (a, b))
+      yield "{}{} was {}, is {}".format(where, key, *shown)
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
