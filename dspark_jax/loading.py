@@ -207,8 +207,8 @@ def _read_ours(path, target):
   sidecar, tensors = state.read_drafter(path)
   kind = sidecar["drafter"]
   if kind not in list(DRAFTERS):  # a list: what a damaged file holds may not be hashable
-    raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r}, known are {', '.join(sorted(DRAFTERS))}: "
-                     f"load it with the version that wrote it")
+    raise ValueError(f"{path / 'drafter.json'} names the drafter {kind!r:.40}, known are "
+                     f"{', '.join(sorted(DRAFTERS))}: load it with the version that wrote it")
   data, where = sidecar["config"], f"{path / 'drafter.json'}, config"
   if isinstance(data, dict) and "spec" in data:  # of one of the families, whichever reads it
     with contextlib.suppress(ValueError):  # what none of them reads is told below, with all else that is wrong

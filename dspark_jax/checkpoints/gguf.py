@@ -56,14 +56,19 @@ NEUTRAL = {
 class Tensors(collections.abc.Mapping):
   """Hugging Face name -> f32 array, dequantised at each access, so that the model is never held twice."""
 
-  def __init__(self, stored: dict[str, Any], heads: dict[str, int]):
+  def __init__(self, path: str | os.PathLike, stored: dict[str, Any], heads: dict[str, int]):
+    self.path = path
     self.stored = stored  # Hugging Face name -> gguf.ReaderTensor
     self.heads = heads    # "q_proj" and "k_proj" -> number of heads
 
   def __getitem__(self, name: str) -> np.ndarray:
     tensor = self.stored[name]
     # np.array copies: what is stored as float32 would otherwise be a view of the file.
-    array = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    try:
+      array = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+      raise NotImplementedError(f"{self.path} has {tensor.name} as {tensor.tensor_type.name}, which is not read: "
+                                f"convert the model to another quantisation") from error
     heads = self.heads.get(name.split(".")[-2])  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
     # One that does not divide into them goes on as it is: its shape is compared with the others' later.
     fits = heads and array.ndim == 2 and len(array) % (2 * heads) == 0
@@ -110,7 +115,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Tensors]:
     raise NotImplementedError(f"{path} has tensors that a plain llama does not have: {unknown}: "
                               "only dense models without biases are read from GGUF")
   heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-  return config, Tensors({hf: stored[name] for hf, name in names.items()}, heads)
+  return config, Tensors(path, {hf: stored[name] for hf, name in names.items()}, heads)
 
 
 def refuse_unsupported(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[str, Any]) -> None:

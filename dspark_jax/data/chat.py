@@ -74,7 +74,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   backend.add_tokens([token for type_, token in whole if type_ == 4])          # user defined ones
   named = {name: tokens[index] for name, index in named.items() if index is not None}
   return fast_tokenizer()(
-      tokenizer_object=backend, chat_template=metadata.get("tokenizer.chat_template"),
+      tokenizer_object=backend, name_or_path=os.fspath(path), chat_template=metadata.get("tokenizer.chat_template"),
       clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
 
 
@@ -123,7 +123,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
   """Tokens of a text as its tokenizer begins one: for base models, which have no chat template."""
-  return _guarded(lambda: tokenizer(text)["input_ids"], "the tokenizer cannot read this text")
+  return _guarded(lambda: tokenizer(text)["input_ids"], f"the tokenizer{_whose(tokenizer)} cannot read this text")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, tools: list | None = None,
@@ -199,7 +199,7 @@ def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> s
   without thinking (DSpark, 4.1). date: a datetime.date, told to a template that asks for today's (default:
   today's).
   """
-  template, whose = tokenizer.chat_template, f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
+  template, whose = tokenizer.chat_template, _whose(tokenizer)
   if not template:
     raise ValueError(f"the tokenizer{whose} has no chat template, so it cannot make a prompt of messages: give raw "
                      f"text, or a model that is trained to chat")
@@ -343,7 +343,11 @@ def _tokens(tokenizer, text, hidden=()) -> tuple[list[int], list[Span]]:
     found = list(parts())
     return ([token for _, ids, _ in found for token in ids],
             [(at + a, at + b) for at, _, spans in found for a, b in spans])
-  return _guarded(run, "the tokenizer cannot read this text")
+  return _guarded(run, f"the tokenizer{_whose(tokenizer)} cannot read this text")
+
+
+def _whose(tokenizer):
+  return f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
 
 
 def _ends(folder: str) -> list[int]:

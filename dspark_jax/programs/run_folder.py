@@ -21,6 +21,7 @@ from dspark_jax.programs import shell
 from dspark_jax.text import parsed, read_json
 
 RECORD = "run.json"
+SHOWN = 60  # characters of a setting that fit a sentence
 # What the programs leave in their folders: where any of it lies without a record, nobody knows whose it is.
 WORK = ("calibration.json", "drafter", "drafter.json", "metrics.jsonl", "report.md", "results.json", "rounds-*.jsonl",
         "samples/*.jsonl", "steps/*")
@@ -150,8 +151,9 @@ def _differences(was: dict, now: dict, shrunk=(), where: str = "") -> Iterator[s
       a = {name: a[name] for name in a if name in b} if key in shrunk else a
       yield from _differences(a, b, shrunk, f"{where}{key}.")
     elif a != b:
-      # Of a file that may be damaged: what would break the line is quoted.
-      shown = (str(x) if str(x).isprintable() else repr(x) for x in (a, b))
+      # Of a file that may be damaged: what would break the line is quoted, and cut.
+      shown = (text if len(text) <= SHOWN else f"{text[:SHOWN]}..." for x in (a, b)
+               for text in [str(x) if str(x).isprintable() else repr(x)])
       yield "{}{} was {}, is {}".format(where, key, *shown)
 
 
