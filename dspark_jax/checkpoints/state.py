@@ -40,7 +40,7 @@ def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   folder = Path(folder)
   sidecar = read_json(folder / "drafter.json")
   if sidecar.get("format") != FORMAT:
-    raise ValueError(f"{folder / 'drafter.json'} has format {sidecar.get('format')!r:.40}, this version reads {FORMAT}: "
+    raise ValueError(f"{folder / 'drafter.json'} has format {sidecar.get('format')!r:.9}, this version reads {FORMAT}: "
                      f"convert it with the version that wrote it")
   raise_all(f"{folder / 'drafter.json'}", [f"key {k!r} is missing: restore the file from where it came" for k in (
       "drafter", "config", "target", "imported") if k not in sidecar])
