@@ -8,7 +8,7 @@ import itertools
 import math
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 # Problems of one list, and characters of one value, of one problem and of all, that fit a sentence.
 MOST, SHOWN, PROBLEM, ALL = 3, 60, 240, 450
@@ -68,6 +68,9 @@ class Range:
   """Bounds of a number that comes from JSON, in the type of its field: Annotated[float, Range(0, 1)]."""
   low: float
   high: float = math.inf
+
+
+Count = Annotated[int, Range(1, 2 ** 31 - 1)]  # of layers, heads, tokens: what an int32 can count
 
 
 def from_json(cls, data: dict[str, Any], what: str):

@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.config import Range, raise_all, read_known, shown
+from dspark_jax.config import Count, Range, raise_all, read_known, shown
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.model import DrafterConfig
@@ -61,8 +61,6 @@ HARMLESS = {"attention_mode", "confidence_head_alpha", "draft_vocab_size", "max_
 NESTED = "dflash_config", "dspark_config"
 # Copied by DeepSpec's classes from the target's config; the block that they build rotates whole heads.
 NOISE = "partial_rotary_factor", "mrope_section", "mrope_interleaved"
-
-Count = Annotated[int, Range(1, 2 ** 31 - 1)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dspark_jax.config import raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
+from dspark_jax.data.pipeline import Encoded
 from dspark_jax.text import read_json
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, Any]]
-Span = tuple[int, int]                  # characters of a rendered text
-Encoded = tuple[list[int], list[bool]]  # tokens, loss mask
+Span = tuple[int, int]  # characters of a rendered text
 
 EXACT = 16           # replies whose place is found by rendering all that is before; of more, these and ever fewer
 TEMPLATE_SECONDS = 10  # a template takes milliseconds; one that loops would take for ever

@@ -39,7 +39,9 @@ def open_gguf(path: str | os.PathLike) -> Reader:
   if magic != b"GGUF":
     raise ValueError(f"{path} starts with {magic!r}, a GGUF file with b'GGUF': give the path of a .gguf file")
   try:
-    return Reader(path)
+    reader = Reader(path)
+    reader.path = path
+    return reader
   # A read past the end surfaces as any of these, from numpy; none of them says that the file is short.
   except (ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as error:
     size = os.path.getsize(path)
@@ -48,5 +50,9 @@ def open_gguf(path: str | os.PathLike) -> Reader:
 
 
 def read_metadata(reader: Reader) -> dict[str, Any]:
-  """The file's key-value pairs as Python values, e.g. `tokenizer.ggml.tokens` -> list of str."""
-  return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+  """The file's key-value pairs as Python values, e.g. `tokenizer.ggml.tokens` -> list of str. ValueError: no text."""
+  try:
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{reader.path} is a damaged GGUF file: a text in its tables is not UTF-8: download it "
+                     f"again") from error

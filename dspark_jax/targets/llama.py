@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from dspark_jax.config import Range, raise_all, read_known
+from dspark_jax.config import Count, Range, raise_all, read_known
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.targets.decoder import Family, TargetConfig
 
-Count = Annotated[int, Range(1, 2 ** 31 - 1)]
 One = Annotated[float, Range(1, 1)]
 Theta = Annotated[float, Range(1, 1e30)]
 
