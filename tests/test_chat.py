@@ -4,6 +4,8 @@ import copy
 import datetime
 import importlib.metadata
 import json
+import resource
+import sys
 from pathlib import Path
 
 import gguf
@@ -255,13 +257,17 @@ def test_a_date_can_be_held(tokenizer, monkeypatch):
 @pytest.mark.parametrize("template, part", [
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ messages[0].content + 1 }}", "TypeError"), ("{% for %}", "Syntax"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{{ raise_exception('no') }}", "no"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "TimeoutError")])
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "TimeoutError"),
+    pytest.param("{{ 'x' * 10 ** 10 }}", "MemoryError", marks=pytest.mark.skipif(
+        sys.platform != "linux", reason="no limit of memory for a part of a process"))])
 def test_templates_are_programs_of_others(template, part, tokenizer, monkeypatch):
-  """Kills: a traceback, or a hang, from a template that is wrong or means harm."""
+  """Kills: a traceback, a hang, or all memory taken, by a template that is wrong or means harm."""
+  before = resource.getrlimit(resource.RLIMIT_DATA)
   monkeypatch.setattr(tokenizer, "chat_template", template)
   monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.5)
   with complains("the chat template", "refuses these messages", part):
     chat.encode_prompt(tokenizer, CHAT[:1])
+  assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s[:99], lambda s: "{}", lambda s: s.replace('"BPE"', '"XYZ"'),

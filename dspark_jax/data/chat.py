@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import logging
@@ -9,6 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -26,6 +28,7 @@ Span = tuple[int, int]  # characters of a rendered text
 
 EXACT = 16           # replies whose place is found by rendering all that is before; of more, these and ever fewer
 TEMPLATE_SECONDS = 10  # a template takes milliseconds; one that loops would take for ever
+TEMPLATE_BYTES = 2 * 10 ** 9  # and a few times its text; {{ 'x' * 10 ** 10 }} would take all there is
 
 # `tokenizer.ggml.pre` -> how text is cut before merging. ByteLevel cuts by GPT-2's pattern.
 PRE_TOKENIZERS = {
@@ -379,7 +382,8 @@ class _Slow(Exception):
 
 
 def _limited(function: Callable):
-  """function(), ended after TEMPLATE_SECONDS, in any thread: a template is a program of whoever made the model."""
+  """function(), ended after TEMPLATE_SECONDS, in any thread: a template is a program of whoever made the model. Its
+  memory is limited, too, where the system can do that."""
   thread, over, lock = threading.get_ident(), False, threading.Lock()
 
   def stop():
@@ -391,10 +395,33 @@ def _limited(function: Callable):
   timer.daemon = True
   timer.start()
   try:
-    return function()
+    with _few_bytes():
+      return function()
   except _Slow as error:
     raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds") from error
   finally:
     with lock:
       over = True
     timer.cancel()
+
+
+_BYTES = threading.Lock()  # the limit is the process's own: two threads would put back each other's
+
+
+@contextlib.contextmanager
+def _few_bytes():
+  """Allocations that would take TEMPLATE_BYTES more than the process has now end in a MemoryError (Linux)."""
+  try:
+    import resource  # not on Windows
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack, which RLIMIT_DATA counts
+  except (ImportError, OSError):
+    yield
+    return
+  with _BYTES:
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = pages * resource.getpagesize() + TEMPLATE_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
+    try:
+      yield
+    finally:
+      resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
