@@ -24,6 +24,7 @@ from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.parameters import values
+from dspark_jax.nn.sharding import made
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.text import read_json
@@ -356,7 +357,7 @@ def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
   build = next(cls for cls in DRAFTERS.values() if type(config) is cls.Config)
   if words is not None:
     config = dataclasses.replace(config, draft_vocab_size=len(words))
-  drafter = build(config, rngs=nnx.Rngs(seed))
+  drafter = made(lambda: build(config, rngs=nnx.Rngs(seed)))
   if words is not None:
     drafter.draft_words.set_value(jnp.asarray(words, jnp.int32))
   return drafter

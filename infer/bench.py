@@ -35,6 +35,7 @@ from dspark_jax.decoding.session import Session
 from dspark_jax.decoding.verify import verify
 from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
 from infer import generate
 
@@ -62,6 +63,8 @@ class Settings:
   """of a random drafter"""
   markov_rank: int = 256
   """of a random drafter"""
+  mesh: MeshConfig = MeshConfig()
+  """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -11,6 +11,7 @@ import tyro
 
 from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.drafters import DRAFTERS
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig
 
@@ -43,6 +44,8 @@ class TrainConfig:
   allow_special: bool = False
   """control tokens that messages spell (<|im_end|>, ...) are control tokens, not text; only for data that you trust"""
   microbatches: int = 1
+  mesh: MeshConfig = MeshConfig()
+  """devices to train on; the numbers are those of one device"""
   seed: int = 0
   compute_dtype: Dtype = "float32"
   target_dtype: Dtype = "float32"

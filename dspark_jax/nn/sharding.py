@@ -10,8 +10,10 @@ are larger than weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,6 +67,11 @@ class MeshConfig:
     return Mesh(np.asarray(devices[:math.prod(sizes)]).reshape(sizes), NAMES, **axes)
 
 
+  def use(self) -> contextlib.AbstractContextManager:
+    """What makes the mesh of this process's devices the current one; nothing where one device is asked for."""
+    return contextlib.nullcontext() if dataclasses.astuple(self) == (1, 1, 1) else jax.set_mesh(self.build())
+
+
 def constrain(x: Array, *axes: str | None, stored: bool = False) -> Array:
   """x, held on the current mesh where its dimensions' logical axes live; x itself without a mesh.
 
@@ -84,12 +91,14 @@ def local(size: int, axis: str) -> int:
 
 
 def shardings(tree: Any) -> Any:
-  """A NamedSharding on the current mesh for every array of a tree of modules and of anything else.
+  """A NamedSharding on the current mesh for every array of a tree of modules and of anything else; None without one.
 
   Modules' weights live where their logical axes are stored. So do arrays under the name of a parameter of one of the
   modules, in its shape: an optimizer's moments. Whatever else there is lives on all devices.
   """
   mesh, named = jax.sharding.get_mesh(), {}
+  if mesh.empty:
+    return None
   for module in jax.tree.leaves(tree, is_leaf=_is_module):
     if _is_module(module):
       named |= {name: (v.shape, _axes(v)) for name, v in parameters(module).items()}
@@ -109,6 +118,13 @@ def shardings(tree: Any) -> Any:
 def place(tree: Any) -> Any:
   """The tree with its arrays where `shardings` says; itself without a mesh."""
   return tree if jax.sharding.get_mesh().empty else jax.device_put(tree, shardings(tree))
+
+
+def made(function: Callable, *args) -> Any:
+  """function(*args), a tree that is born where `shardings` says: on a mesh no device ever holds an array whole."""
+  if jax.sharding.get_mesh().empty:
+    return function(*args)
+  return jax.jit(function, out_shardings=shardings(jax.eval_shape(function, *args)))(*args)
 
 
 def place_rows(tree: Any) -> Any:
