@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -27,17 +28,16 @@ stderr = Console(stderr=True)
 ONE_DEVICE = MeshConfig()
 
 
-def run(main, settings: type, *, default=None, args=None) -> None:
+def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> None:
   """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
 
-  Of settings with a `mesh`, that mesh is the current one meanwhile. default: makes the settings that the command line
-  overrides. The user's mistakes (ValueError, NotImplementedError, a
-  missing file, a full disk) exit 2 with one sentence.
+  default: makes the settings that the command line overrides. mesh: whether a `mesh` of the settings is the current one
+  meanwhile. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with one sentence.
   """
   try:
     more = {"default": default()} if default else {}
     asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
-    with getattr(asked, "mesh", ONE_DEVICE).use():
+    with getattr(asked, "mesh", ONE_DEVICE).use() if mesh else contextlib.nullcontext():
       result = main(asked)
   except (ValueError, NotImplementedError, OSError) as error:
     stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
