@@ -82,7 +82,7 @@ def test_every_matrix_has_a_place(kind, family):
       if name.endswith(("norm.weight", ".bias")):
         continue
       axes = variable.get_metadata().get("axes")
-      assert axes and set(axes) <= set(AXES) and "embed" in axes, name
+      assert axes and set(axes) <= set(AXES) and {"embed", "words"} & set(axes), name
     for _, module in nnx.iter_modules(model):
       assert not isinstance(module, Linear) or module.axes == module.weight.axes
 

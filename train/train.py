@@ -159,7 +159,8 @@ def describe(config: TrainConfig, packed) -> dict:
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
-  settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes", "mesh")}
+  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh")
+  settings = {k: v for k, v in settings.items() if k not in elsewhere}
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
   return {"program": PROGRAM, "config": settings,

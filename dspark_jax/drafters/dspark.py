@@ -14,7 +14,7 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
 from dspark_jax.drafters.starts import Lens, Masks
 from dspark_jax.nn.cache import Cache
-from dspark_jax.nn.layers import Linear, WordHead
+from dspark_jax.nn.layers import Linear
 from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
                               TargetOutput)
 
@@ -124,8 +124,7 @@ class DSpark(Backbone):
     return self.confidence_head is not None
 
   def head(self, target: Target) -> DraftHead:
-    return DraftHead(target.head(self.words),
-                     None if self.markov_head is None else WordHead(self.markov_head.markov_w2.weight[...]))
+    return DraftHead(target.head(self.words), self.markov_head and self.markov_head.bias())
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
     return DSparkState(self.empty_context(target, batch, max_len), self.start.init_held(batch))

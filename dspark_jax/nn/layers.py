@@ -53,7 +53,7 @@ def _product_backward(axes, saved, cotangent):
   weight, x = saved
   cotangent = cotangent.astype(x.dtype)
   # Straight to where it is stored, so that the devices' sums are scattered as they are added up.
-  d_weight = constrain(_contract(cotangent, x, 0, 0).astype(weight.dtype), *axes, stored=True)
+  d_weight = constrain(_contract(cotangent, x, 0, 0), *axes, stored=True).astype(weight.dtype)
   return d_weight, _contract(cotangent, constrain(weight, *axes), 1, 0).astype(x.dtype)
 
 
@@ -89,18 +89,19 @@ class Linear(nnx.Module):
     return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
-WORDS = ("vocab", "embed")  # the logical axes of what has a row per word
+WORDS = ("vocab", "embed")  # the logical axes of a target's tables, which have a row per word
 
 
 @flax.struct.dataclass
 class WordHead:
   """Logits over W words, f32[...,W], from f[...,D]: the one place where hidden states meet a vocabulary."""
   weight: Array  # f[W,D]
+  axes: tuple[str | None, str | None] = flax.struct.field(pytree_node=False, default=WORDS)  # logical, of the weight
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # logits stay within +-softcap
 
   def __call__(self, hidden: Array) -> Array:
     # Not rounded to bfloat16 on the way, which would make ties of the largest.
-    logits = linear(self.weight, hidden, jnp.float32, axes=WORDS)
+    logits = linear(self.weight, hidden, jnp.float32, axes=self.axes)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
   def at(self, words: Array | None) -> WordHead:
@@ -109,10 +110,10 @@ class WordHead:
 
 
 class Embedding(nnx.Module):
-  """A table f[rows,width]; called with ids it returns their rows."""
+  """A table f[rows,width]; called with ids it returns their rows. axes: logical ones (nn/sharding.py)."""
 
-  def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
-    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (rows, width)), axes=WORDS)
+  def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs, axes: tuple[str | None, str | None] = WORDS):
+    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (rows, width)), axes=axes)
 
   def __call__(self, ids: Array) -> Array:
     found = jnp.take(self.weight[...], ids, axis=0, mode="clip")

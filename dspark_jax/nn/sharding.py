@@ -27,8 +27,10 @@ from dspark_jax.types import Array
 NAMES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 # Where the logical axes of arrays in use live, and where those of stored weights and optimizer states do.
-AXES = {"rows": ROWS, "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "embed": None, None: None}
-STORED = {**AXES, "embed": "fsdp"}
+# words: a vocabulary whose rows are too short to be divided, as what lies along a TPU's lanes is padded to 128.
+AXES = {"rows": ROWS, "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "words": "tensor", "embed": None,
+        None: None}
+STORED = {**AXES, "embed": "fsdp", "words": ("tensor", "fsdp")}
 
 
 @dataclasses.dataclass(frozen=True)

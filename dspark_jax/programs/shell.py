@@ -31,8 +31,8 @@ ONE_DEVICE = MeshConfig()
 def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> None:
   """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
 
-  default: makes the settings that the command line overrides. mesh: whether a `mesh` of the settings is the current one
-  meanwhile. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with one sentence.
+  default: makes the settings that the command line overrides. mesh: whether a `mesh` of theirs is the current one
+  meanwhile. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence.
   """
   try:
     more = {"default": default()} if default else {}
