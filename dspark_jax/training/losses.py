@@ -34,7 +34,7 @@ class LossConfig:
   # what a term is divided by: the sum of w * mask ("slots": records of runs have that word for draft positions), or
   # the blocks of the batch, dummies too ("positions", of rows)
   per: Literal["slots", "positions"] = "slots"
-  chunk: int = 1024   # draft positions whose logits exist at a time on a device
+  chunk: int = 512    # draft positions whose logits exist at a time on a device
 
   def __post_init__(self):
     raise_all("loss config", wrong_choices(self))
@@ -126,7 +126,9 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
     mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
     # In float32, as heads give it: elsewhere, TV in bfloat16 had gradients that were 6 to 31 % off.
     log_q = jax.nn.log_softmax(mine(hidden, latent))
-    ce = -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0]
+    # By comparison: the gradient of a look-up is a scatter into another array of logits.
+    label = jax.lax.broadcasted_iota(jnp.int32, log_q.shape, log_q.ndim - 1) == column[..., None]
+    ce = -jnp.where(label, log_q, 0).sum(-1)
     tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
     soft = -(p * log_q).sum(-1)
     return sum((w * term).sum() for w, term in zip(weights, (ce, tv, soft))), (ce, tv, soft)
