@@ -36,8 +36,8 @@ SAME = {"bitcast", "reshape"}                       # another view of a value
 ELEMENTWISE = SAME | {"convert", "copy", "transpose", "negate"}  # of which no more is made than is asked for
 SLICES, UPDATES = {"slice", "dynamic-slice", "gather"}, {"dynamic-update-slice", "scatter"}
 # Custom calls that tell the compiler something, and move nothing.
-NOTES = {"AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
-         "LayoutConstraint"}
+NOTES = {"AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AllocateBuffer", "Sharding",
+         "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,11 @@ class Module:
       for operand in dict.fromkeys(instruction.operands):
         users[operand].append(instruction)
     return users
+
+  @property
+  def argument_bytes(self) -> float:
+    """Bytes of what the program is given."""
+    return sum(x.size for x in self.computations[self.entry].values() if x.opcode == "parameter")
 
   def operations(self) -> list[Operation]:
     """What every instruction that costs something does, in order. `unknown_loops` then names the loops whose number of
