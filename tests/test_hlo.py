@@ -81,7 +81,8 @@ def loop_body(inside: str, step: int = 1) -> str:
     %x = f32[256]{{0}} get-tuple-element(%s), index=1
     %b = s32[] get-tuple-element(%s), index=2
     %one = s32[] constant({step})
-    %next = s32[] add(%i, %one)
+    %far = s32[]{{:S(6)}} copy(%i)
+    %next = s32[] add(%far, %one)
     {inside}
     ROOT %r = (s32[], f32[256]{{0}}, s32[]) tuple(%next, %y, %b)"""
 
@@ -105,7 +106,7 @@ def test_nested_loops_multiply():
       "%y = f32[256]{0} negate(%x)")) + computation("l_test", TESTS["constant"])
       + computation("l_body", loop_body(inner)))
   ops = read(program(LOOP.format(first=0, bound=5, name="l", known=""), others))
-  assert (ops["y"].times, ops["next"].times) == (35, 35)
+  assert (ops["y"].times, ops["next"].times) == (35, 35)  # the inner ones
 
 
 def test_a_loop_of_unknown_length_is_named():

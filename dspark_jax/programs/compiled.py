@@ -23,7 +23,7 @@ from dspark_jax.programs import hlo
 from dspark_jax.programs.compilers import Chip
 
 TOP = 5
-ROOT = Path(dspark_jax.__file__).parents[1]
+ROOT, OURS = Path(dspark_jax.__file__).parents[1], ("dspark_jax", "train", "infer")
 # Of what the TPU compiler writes: the program as it is emitted, with cycles; where it did not come so far (the memory
 # did not suffice), as it was optimized.
 TEXTS = ("*after_codegen.txt", "*after_optimizations.txt")
@@ -99,7 +99,7 @@ def place(operation: hlo.Operation) -> str:
   """Where in this repository an operation was asked for: lines of the innermost file, then of the one that called."""
   lines = collections.defaultdict(list)
   for file, line in operation.source:
-    if Path(file).is_relative_to(ROOT):
+    if Path(file).is_relative_to(ROOT) and Path(file).relative_to(ROOT).parts[0] in OURS:
       lines[str(Path(file).relative_to(ROOT)).removeprefix("dspark_jax/")].append(str(line))
   return " < ".join(f"{file}:{','.join(found)}" for file, found in list(lines.items())[:2])
 
@@ -125,6 +125,7 @@ def tables(programs: dict[str, dict], chip: Chip) -> list[Table]:
   for name, show in rows.items():
     whole.add_row(name, *(show(row) for row in programs.values()))
   most = Table("program", "GB", "runs", "what", "where", title="what moves most")
+  most.columns[-1].overflow = most.columns[-2].overflow = "fold"
   for name, row in programs.items():
     for op in row["most"]:
       most.add_row(name, f"{op['bytes'] / 1e9:.3f}", str(op["times"]), f"{op['operation']} {op['shape']}",

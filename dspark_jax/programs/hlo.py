@@ -202,7 +202,7 @@ class Module:
       inner = self.computations[ins.called]
       read = sum(operand.size * self._read_share(ins.called, self._parameter(ins.called, i))
                  for i, operand in enumerate(operands) if near[i])
-      root = next(x for x in inner.values() if x.root)
+      root = self._root(ins.called)
       roots = root.operands if root.opcode == "tuple" else [root.name]
       parts = [inner[name] for name in roots for _ in inner[name].results]
       return read, sum(array.size * self._written_share(ins.called, part.name)
@@ -250,7 +250,7 @@ class Module:
       update = value.operands[1 if value.opcode == "dynamic-update-slice" else -1]
       return min(here[update].size / value.size, 1.0)
     if value.opcode == "fusion":
-      return self._written_share(value.called, next(x.name for x in self.computations[value.called].values() if x.root))
+      return self._written_share(value.called, self._root(value.called).name)
     return 1.0
 
   # Collectives, flops
@@ -288,58 +288,47 @@ class Module:
 
   def _counted(self, at, loop):
     """Runs of a loop whose counter goes up by a constant from a constant to below a constant; None for others."""
-    condition, body = self.computations[loop.attribute("condition")], self.computations[loop.attribute("body")]
-    test = next(x for x in condition.values() if x.root)
-    operands, direction, inner = list(test.operands), test.attribute("direction"), condition
-    if test.opcode == "fusion":  # the comparison alone, of what the condition hands to it
-      inner = self.computations[test.called]
-      root = next(x for x in inner.values() if x.root)
-      direction = root.attribute("direction")
-      operands = [operands[int(inner[x].literal)] if inner[x].opcode == "parameter" else inner[x].literal
-                  for x in root.operands]
-    if direction != "LT" or len(operands) != 2:
+    condition, body = loop.attribute("condition"), loop.attribute("body")
+    entries, results = self._origin(at, loop.operands[0]), self._root(body)
+    test, sides = self._unwrapped(condition, self._root(condition).name)
+    carried = lambda x: int(x.attribute("index")) if x.opcode == "get-tuple-element" else None
+    if test.attribute("direction") != "LT" or len(sides) != 2 or not entries.opcode == results.opcode == "tuple":
       return None
-    entries = self.computations[at][loop.operands[0]]
-    index = lambda name: int(condition[name].attribute("index")) if (
-        name in condition and condition[name].opcode == "get-tuple-element") else None
-
-    def constant(name):
-      if name in condition and condition[name].opcode == "constant":
-        return integer(condition[name].literal)
-      if index(name) is None:
-        return integer(name)  # a literal inside the fusion
-      return self._constant(at, entries.operands[index(name)]) if entries.opcode == "tuple" else None
-
-    counter = index(operands[0])
-    if counter is None or entries.opcode != "tuple":
+    counter = carried(sides[0])
+    if counter is None:
       return None
-    result = next(x for x in body.values() if x.root)
-    step = self._step(loop.attribute("body"), result.operands[counter], counter) if result.opcode == "tuple" else None
-    first, bound = constant(operands[0]), constant(operands[1])
-    return None if None in (first, bound, step) or step < 1 else max(-(-(bound - first) // step), 0)
-
-  def _constant(self, at, name):
-    value = self.computations[at].get(name)
-    while value and value.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-      value = self.computations[at].get(value.operands[0])
-    return integer(value.literal) if value and value.opcode == "constant" else None
-
-  def _step(self, at, name, counter):
-    """By how much a body raises its counter."""
-    here, value = self.computations[at], self.computations[at][name]
-    if value.opcode == "fusion":
-      inner = self.computations[value.called]
-      root = next(x for x in inner.values() if x.root)
-      parts = [here[value.operands[int(inner[x].literal)]] if inner[x].opcode == "parameter" else inner[x]
-               for x in root.operands]
-      value = root
-    else:
-      parts = [here[x] for x in value.operands]
-    if value.opcode != "add":
+    first, bound = (self._start(at, entries, x) for x in sides)
+    add, parts = self._unwrapped(body, results.operands[counter])
+    steps = [integer(x.literal) for x in parts if x.opcode == "constant"]
+    if None in (first, bound) or add.opcode != "add" or len(steps) != 1 or counter not in map(carried, parts):
       return None
-    from_counter = [x for x in parts if x.opcode == "get-tuple-element" and x.attribute("index") == str(counter)]
-    constants = [integer(x.literal) for x in parts if x.opcode == "constant"]
-    return constants[0] if len(from_counter) == 1 and constants else None
+    return max(-(-(bound - first) // steps[0]), 0) if steps[0] else None
+
+  def _start(self, at, entries, value):
+    """The constant that a value of a loop's condition is, or begins as."""
+    if value.opcode == "get-tuple-element":
+      value = self._origin(at, entries.operands[int(value.attribute("index"))])
+    return integer(value.literal) if value.opcode == "constant" else None
+
+  def _root(self, computation):
+    return next(x for x in self.computations[computation].values() if x.root)
+
+  def _origin(self, at, name):
+    """The instruction that made a value, before it was copied about."""
+    value = self.computations[at][name]
+    while value.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
+      value = self.computations[at][value.operands[0]]
+    return value
+
+  def _unwrapped(self, at, name):
+    """(an instruction or, for a fusion, its last one, what made its operands outside)."""
+    value = self._origin(at, name)
+    outside = [self._origin(at, operand) for operand in value.operands]
+    if value.opcode != "fusion":
+      return value, outside
+    root = self._origin(value.called, self._root(value.called).name)
+    inside = [self._origin(value.called, operand) for operand in root.operands]
+    return root, [outside[int(x.literal)] if x.opcode == "parameter" else x for x in inside]
 
   # Where it came from
 
