@@ -13,10 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.nn.sharding import local
 from dspark_jax.types import Array
 
 NEG = -1e30  # finite, so that a row that sees nothing gives zeros rather than NaN
-SCORE_BUDGET = 2 ** 25  # attention scores held at a time, in elements: 128 MB of float32
+SCORE_BUDGET = 2 ** 25  # attention scores held at a time by a device, in elements: 128 MB of float32
 QUERY_BLOCK = 128  # a prompt or a training sequence is cut into causal blocks of this many rows
 
 
@@ -83,12 +84,12 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
   """Attention of query blocks over their context and their own block, in the shape of q. Rows that see nothing give 0.
 
   q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Blocks are processed in
-  chunks, each recomputed in the backward pass, so that memory holds SCORE_BUDGET scores.
+  chunks, each recomputed in the backward pass, so that the memory of a device holds SCORE_BUDGET scores.
   """
   shape, (batch, blocks, length) = q.shape, place.hi.shape
   cut = lambda x: x.reshape(batch, blocks, -1, *x.shape[-2:])
   q, k, v = cut(q), cut(k), cut(v)
-  per_block = batch * length * q.shape[3] * context.v.shape[2]
+  per_block = local(batch, "rows") * length * local(q.shape[3], "heads") * context.v.shape[2]
   # A divisor, so that chunks have one shape without padding: dummy blocks would cost what real ones do.
   chunk = max(c for c in range(1, blocks + 1) if blocks % c == 0 and (c == 1 or c * per_block <= SCORE_BUDGET))
   if chunk < blocks:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.nn.attention import Context, sequence
+from dspark_jax.nn.sharding import constrain
 from dspark_jax.types import Array
 
 # How keys lie. Along columns f[...,h,S] the CPU reads them faster for its products. Rows f[...,S,h] are what an
@@ -38,7 +39,9 @@ class Full:
     # What is never read must be finite all the same: attention gives it weight 0, and 0 * NaN is NaN.
     rows, columns = (capacity, head_dim), (head_dim, capacity)
     # An array each: of one that stands for two, only one could be donated.
-    keys, values = (jnp.zeros((*lead, *shape), dtype) for shape in (rows if layout == "rows" else columns, rows))
+    axes = (None,) * bool(stacked) + ("rows", "heads")
+    keys, values = (constrain(jnp.zeros((*lead, *shape), dtype), *axes)
+                    for shape in (rows if layout == "rows" else columns, rows))
     return cls(keys, values, None, layout)
 
   @property

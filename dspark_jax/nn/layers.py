@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -12,6 +13,7 @@ from flax import nnx
 
 from dspark_jax.nn.attention import Place, attend
 from dspark_jax.nn.cache import Full, Layout, extend
+from dspark_jax.nn.sharding import constrain
 from dspark_jax.types import Array
 
 # Below this many rows a matrix product is bound by reading its weight, and XLA's CPU backend is fast only when a
@@ -35,42 +37,59 @@ def _contract(a, b, a_axis, b_axis):
   return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _product(weight, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(axes, weight, x):
   """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
+  # Gathered where it is used: else a mesh would exchange the rows of all devices, and keep a weight's part each.
+  weight = constrain(weight, *axes)
   if x.shape[0] <= SMALL_ROWS and (x.shape[0] > 1 or x.dtype == jnp.bfloat16):
     # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.compile).
     return jax.lax.platform_dependent(weight, x, cpu=_few_rows, default=lambda w, x: _contract(x, w, 1, 1))
   return _contract(x, weight, 1, 1)
 
 
-def _product_backward(saved, cotangent):
+def _product_backward(axes, saved, cotangent):
   # Written out so that bfloat16 products stay bfloat16 products: JAX would multiply by a float32 cotangent.
   weight, x = saved
   cotangent = cotangent.astype(x.dtype)
-  return _contract(cotangent, x, 0, 0).astype(weight.dtype), _contract(cotangent, weight, 1, 0).astype(x.dtype)
+  # Straight to where it is stored, so that the devices' sums are scattered as they are added up.
+  d_weight = constrain(_contract(cotangent, x, 0, 0).astype(weight.dtype), *axes, stored=True)
+  return d_weight, _contract(cotangent, constrain(weight, *axes), 1, 0).astype(x.dtype)
 
 
-_product.defvjp(lambda weight, x: (_product(weight, x), (weight, x)), _product_backward)
+_product.defvjp(lambda axes, weight, x: (_product(axes, weight, x), (weight, x)), _product_backward)
 
 
-def linear(weight: Array, x: Array, dtype=None) -> Array:
-  """x @ weight.T: f[...,out], in `dtype` (default: x's). weight: f[out,in], x: f[...,in], of one dtype."""
-  y = _product(weight, x.reshape(-1, x.shape[-1])).astype(dtype or x.dtype)
-  return y.reshape(*x.shape[:-1], weight.shape[0])
+def linear(weight: Array, x: Array, dtype=None, *, axes: tuple[str | None, str | None] = (None, "embed")) -> Array:
+  """x @ weight.T: f[...,out], in `dtype` (default: x's). weight: f[out,in], x: f[...,in], of one dtype.
+
+  axes: logical ones of the weight (nn/sharding.py); the first axis of x, where it has more than one, is rows.
+  """
+  rows = ("rows",) + (None,) * (x.ndim - 2) if x.ndim > 1 else ()
+  x = constrain(x, *rows, axes[1])
+  y = _product(axes, weight, x.reshape(-1, x.shape[-1])).astype(dtype or x.dtype)
+  return constrain(y.reshape(*x.shape[:-1], weight.shape[0]), *rows, axes[0])
 
 
 class Linear(nnx.Module):
-  """weight f[out,in] in the order of stored checkpoints; bias f[out] or None. Truncated-normal start of std 0.02."""
+  """weight f[out,in] in the order of stored checkpoints; bias f[out] or None. Truncated-normal start of std 0.02.
 
-  def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, bias: bool = False):
-    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (fan_out, fan_in)))
+  axes: logical ones of the weight (nn/sharding.py).
+  """
+
+  def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, bias: bool = False,
+               axes: tuple[str | None, str | None] = (None, "embed")):
+    self.axes = axes
+    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (fan_out, fan_in)), axes=axes)
     self.bias = nnx.Param(jnp.zeros(fan_out)) if bias else None
 
   def __call__(self, x: Array) -> Array:
-    y = linear(self.weight[...], x)
+    y = linear(self.weight[...], x, axes=self.axes)
     # Broadcast by hand, as everywhere: implicit ranks are refused (jax_numpy_rank_promotion=raise).
     return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+WORDS = ("vocab", "embed")  # the logical axes of what has a row per word
 
 
 @flax.struct.dataclass
@@ -81,7 +100,7 @@ class WordHead:
 
   def __call__(self, hidden: Array) -> Array:
     # Not rounded to bfloat16 on the way, which would make ties of the largest.
-    logits = linear(self.weight, hidden, jnp.float32)
+    logits = linear(self.weight, hidden, jnp.float32, axes=WORDS)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
   def at(self, words: Array | None) -> WordHead:
@@ -93,10 +112,11 @@ class Embedding(nnx.Module):
   """A table f[rows,width]; called with ids it returns their rows."""
 
   def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
-    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (rows, width)))
+    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (rows, width)), axes=WORDS)
 
   def __call__(self, ids: Array) -> Array:
-    return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+    found = jnp.take(self.weight[...], ids, axis=0, mode="clip")
+    return constrain(found, *("rows",)[:ids.ndim])
 
 
 class RMSNorm(nnx.Module):
@@ -167,10 +187,11 @@ class Attention(nnx.Module):
   def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs, inputs: int = 0):
     self.spec = spec
     inputs = inputs or spec.hidden_size
-    self.q_proj = Linear(inputs, spec.num_heads * spec.head_dim, rngs=rngs)
-    self.k_proj = Linear(inputs, spec.num_kv_heads * spec.head_dim, rngs=rngs)
-    self.v_proj = Linear(inputs, spec.num_kv_heads * spec.head_dim, rngs=rngs)
-    self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, rngs=rngs)
+    heads = functools.partial(Linear, inputs, rngs=rngs, axes=("heads", "embed"))
+    self.q_proj = heads(spec.num_heads * spec.head_dim)
+    self.k_proj = heads(spec.num_kv_heads * spec.head_dim)
+    self.v_proj = heads(spec.num_kv_heads * spec.head_dim)
+    self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, rngs=rngs, axes=("embed", "heads"))
     self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
     self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
@@ -197,9 +218,9 @@ class MLP(nnx.Module):
   """down(silu(gate(x)) * up(x))"""
 
   def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs):
-    self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs)
-    self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs)
-    self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, rngs=rngs)
+    self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs, axes=("mlp", "embed"))
+    self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs, axes=("mlp", "embed"))
+    self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, rngs=rngs, axes=("embed", "mlp"))
 
   def __call__(self, x: Array) -> Array:
     return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

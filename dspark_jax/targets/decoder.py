@@ -11,7 +11,7 @@ from flax import nnx
 
 from dspark_jax.nn.attention import Place, following
 from dspark_jax.nn.cache import Cache
-from dspark_jax.nn.layers import Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
+from dspark_jax.nn.layers import WORDS, Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
 from dspark_jax.types import Array, Batch, Target, TargetOutput
 
 
@@ -60,7 +60,8 @@ class Decoder(nnx.Module):
     self.embed_tokens = Embedding(config.vocab_size, spec.hidden_size, rngs=rngs)
     self.layers = nnx.List([kind.build(rngs=rngs) for kind in config.layers])
     self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-    self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs)
+    self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs,
+                                                                         axes=WORDS)
 
   @property
   def vocab_size(self) -> int:

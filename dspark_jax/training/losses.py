@@ -17,6 +17,7 @@ import optax
 
 from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.metrics import Mean, weighted
+from dspark_jax.nn.sharding import local
 from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Head, Target
 
 EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervision has loss 0
@@ -33,7 +34,7 @@ class LossConfig:
   # what a term is divided by: the sum of w * mask ("slots": records of runs have that word for draft positions), or
   # the blocks of the batch, dummies too ("positions", of rows)
   per: Literal["slots", "positions"] = "slots"
-  chunk: int = 1024   # draft positions of the batch whose logits exist at a time
+  chunk: int = 1024   # draft positions whose logits exist at a time on a device
 
   def __post_init__(self):
     raise_all("loss config", wrong_choices(self))
@@ -168,12 +169,13 @@ def log_normalizer(head: Head, target_hidden: Array, chunk: int) -> Array:
 
 
 def in_chunks(function, rows, chunk: int):
-  """(sums, joined) of a function of arrays [B,N,...] that is run on pieces [B,n,...], B * n <= chunk (n at least 1).
+  """(sums, joined) of a function of arrays [B,N,...] that is run on pieces [B,n,...], n at least 1, of which a device
+  has at most `chunk` positions.
 
   It returns (arrays to add up over the pieces, arrays [B,n,...] to join along N); the last piece is padded with zeros.
   """
   batch, length = jax.tree.leaves(rows)[0].shape[:2]
-  size = max(1, min(chunk // batch, length))
+  size = max(1, min(chunk // local(batch, "rows"), length))
   pieces = math.ceil(length / size)
 
   def split(x):
