@@ -6,13 +6,14 @@ are published sizes, or any config.json, with a fresh DSpark drafter, in bfloat1
 
     python -m infer.compile --model qwen3-8b --topology v5p:2x2x1 --batch 8 --capacity 2048
     python -m infer.compile --model config.json --topology v6e:1x1 --batch 1 --sampling truncated --programs round
+    python -m infer.compile --model qwen3-14b --topology v5e:2x4 --batch 32 --mesh.tensor 8
 
 Programs: `plain` is a step without a drafter, `round` a whole round in which every draft is verified; `draft` and
 `verify` are the two parts that a round has. Rows are donated where they change.
 
 The floor is what a program cannot but move: every weight that all rows share and every cache slot, read once, and the
 new rows, written once (`floors`). All rows are live with all slots of `capacity`, because the reference attention reads
-them all, whatever a row's length. moved / floor near 1 means that nothing is copied, padded or read twice; useful /
+them all, whatever a row's length. On a mesh all numbers are those of one device, the floor that of its shards. moved / floor near 1 means that nothing is copied, padded or read twice; useful /
 compiled flops, that products run on no more rows than there are.
 
 The last line of stdout is a JSON object with the key programs: for each of them bytes, floor_bytes, over_floor,
@@ -24,7 +25,6 @@ and fits, whether all of them do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.struct
@@ -38,6 +38,8 @@ from dspark_jax.decoding.round import Models, Rows, play
 from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.loading import target_config
+from dspark_jax.nn.cache import row_shardings
+from dspark_jax.nn.sharding import MeshConfig, sharding_of, shardings
 from dspark_jax.programs import compiled, shell
 from dspark_jax.programs.compilers import absent_devices, chip_of
 from dspark_jax.targets import TARGETS
@@ -64,6 +66,8 @@ class Settings:
   block_size: int = 7
   """drafts of a round"""
   draft_layers: int = 5
+  mesh: MeshConfig = MeshConfig()
+  """devices of the topology that the models and their rows are spread over"""
   programs: tuple[Program, ...] = ("plain", "draft", "verify", "round")
 
 
@@ -72,34 +76,34 @@ def main(settings: Settings) -> dict:
   if not settings.programs:
     raise ValueError("there are no programs to compile: name plain, draft, verify or round")
   target = target_config(settings.model)
-  device = absent_devices(settings.topology)[0]
-  chip, place = chip_of(device), jax.sharding.SingleDeviceSharding(device)
-  on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-  served = Served.of(settings, target, on)
-  least, work, rows = floors(served), flops(settings, served), {}
+  devices = absent_devices(settings.topology)
+  chip, mesh, rows = chip_of(devices[0]), settings.mesh.build(devices), {}
+  with jax.set_mesh(mesh):
+    served = Served.of(settings, target)
+  least, work = floors(served), flops(settings, served)
   for name in settings.programs:
-    with shell.stderr.status(f"compiling {name}"):
-      rows[name] = compiled.summary(compiled.read(lower(name, served)), chip, floor_bytes=least[name],
-                                    useful_flops=work[name])
+    with shell.stderr.status(f"compiling {name}"), jax.set_mesh(mesh):
+      found = compiled.read(lower(name, served))
+    rows[name] = compiled.summary(found, chip, floor_bytes=least[name], useful_flops=work[name] / mesh.size)
     shell.say(f"{name}: moves {rows[name]['over_floor']:.3f} of the floor, temporaries "
               f"{rows[name]['temporary_bytes'] / 1e9:.3f} GB")
   for table in compiled.tables(rows, chip):
     shell.say(table)
   return {**{name: getattr(settings, name) for name in ("model", "topology", "batch", "capacity", "sampling")},
-          "chip": chip.name, "programs": rows, "fits": all(row["fits"] for row in rows.values())}
+          "chip": chip.name, "devices": mesh.size, "programs": rows, "fits": all(row["fits"] for row in rows.values())}
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-  """The models and their rows, as shapes."""
+  """The models and their rows, as shapes on the current mesh."""
   target: Any
   drafter: DSpark
   plain: Rows    # without a drafter
   drafted: Rows  # with it
 
   @classmethod
-  def of(cls, settings: Settings, config: TargetConfig, on: Callable) -> Served:
-    """In bfloat16, where `on` puts them."""
+  def of(cls, settings: Settings, config: TargetConfig) -> Served:
+    """In bfloat16."""
     half = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
     choices = DSparkChoices(taps=spread_taps(config.num_layers), mask_token_id=config.vocab_size - 1,
@@ -112,8 +116,10 @@ class Served:
       (batch,) = Session(target, drafter, budget=None).prepare([[0]] * settings.batch, max_new_tokens=1,
                                                                **SAMPLING[settings.sampling])
       begun = lambda target, drafter: start(Models.of(target, drafter), batch.args[2], settings.capacity)
-      return on(jax.eval_shape(begun, target, drafter))
-    return cls(on(target), on(drafter), rows(None), rows(drafter))
+      begun = jax.eval_shape(begun, target, drafter)
+      return compiled.on(begun, row_shardings(begun))
+    return cls(compiled.on(target, shardings(target)), compiled.on(drafter, shardings(drafter)), rows(None),
+               rows(drafter))
 
 
 def spread_taps(layers: int, count: int = 5) -> tuple[int, ...]:
@@ -154,11 +160,12 @@ def lower(name: Program, served: Served) -> jax.stages.Lowered:
     return jax.jit(draft).lower(served.target, served.drafter, served.drafted)
   drafter, rows = (None, served.plain) if name == "plain" else (served.drafter, served.drafted)
   if name == "verify":
-    place = jax.tree.leaves(served.target)[0].sharding
-    proposal = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                            jax.eval_shape(draft, served.target, drafter, rows))
-    drafter = Drafted(drafter, proposal)
-  return jax.jit(step, donate_argnums=2).lower(served.target, drafter, rows)
+    proposal = jax.eval_shape(draft, served.target, drafter, rows)
+    apart = lambda x: sharding_of(x.shape, "rows", *(None, "vocab")[:x.ndim - 1])
+    drafter = Drafted(drafter, compiled.on(proposal, jax.tree.map(apart, proposal)))
+  # Where they came from, or they could not be written in place.
+  out = jax.tree.map(lambda x: x.sharding, rows), None
+  return jax.jit(step, donate_argnums=2, out_shardings=out).lower(served.target, drafter, rows)
 
 
 def floors(served: Served) -> dict[str, float]:

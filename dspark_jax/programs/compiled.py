@@ -133,6 +133,12 @@ def tables(programs: dict[str, dict], chip: Chip) -> list[Table]:
   return [whole, most]
 
 
+def on(tree: Any, shardings: Any) -> Any:
+  """The shapes of a tree, placed."""
+  place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(place, tree, shardings)
+
+
 def size(tree: Any) -> int:
   """Bytes that one device holds of a tree of arrays, or of their shapes."""
   def one(x):
