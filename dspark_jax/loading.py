@@ -26,7 +26,8 @@ from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.parameters import values
 from dspark_jax.nn.sharding import made
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import stack_layers
+from dspark_jax.targets.decoder import TargetConfig, stack_layers
+from dspark_jax.targets.sizes import MODELS
 from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
 
@@ -78,6 +79,21 @@ def _understood(raw, path):
     raise NotImplementedError(f"target {path} is of family {shown(name)}, supported are {', '.join(sorted(TARGETS))}")
   with _of(path):
     return TARGETS[name], TARGETS[name].config(raw)
+
+
+def target_config(name: str | os.PathLike) -> TargetConfig:
+  """The configuration of a target whose weights need not be there: a published size (qwen3-8b), a hub id of one
+  (Qwen/Qwen3-8B), a config.json, or what `load_target` takes from this machine. Nothing is downloaded."""
+  known = str(name).rsplit("/", 1)[-1].lower()
+  if not Path(name).exists() and known in MODELS:
+    return MODELS[known]
+  if not Path(name).exists() and str(name) != "smollm2":
+    raise ValueError(f"target {name} is not here, and no size that is known ({', '.join(MODELS)}): give one of these, or "
+                     f"a config.json")
+  path = locate_target(name)
+  if path.is_dir():
+    return _described(path)[1]
+  return _understood(read_json(path) if path.suffix == ".json" else read_gguf(path)[0], path)[1]
 
 
 @contextlib.contextmanager

@@ -59,6 +59,26 @@ class DSparkConfig(DSparkChoices, DrafterConfig):
     """T: positions of a block that are run for block_size drafts."""
     return self.block_size + (0 if self.sample_from_anchor else 1)
 
+  def context_flops(self) -> tuple[float, float]:
+    """Of one token of the context: (of fc, of the keys and values of all layers)."""
+    spec = self.spec
+    return (2 * len(self.taps) * spec.hidden_size ** 2,
+            4 * spec.hidden_size * spec.num_kv_heads * spec.head_dim * self.num_layers)
+
+  def draft_flops(self, seen: float) -> float:
+    """Of one block that attends to so many keys of the context, with its logits."""
+    words = 2 * self.words * (self.spec.hidden_size + self.markov_rank)
+    return self._block_flops(seen) + self.block_size * words
+
+  def train_flops(self, length: int, blocks: int) -> float:
+    fc, keys_values = self.context_flops()
+    # An anchor sees half of its row, on average.
+    return (length * (2 * fc + 3 * keys_values) + 3 * blocks * self._block_flops(length / 2)
+            + blocks * self.block_size * 2 * self.words * (2 * self.spec.hidden_size + 3 * self.markov_rank))
+
+  def _block_flops(self, seen):
+    return self.num_layers * self.block_positions * self.spec.flops(seen + self.block_positions)
+
   def problems(self) -> list[str]:
     known = 0 <= self.mask_token_id < self.vocab_size
     return super().problems() + ([] if known else [

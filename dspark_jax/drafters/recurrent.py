@@ -8,6 +8,8 @@ test, as in Eagle3); in decoding the first steps are what `absorb` caches, and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,12 @@ from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftO
 class RecurrentState:
   cache: Cache        # of the committed columns' first steps
   hidden: Array       # f[B,D]  of the newest column, before the final norm: it predicts the first draft
+
+
+def unrolled_flops(config: DrafterConfig, cell: Callable[[float], float], columns: int) -> float:
+  """Of so many columns in training, each unrolled over a block. cell: flops of a step that attends to so many keys."""
+  steps = columns * config.block_size
+  return steps * (3 * cell((columns + config.block_size) / 2) + 2 * 2 * config.spec.hidden_size * config.words)
 
 
 class Recurrent(DraftModel):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.nn.attention import Context, sequence
-from dspark_jax.nn.sharding import constrain
+from dspark_jax.nn.sharding import constrain, sharding_of
 from dspark_jax.types import Array
 
 # How keys lie. Along columns f[...,h,S] the CPU reads them faster for its products. Rows f[...,S,h] are what an
@@ -116,6 +116,17 @@ class Cache:
     """The cache with row i32[] taken from `one`, a cache of one row."""
     return Cache(tuple(mine.insert(row, theirs) for mine, theirs in zip(self.layers, one.layers)),
                  insert_row(self.length, row, one.length))
+
+
+def row_shardings(state: Any) -> Any:
+  """A NamedSharding on the current mesh for a tree of per-row arrays [B,...] and caches: rows apart, and the key heads
+  of caches."""
+  def place(x):
+    if not isinstance(x, Full):
+      return sharding_of(x.shape, "rows")
+    lead = (None,) * x.stacked
+    return x.replace(k=sharding_of(x.k.shape, *lead, "rows", "heads"), v=sharding_of(x.v.shape, *lead, "rows", "heads"))
+  return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, Full))
 
 
 def insert_row(state: Any, row: Array, one: Any) -> Any:

@@ -56,7 +56,7 @@ def _product(axes, weight, x):
   # Gathered where it is used: else a mesh would exchange the rows of all devices, and keep a weight's part each.
   weight = constrain(weight, *axes)
   if x.shape[0] <= SMALL_ROWS:
-    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.memory).
+    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.compile).
     return jax.lax.platform_dependent(weight, x, cpu=_few_rows_on_cpu, tpu=_few_rows_on_tpu,
                                       default=lambda w, x: _contract(x, w, 1, 1))
   return _contract(x, weight, 1, 1)
@@ -183,6 +183,13 @@ class BlockSpec:
   def build(self, *, rngs: nnx.Rngs) -> Block:
     """A layer of this kind, for targets and for the drafters that repeat it."""
     return Block(self, rngs=rngs)
+
+  def flops(self, seen: float) -> float:
+    """Of one token's way through a layer in which it attends to so many keys: two per weight that it is multiplied
+    with, four per key and channel of a query."""
+    heads = self.head_dim * self.num_heads
+    weights = 2 * (heads + self.head_dim * self.num_kv_heads) + 3 * self.intermediate_size
+    return 2 * self.hidden_size * weights + 4 * heads * seen
 
   def init_cache(self, batch: int, max_len: int, dtype, *, layout: Layout, stacked: int = 0) -> Full:
     """The cache of such a layer without a token; stacked: of so many layers."""

@@ -117,6 +117,12 @@ def shardings(tree: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(tree), [place(*leaf) for leaf in leaves])
 
 
+def sharding_of(shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+  """Where an array in use lives on the current mesh, by the logical axes of its dimensions."""
+  mesh = jax.sharding.get_mesh()
+  return NamedSharding(mesh, _spec(shape, axes, mesh, AXES))
+
+
 def place(tree: Any) -> Any:
   """The tree with its arrays where `shardings` says; itself without a mesh."""
   return tree if jax.sharding.get_mesh().empty else jax.device_put(tree, shardings(tree))

@@ -35,6 +35,15 @@ class TargetConfig:
     """The kind of every layer."""
     return tuple(self.period[i % len(self.period)] for i in range(self.num_layers))
 
+  def flops(self, seen: float) -> float:
+    """Of one token's way through all layers, attending to so many keys."""
+    return sum(kind.flops(seen) for kind in self.layers)
+
+  @property
+  def head_flops(self) -> float:
+    """Of the logits of one token."""
+    return 2 * self.spec.hidden_size * self.vocab_size
+
 
 class Decoder(nnx.Module):
   """A decoder-only language model behind the Target protocol.
