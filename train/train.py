@@ -80,7 +80,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   batch_of = lambda step: place_rows(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
-  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000), drafter)
+  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
+               drafter)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
