@@ -36,7 +36,8 @@ SCALES = re.compile(r"(_scale|_scale_inv|scales|qweight|qzeros|g_idx|weight_pack
 FLOATS = {"float16", "bfloat16", "float32", "float64"}
 # Of safetensors' types, those that numpy (with JAX's bfloat16) knows.
 DTYPES = {"F16": "float16", "BF16": jnp.bfloat16, "F32": "float32", "F64": "float64", "BOOL": "bool",
-          **{f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}}
+          **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+          **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +139,9 @@ def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: 
 
   Each is placed as it is read: on the current mesh where `sharding` says, every device's part read alone, or on the
   default device. tensors: what has a shape, a dtype and parts by index, as `Stored` and arrays have. stored gives what
-  makes a parameter, by its path: the name of one tensor, or a tuple for what is stacked along a new first axis (experts,
-  scanned layers). Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found
-  before, and nothing is read then. Stored names in extra_ok may stay unused.
+  makes a parameter, by its path: the name of one tensor, or a tuple for what is stacked along a new first axis
+  (experts, scanned layers). Every missing, unknown and misshapen tensor is listed in one ValueError, after the
+  `problems` found before, and nothing is read then. Stored names in extra_ok may stay unused.
   """
   # Shapes alone: random weights that are about to be replaced would take the model's memory once more.
   module = nnx.eval_shape(build)
