@@ -24,9 +24,9 @@ from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.parameters import values
-from dspark_jax.nn.sharding import made
+from dspark_jax.nn.sharding import made, place
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import TargetConfig, stack_layers
+from dspark_jax.targets.decoder import TargetConfig, stack_layers, stored_stacked
 from dspark_jax.targets.sizes import MODELS
 from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
@@ -120,12 +120,13 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
     family, config = _described(path)
     tensors = hf.Tensors(path)
   _layers_there(config.num_layers, tensors, path)
-  config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight")[0])
-  target = hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
-                   stored=family.stored, extra_ok=unused, problems=problems)
+  config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight"))
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
-  return stack_layers(target) if scanned else target
+  build = lambda: family.build(config, rngs=nnx.Rngs(0))
+  return hf.fill((lambda: stack_layers(build())) if scanned else build, tensors, f"target {path}",
+                 dtype=jnp.dtype(dtype), extra_ok=unused, problems=problems,
+                 stored=stored_stacked(config, family.stored) if scanned else family.stored)
 
 
 def _layers_there(count, tensors, path):
@@ -138,7 +139,7 @@ def _left_out(config, tensors, embedding):
   unused, problems, head = set(), [], "lm_head.weight"
   if config.tie_word_embeddings and head in tensors and embedding in tensors:
     # Some exporters store a tied head, too. One that is not the embedding was trained: used, as transformers does.
-    if jnp.array_equal(tensors[head], tensors[embedding]):
+    if np.array_equal(tensors[head], tensors[embedding]):
       unused.add(head)
     else:
       config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -147,7 +148,7 @@ def _left_out(config, tensors, embedding):
   for name in (name for name in tensors if name.endswith("rotary_emb.inv_freq")):  # of old exporters
     unused.add(name)
     stored = tensors[name]
-    near = jnp.issubdtype(stored.dtype, jnp.floating) and stored.shape == wanted.shape and np.allclose(
+    near = str(stored.dtype) in hf.FLOATS and stored.shape == wanted.shape and np.allclose(
       np.asarray(stored, np.float64), wanted, rtol=max(2 * float(jnp.finfo(stored.dtype).eps), 1e-5),
       atol=float(jnp.finfo(stored.dtype).smallest_subnormal))
     if not near:
@@ -216,7 +217,7 @@ def _read_drafter(path: Path, target: Target, dtype=None):
   drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
                     extra_ok=apart, problems=problems)
   if config.draft_vocab_size:  # no parameter, so `fill` has passed it by
-    drafter.draft_words.set_value(jnp.asarray(tensors["draft_words"], jnp.int32))
+    drafter.draft_words.set_value(place(jnp.asarray(tensors["draft_words"], jnp.int32)))
   return drafter, imported
 
 

@@ -208,7 +208,7 @@ def transformers_step(settings: Settings) -> float:
   if path.is_file():
     config, tensors = read_gguf(path)
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if v is not None})).eval()
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+    model.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in tensors.items()}, strict=False)
     model.tie_weights()
   else:
     from transformers import AutoModelForCausalLM

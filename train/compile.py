@@ -9,7 +9,8 @@ machine is taken by its published size (Qwen/Qwen3-4B). A step of that size comp
 
 Flags override the experiment file, as in train.train. The floor is what a step cannot but move: the frozen target read
 once per microbatch, and the state (masters, both moments) read and written once; on a mesh, a device's part. A step is
-bound by its products: useful / compiled flops is what of them the formulas beside the models ask for (`training.step.step_flops`).
+bound by its products: useful / compiled flops is what of them the formulas beside the models ask for
+(`training.step.step_flops`).
 
 The last line of stdout is a JSON object with the key step: its bytes, floor_bytes, over_floor, temporary_bytes,
 peak_bytes, fits, cycles, compiled_flops, useful_flops, collectives (bytes by kind) and most (the operations that move

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,9 +165,20 @@ def stack_layers(decoder: Decoder) -> Decoder:
   return stacked
 
 
-def one_to_one(name: str) -> tuple[str, ...]:
+def stored_stacked(config: TargetConfig, stored: Callable[[str], Any]) -> Callable[[str], Any]:
+  """`Family.stored` for the same decoder with stacked layers: what makes a stack are the layers, in their order."""
+  def names(name):
+    head, _, rest = name.partition("layers.")
+    if head or not rest:
+      return stored(name)
+    which, _, rest = rest.partition(".")
+    return tuple(stored(f"layers.{i}.{rest}") for i in range(int(which), config.num_layers, len(config.period)))
+  return names
+
+
+def one_to_one(name: str) -> str:
   """The stored name of a parameter of Llama-like families."""
-  return (name if name.startswith("lm_head") else f"model.{name}",)
+  return name if name.startswith("lm_head") else f"model.{name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,4 +190,4 @@ class Family:
   prefix: str                             # of the architectures of its stored drafters: Qwen3 of Qwen3DSparkModel
   spec: type[BlockSpec] = BlockSpec       # what describes its layers
   build: Callable[..., Target] = Decoder  # (config, *, rngs)
-  stored: Callable[[str], tuple[str, ...]] = one_to_one  # the tensors that make a parameter; several are stacked
+  stored: Callable[[str], Any] = one_to_one  # the tensor that makes a parameter; a tuple is stacked (`hf.fill`)
