@@ -130,7 +130,7 @@ def place(tree: Any) -> Any:
 
 def made(function: Callable, *args) -> Any:
   """function(*args), a tree that is born where `shardings` says: on a mesh no device ever holds an array whole."""
-  if jax.sharding.get_mesh().empty:
+  if jax.sharding.get_abstract_mesh().empty:  # unlike get_mesh() also where shapes are all that is asked for
     return function(*args)
   return jax.jit(function, out_shardings=shardings(jax.eval_shape(function, *args)))(*args)
 
