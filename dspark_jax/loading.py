@@ -377,9 +377,7 @@ def import_target(source: str | os.PathLike, destination: str | os.PathLike, *, 
       if (path / name).is_file():
         shutil.copyfile(path / name, folder / name)
 
-  # As it was loaded: a head that is not the embedding is stored beside it.
-  state.save_target(Path(destination), raw | {"tie_word_embeddings": target.config.tie_word_embeddings},
-                    target_id(target), weights, carry)
+  state.save_target(Path(destination), raw, target_id(target), weights, carry)
 
 
 def import_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
