@@ -94,8 +94,8 @@ def target_config(name: str | os.PathLike) -> TargetConfig:
   if not Path(name).exists() and known in MODELS:
     return MODELS[known]
   if not Path(name).exists() and str(name) != "smollm2":
-    raise ValueError(f"target {name} is not here, and no size that is known ({', '.join(MODELS)}): give one of these, "
-                     f"or a config.json")
+    raise ValueError(f"target {name} is not here, and is no size that is known: give one of {', '.join(MODELS)}, or a "
+                     f"config.json")
   path = locate_target(name)
   if path.is_dir():
     return _described(path)[1]

@@ -13,9 +13,9 @@ Programs: `plain` is a step without a drafter, `round` a whole round in which ev
 
 The floor is what a program cannot but move: every weight that all rows share and every cache slot, read once, and the
 new rows, written once (`floors`). All rows are live with all slots of `capacity`, because the reference attention reads
-them all, whatever a row's length. On a mesh all numbers are those of one device, the floor that of its shards. Moved /
-floor near 1 means that nothing is copied, padded or read twice; useful / compiled flops, that products run on no more
-rows than there are.
+them all, whatever a row's length. On a mesh all numbers are those of one device, the floor that of its shards.
+moved / floor near 1 means that nothing is copied, padded or read twice; useful / compiled flops, that products run on
+no more rows than there are.
 
 The last line of stdout is a JSON object with the key programs: for each of them bytes, floor_bytes, over_floor,
 temporary_bytes, peak_bytes, cycles (the compiler's estimate; kernels and copies have none), compiled_flops,

@@ -56,6 +56,15 @@ def test_memory_on_the_chip_costs_nothing_where_it_is_used():
   assert [(ops[name].read, ops[name].written) for name in ("there", "sum", "back")] == [(4096, 0), (4096, 0), (0, 4096)]
 
 
+def test_what_the_last_run_fetched_is_fetched_once():
+  """Kills: a weight that is fetched at the end of a run, for the next one, counted in both."""
+  fetch = "(f32[256]{0:S(1)}, f32[256]{0}, u32[]{:S(2)}) copy-start(%p)"
+  first = f"%first = {fetch}, cross_program_prefetch_index=0"
+  ops = read(program(f"%p = f32[256]{{0}} parameter(0)\n{first}\nROOT %last = {fetch}"))
+  assert (ops["first"].bytes, ops["last"].bytes) == (0, 1024)
+  assert read(program(f"%p = f32[256]{{0}} parameter(0)\nROOT {first}"))["first"].bytes == 1024
+
+
 LOOP = """
   %z = s32[] constant({first})
   %n = s32[] constant({bound})
@@ -177,10 +186,12 @@ def test_kernels_move_what_their_author_says():
   are counted as work; a kernel without an estimate that costs nothing."""
   call = '%{} = f32[256]{{0}} custom-call(%a), custom_call_target="{}", backend_config={{{}}}'
   estimate = '"custom_call_config": {"body": "", "cost_estimate": {"flops": 77, "bytes_accessed": 123}}'
-  ops = read(program("\n".join(["%a = f32[1024]{0} parameter(0)", call.format("said", "tpu_custom_call", estimate),
-                                call.format("silent", "tpu_custom_call", ""),
-                                "ROOT " + call.format("note", "AllocateBuffer", "")])))
+  module = hlo.Module(program("\n".join(["%a = f32[1024]{0} parameter(0)", call.format("said", "tpu_custom_call", estimate),
+                                          call.format("silent", "tpu_custom_call", ""),
+                                          "ROOT " + call.format("note", "AllocateBuffer", "")])))
+  ops = {operation.name: operation for operation in module.operations()}
   assert [(ops[name].bytes, ops[name].flops) for name in ("said", "silent", "note")] == [(123, 77), (5120, 0), (0, 0)]
+  assert module.unknown_kernels == ["silent"]
 
 
 def test_collectives_have_kinds_and_bytes():

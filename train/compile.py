@@ -26,15 +26,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.loading import new_drafter, target_config
 from dspark_jax.nn.cache import row_shardings
 from dspark_jax.nn.sharding import MeshConfig, shardings
 from dspark_jax.programs import compiled, shell
 from dspark_jax.programs.compilers import absent_devices, chip_of
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import stack_layers
-from dspark_jax.training.step import init_state, step_flops, train_step
-from dspark_jax.types import Batch
+from dspark_jax.targets.decoder import TargetConfig, stack_layers
+from dspark_jax.training.step import TrainState, init_state, step_flops, train_step
+from dspark_jax.types import Batch, Target
 from train.config import TrainConfig, experiment, read_config
 from train.train import drafter_config, step_config
 
@@ -52,28 +53,35 @@ def main(config: CompileConfig) -> dict:
   drafting = drafter_config(config.drafter, about)
   devices = absent_devices(config.topology)
   chip, mesh = chip_of(devices[0]), config.mesh.build(devices)
-  on = lambda tree: compiled.on(tree, shardings(tree))
-  # Shapes are all that the compiler needs: no array of this size is made.
-  target = jax.eval_shape(lambda: jax.tree.map(
-      lambda x: x.astype(config.target_dtype),
-      stack_layers(TARGETS[about.family].build(about, rngs=nnx.Rngs(0)))))
-  drafter, static = jax.eval_shape(lambda: new_drafter(drafting)), step_config(config)
-  state = jax.eval_shape(lambda d: init_state(d, static, 0, total_steps=1), drafter)
-  whole = jax.ShapeDtypeStruct((config.batch, config.row_length), jnp.int32)
-  batch = Batch(whole, jax.ShapeDtypeStruct(whole.shape, jnp.bool_), whole, whole)
   with shell.stderr.status("compiling a training step; minutes, for billions of parameters"), jax.set_mesh(mesh):
-    state, target, batch = on(state), on(target), compiled.on(batch, row_shardings(batch))
-    step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0,
-                   out_shardings=(shardings(state), None))
-    found = compiled.read(step.lower(state, target, batch))
-  blocks = config.row_length if drafter.every_position else config.anchors
+    state, target, batch = arguments(config, about, drafting)
+    found = compiled.read(lower(config, state, target, batch))
+  blocks = config.row_length if state.drafter.every_position else config.anchors
   row = compiled.summary(
       found, chip, floor_bytes=config.microbatches * compiled.size(target) + 2 * compiled.size(state),
-      useful_flops=step_flops(about, drafting, rows=config.batch, length=config.row_length, blocks=blocks) / mesh.size)
+      useful_flops=step_flops(about, drafting, rows=config.batch, length=config.row_length,
+                              blocks=blocks) / mesh.size)
   for table in compiled.tables({"step": row}, chip):
     shell.say(table)
   return {"target": config.target, "topology": config.topology, "chip": chip.name, "devices": mesh.size,
           "batch": config.batch, "step": row, "fits": row["fits"]}
+
+
+def arguments(config: TrainConfig, about: TargetConfig, drafting: DrafterConfig) -> tuple[TrainState, Target, Batch]:
+  """What a step is given, as shapes on the current mesh: no array of this size is made."""
+  target = jax.eval_shape(lambda: jax.tree.map(
+      lambda x: x.astype(config.target_dtype), stack_layers(TARGETS[about.family].build(about, rngs=nnx.Rngs(0)))))
+  start = functools.partial(init_state, config=step_config(config), seed=0, total_steps=1)  # no shape depends on these
+  state = jax.eval_shape(start, jax.eval_shape(lambda: new_drafter(drafting)))
+  whole = jax.ShapeDtypeStruct((config.batch, config.row_length), jnp.int32)
+  batch = Batch(whole, jax.ShapeDtypeStruct(whole.shape, jnp.bool_), whole, whole)
+  return (*(compiled.on(tree, shardings(tree)) for tree in (state, target)), compiled.on(batch, row_shardings(batch)))
+
+
+def lower(config: TrainConfig, state: TrainState, target: Target, batch: Batch) -> jax.stages.Lowered:
+  """The step, with its state donated, as train.train runs it."""
+  step = functools.partial(train_step, config=step_config(config))
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)).lower(state, target, batch)
 
 
 def resolved(path: str) -> CompileConfig:

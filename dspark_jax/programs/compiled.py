@@ -36,8 +36,8 @@ class Compiled:
   outputs: float        # that are not arguments, donated and written in place
   temporaries: float
   code: float
+  module: hlo.Module
   operations: list[hlo.Operation]
-  unknown_loops: list[str]
 
   @property
   def peak(self) -> float:
@@ -68,9 +68,10 @@ def read(lowered: jax.stages.Lowered) -> Compiled:
   operations = module.operations()
   if stats:
     return Compiled(stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
-                    stats.temp_size_in_bytes, stats.generated_code_size_in_bytes, operations, module.unknown_loops)
+                    stats.temp_size_in_bytes, stats.generated_code_size_in_bytes, module, operations)
+  # The compiler calls them temporaries, but arguments are among them.
   needed = float(short[1]) * 1024 ** ("KMGT".index(short[2]) + 1)
-  return Compiled(module.argument_bytes, 0, needed, 0, operations, module.unknown_loops)
+  return Compiled(module.argument_bytes, 0, max(needed - module.argument_bytes, 0), 0, module, operations)
 
 
 def summary(compiled: Compiled, chip: Chip, *, floor_bytes: float, useful_flops: float) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def summary(compiled: Compiled, chip: Chip, *, floor_bytes: float, useful_flops:
       roofline_seconds=max(floor_bytes / chip.bandwidth, useful_flops / chip.flops),
       most=[dict(name=op.name, operation=op.label.rsplit("/", 1)[-1] or op.opcode, shape=op.shape, times=op.times,
                  bytes=op.bytes, cycles=op.cycles, source=place(op)) for op in most],
-      unknown_loops=compiled.unknown_loops)
+      unknown_loops=compiled.module.unknown_loops, unknown_kernels=compiled.module.unknown_kernels)
 
 
 def place(operation: hlo.Operation) -> str:
@@ -120,7 +121,9 @@ def tables(programs: dict[str, dict], chip: Chip) -> list[Table]:
       "predicted ms": lambda row: f"{row['predicted_seconds'] * 1e3:.2f}",
       "roofline ms": lambda row: f"{row['roofline_seconds'] * 1e3:.2f}",
       "loops of unknown length": lambda row: f"{len(row['unknown_loops'])}, counted once" if row["unknown_loops"]
-                                             else "-"}
+                                             else "-",
+      "kernels without estimate": lambda row: f"{len(row['unknown_kernels'])}, counted whole" if row["unknown_kernels"]
+                                              else "-"}
   whole = Table("per device", *programs, title=f"compiled for {chip.name}")
   for name, show in rows.items():
     whole.add_row(name, *(show(row) for row in programs.values()))

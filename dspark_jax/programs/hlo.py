@@ -38,6 +38,7 @@ SLICES, UPDATES = {"slice", "dynamic-slice", "gather"}, {"dynamic-update-slice",
 # Custom calls that tell the compiler something, and move nothing.
 NOTES = {"AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AllocateBuffer", "Sharding",
          "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint"}
+KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Operation:
   times: int              # that it runs
   read: float             # bytes of main memory, in all runs; so with the rest
   written: float
-  flops: float            # of products; two per multiply-add
+  flops: float            # of products; two per multiply-add; those that the compiler does elementwise (a product of
+                          # one row, on a TPU) are none any more
   cycles: float           # the compiler's estimate; none of kernels and copies
   collective: str | None  # its kind
   exchanged: float        # bytes of a collective: of its operands or its results, whichever are more
@@ -118,7 +120,7 @@ class Module:
 
   def __init__(self, text: str):
     self.computations: dict[str, dict[str, Instruction]] = {}
-    self.entry, self.unknown_loops = None, []
+    self.entry, self.unknown_loops, self.unknown_kernels = None, [], []
     self._tables = {name: {} for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")}
     self._parse(text)
     if self.entry is None:
@@ -152,8 +154,9 @@ class Module:
 
   def operations(self) -> list[Operation]:
     """What every instruction that costs something does, in order. `unknown_loops` then names the loops whose number of
-    runs is not to be seen in the text; they are counted once."""
-    self.unknown_loops = []
+    runs is not to be seen in the text, which are counted once, and `unknown_kernels` the kernels without an estimate.
+    """
+    self.unknown_loops, self.unknown_kernels = [], []
     return list(self._run(self.entry, 1))
 
   def _run(self, at, times):
@@ -193,8 +196,14 @@ class Module:
           r'custom_call_target="([^"]*)"', r'"bytes_accessed":\s*"?(\d+)'))
       if said or (target and target[1] in NOTES):
         return float(said[1]) if said else 0.0, 0.0
+      if target and target[1] in KERNELS:
+        self.unknown_kernels.append(ins.name)
     if ins.opcode == "copy-start":        # (there, here, a flag)
       results = results[:1]
+      # The last run of the program fetched it already, by a copy at the end, which is the one that counts.
+      if "cross_program_prefetch_index" in ins.attributes and any(
+          x.opcode == ins.opcode and x is not ins for x in self._users[at][ins.operands[0]]):
+        return 0.0, 0.0
     elif ins.opcode.endswith("-start"):   # (operands, results, flags), or the results alone
       results = results[len(operands):] or results
     in_main = lambda arrays: sum(array.size for array in arrays if array.in_main_memory)
