@@ -52,7 +52,8 @@ def write(path, tensors, *, architecture="llama", leave_out=(), extra=None, kind
     if name not in leave_out:
       add()
   for name, value in (keys or {}).items():
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+           list: writer.add_array}
     add[type(value)](name, value)
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
   for name, tensor in tensors.items():
