@@ -54,8 +54,9 @@ def test_the_whole_program(bare, capsys, tmp_path):
   assert f"| 40 | 2 | {2 / point['plain_step_seconds']:.0f} | {2 / point['round_seconds']:.0f} |" in text
 
 
-def test_no_accelerator(capsys, tmp_path):
+def test_no_accelerator(capsys, tmp_path, monkeypatch):
   """Kills: hours of Qwen3-4B on a CPU, and a page that looks like an accelerator's."""
+  monkeypatch.setattr(report, "run", lambda *_: pytest.fail("it was begun"))
   _, err = called(capsys, report.main, report.Settings, "--out", tmp_path, code=2)
   assert "JAX sees no accelerator here" in err and "--allow-cpu" in err and not list(tmp_path.iterdir())
 
