@@ -39,7 +39,8 @@ test: setup tpu-compiler
 mutants: setup
 	$(PY) -m pytest -m mutants --dist load tests/test_mutants.py
 
-# One process: it measures its own memory. The seed and one file of it may be given: FUZZ_SEED, FUZZ_ONLY.
+# One process: it measures its own memory. The seed (else the clock's; .ci/run has its own) and one file of it may be
+# given: FUZZ_SEED, FUZZ_ONLY.
 fuzz: setup
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -m fuzz -n 0 tests/test_fuzz.py
 

@@ -19,10 +19,14 @@ PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text
 def raise_all(what: str, problems: list[str]) -> None:
   """One ValueError for a list of problems, the last of a long one counted alone; nothing for an empty list."""
   if problems:
-    short = [problem if len(problem) <= PROBLEM else f"{problem[:PROBLEM]}..." for problem in problems]
-    told = sum(total <= ALL for total in itertools.accumulate(len(problem) + 2 for problem in short)) or 1
-    more = [f"and {len(short) - told} more"] if told < len(short) else []
-    raise ValueError(f"{what}: " + "; ".join(short[:told] + more))
+    raise ValueError(f"{what}: {all_shown(problems)}")
+
+
+def all_shown(problems: list[str]) -> str:
+  """A list for a sentence: each one cut where it is long, and the last of many counted alone."""
+  short = [problem if len(problem) <= PROBLEM else f"{problem[:PROBLEM]}..." for problem in problems]
+  told = sum(total <= ALL for total in itertools.accumulate(len(problem) + 2 for problem in short)) or 1
+  return "; ".join(short[:told] + ([f"and {len(short) - told} more"] if told < len(short) else []))
 
 
 def shown(value) -> str:
@@ -36,13 +40,23 @@ def name_shown(name: str) -> str:
   return name if name.isprintable() and len(name) <= 2 * SHOWN else shown(name)
 
 
+def error_shown(error: BaseException) -> str:
+  """What another library's error says, for a sentence: on one line, printable, and cut where it is long."""
+  text = " ".join(str(error).split())
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:200]
+
+
 def wrong_choices(config) -> list[str]:
-  """What is wrong with the fields of a dataclass that take one of a few values (`Literal`)."""
-  kinds = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(type(config)).items()
-           if typing.get_origin(kind) is typing.Literal}
+  """What is wrong with the fields of a dataclass that take one of a few values (`Literal`) or a number in a `Range`."""
   listed = lambda known: " or ".join(filter(None, (", ".join(map(str, known[:-1])), str(known[-1]))))
-  return [f"{name} is {getattr(config, name)!r}, expected {listed(known)}" for name, known in kinds.items()
-          if getattr(config, name) not in known]
+  problems = []
+  for name, kind in _kinds(type(config)).items():
+    value, origin, args = getattr(config, name), typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal and value not in args:
+      problems.append(f"{name} is {value!r}, expected {listed(args)}")
+    if origin is Annotated and isinstance(args[1], Range) and not _fits(kind, value):
+      problems.append(f"{name} is {shown(value)}, expected {_words(kind)}")
+  return problems
 
 
 def to_json(config) -> dict[str, Any]:
@@ -71,6 +85,7 @@ class Range:
 
 
 Count = Annotated[int, Range(1, 2 ** 31 - 1)]  # of layers, heads, tokens: what an int32 can count
+Natural = Annotated[int, Range(0, 2 ** 31 - 1)]  # where there may be none
 
 
 def from_json(cls, data: dict[str, Any], what: str):

@@ -213,7 +213,10 @@ def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_
   layer = {name: value - without[name] for name, value in round_cost(settings, more, block, 0, place).items()}
   whole = lambda cost: {name: value + (target.num_layers - FEW) * layer[name] for name, value in cost.items()}
   with_head, without = whole(with_head), whole(without)
-  read, read_without = (must_read(settings, target, block, rank) for rank in (settings.rank, 0))
+  model = jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0)))
+  drafters = (jax.eval_shape(lambda: DSpark(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0)))
+              for rank in (settings.rank, 0))
+  read, read_without = (must_read(model, drafter, settings.rows, CONTEXT) for drafter in drafters)
   return HeadCost(
       "Qwen3-8B, bfloat16, bytes that must be read", block, percent(read, read_without), round_bytes=read,
       compiler=settings.compiler, percent_bytes_reported=percent(with_head["bytes"], without["bytes"]),
@@ -221,17 +224,19 @@ def counted(settings: Settings, place, block: int, target: TargetConfig = QWEN3_
       round_bytes_reported=with_head["bytes"], round_flops=with_head["flops"])
 
 
-def must_read(settings: Settings, target: TargetConfig, block: int, rank: int) -> int:
-  """Bytes that a bfloat16 round cannot but read: each layer's weights and caches once, the target's head twice (drafts,
-  verification), and the projection of the sequential head once per position. Of embeddings only rows are read.
+def must_read(target: Decoder, drafter: DSpark | None, rows: int, context: int) -> int:
+  """Bytes that a bfloat16 round (without a drafter: a plain step) of `rows` with so many tokens in their caches cannot
+  but read: each layer's weights and caches once, the target's head twice (drafts, verification), and the projection of
+  the sequential head once per position. Of embeddings only rows are read. Arrays may be shapes alone.
   """
-  drafter = jax.eval_shape(lambda: DSpark(drafter_config(target, settings, block, rank), rngs=nnx.Rngs(0)))
-  model = jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0)))
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-  spec, once = target.spec, (model.layers, model.norm, drafter.layers, drafter.fc, drafter.hidden_norm, drafter.norm)
-  caches = 2 * (target.num_layers + settings.layers) * settings.rows * CONTEXT * spec.num_kv_heads * spec.head_dim
-  projection = count(drafter.markov_head.markov_w2) if rank else 0
-  return 2 * (count(once) + caches + 2 * count(model.lm_head or model.embed_tokens) + block * projection)
+  spec, layers, head = target.config.spec, target.config.num_layers, count(target.lm_head or target.embed_tokens)
+  weights = count((target.layers, target.norm)) + head
+  if drafter:
+    layers += drafter.config.num_layers
+    weights += head + count((drafter.layers, drafter.fc, drafter.hidden_norm, drafter.norm, drafter.confidence_head))
+    weights += drafter.block_size * count(drafter.markov_head.markov_w2) if drafter.markov_head else 0
+  return 2 * (weights + 2 * layers * rows * context * spec.num_kv_heads * spec.head_dim)
 
 
 def round_cost(settings: Settings, target: TargetConfig, block: int, rank: int, place) -> dict[str, float]:

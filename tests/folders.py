@@ -129,7 +129,7 @@ def complains(*parts: str, error=ValueError):
   with pytest.raises(error) as caught:
     yield
   text = str(caught.value)
-  assert "\n" not in text and len(text) > 20
+  assert text.isprintable() and len(text) > 20, repr(text)
   for part in parts:
     assert part in text, f"{part!r} is not in {text!r}"
 

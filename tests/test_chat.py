@@ -271,7 +271,8 @@ def test_templates_are_programs_of_others(template, part, tokenizer, monkeypatch
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s[:99], lambda s: "{}", lambda s: s.replace('"BPE"', '"XYZ"'),
-                                   lambda s: "[]", lambda s: s.replace('"merges"', '"mergers"')])
+                                   lambda s: "[]", lambda s: s.replace('"merges"', '"mergers"'),
+                                   lambda s: s.replace('"version": "1.0"', '"version": "\\u0000"')])
 def test_a_damaged_tokenizer(spoil, tmp_path):
   """Kills: an exception of the tokenizer's own library, or a panic in Rust, where a sentence belongs."""
   for name in ("tokenizer.json", "tokenizer_config.json"):

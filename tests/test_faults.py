@@ -248,6 +248,10 @@ def save_ours(folder, drafter, *, sidecar=None, weights=None) -> None:
     (lambda s: s | {"config": s["config"] | {"taps": None, "block_size": "7"}},
      ["'taps' is None", "'block_size' is '7'"]),
     (lambda s: s | {"config": s["config"] | {"spec": {"hidden_size": 48}}}, ["key 'spec.num_heads' is missing"]),
+    (lambda s: s | {"config": s["config"] | {"markov_rank": -10 ** 30, "num_layers": 0}},
+     ["'markov_rank' is -1000", "expected an integer in 0..2147483647", "'num_layers' is 0"]),
+    (lambda s: s | {"config": s["config"] | {"spec": s["config"]["spec"] | {"rope_theta": -1.0, "num_heads": -2}}},
+     ["'spec.rope_theta' is -1.0", "'spec.num_heads' is -2"]),
     (lambda s: s | {"config": s["config"] | {"taps": [0, 5]}}, ["taps [5] are out of range"])])
 def test_sidecar_at_fault(change, parts, tmp_path):
   """Kills: a newer format read as if it were ours; a misspelt key ignored; a KeyError for a damaged file."""

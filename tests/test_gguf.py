@@ -9,6 +9,7 @@ import pytest
 
 from dspark_jax import load_target
 from dspark_jax.checkpoints.gguf import read_gguf
+from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
 
 Kind = gguf.GGMLQuantizationType
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDE, VOCAB, LAYERS = 4, 2, 8, 32, 64, 40, 2
@@ -52,7 +53,8 @@ def write(path, tensors, *, architecture="llama", leave_out=(), extra=None, kind
     if name not in leave_out:
       add()
   for name, value in (keys or {}).items():
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+           list: writer.add_array}
     add[type(value)](name, value)
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
   for name, tensor in tensors.items():
@@ -160,6 +162,31 @@ def test_no_kv_heads_means_as_many_as_heads(tmp_path):
   """Kills: requiring head_count_kv, which files without grouped queries leave out."""
   config, _ = read_gguf(write(tmp_path / "m.gguf", model(True), leave_out=["head_count_kv"]))
   assert config["num_key_value_heads"] == HEADS
+
+
+@pytest.mark.parametrize("order", gguf.GGUFEndian)
+def test_texts(order, tmp_path):
+  """Kills: lists of texts that differ from what gguf reads, empty ones and big-endian files among them; a text that
+  ends behind the file."""
+  texts = {"some": ["", "a", "日本", "x" * 300], "none": [""], "more": ["b"] * 3}
+  writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama", endianess=order)
+  for name, value in texts.items():
+    writer.add_array(name, value)
+    writer.add_uint32(f"{name}.count", len(value))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  reader, own = gguf.GGUFReader(tmp_path / "t.gguf"), open_gguf(tmp_path / "t.gguf")
+  assert read_metadata(own) == {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+  assert {k: read_metadata(own)[k] for k in texts} == texts
+  assert [field.types for field in own.fields.values()] == [field.types for field in reader.fields.values()]
+  data = bytearray((tmp_path / "t.gguf").read_bytes())
+  at = data.index(b"x" * 300)
+  data[at - 8:at] = (2 ** 40).to_bytes(8, "little" if order == gguf.GGUFEndian.LITTLE else "big")
+  (tmp_path / "t.gguf").write_bytes(data)
+  with pytest.raises(ValueError, match="damaged GGUF file.*a string of 1099511627776"):
+    open_gguf(tmp_path / "t.gguf")
 
 
 def test_damaged(tmp_path):

@@ -13,7 +13,7 @@ from dspark_jax import sampling as sp
 from dspark_jax.config import to_json
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn.layers import BlockSpec
-from dspark_jax.targets.decoder import TargetConfig
+from dspark_jax.targets.decoder import Decoder, TargetConfig
 from infer import head_cost, plots
 from folders import QWEN3, called, qwen3
 
@@ -81,12 +81,18 @@ def test_layers_are_counted_each(monkeypatch):
 def test_bytes_that_must_be_read():
   """Kills: an embedding table read whole, a projection read once per block, a head read once, float32 weights."""
   target = dataclasses.replace(head_cost.QWEN3_8B, num_layers=2)
-  without, eight, nine = (head_cost.must_read(SETTINGS, target, block, rank)
+  model = jax.eval_shape(lambda: Decoder(target, rngs=nnx.Rngs(0)))
+  drafter = lambda block, rank: jax.eval_shape(
+      lambda: DSpark(head_cost.drafter_config(target, SETTINGS, block, rank), rngs=nnx.Rngs(0)))
+  without, eight, nine = (head_cost.must_read(model, drafter(block, rank), 1, head_cost.CONTEXT)
                           for block, rank in ((8, 0), (8, 256), (9, 256)))
   assert nine - eight == 2 * 151_936 * 256 and eight - without == 8 * (nine - eight)
   layer = 4096 * (3 * 12_288 + 2 * 4096 + 2 * 1024) + 2 * 4096 + 2 * 128
   caches = 3 * 2 * head_cost.CONTEXT * 1024  # two layers and one draft layer
   assert without == 2 * (3 * layer + 2 * 151_936 * 4096 + 5 * 4096 ** 2 + 3 * 4096 + caches)
+  # A plain step has one head to read, and the caches of all its rows.
+  plain, rows = (head_cost.must_read(model, None, n, head_cost.CONTEXT) for n in (1, 3))
+  assert plain == 2 * (2 * layer + 151_936 * 4096 + 4096 + caches * 2 // 3) and rows - plain == 2 * caches * 4 // 3
 
 
 def test_program(capsys, tmp_path):

@@ -6,6 +6,7 @@ import time
 
 import gguf
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import dspark_jax
@@ -133,6 +134,45 @@ def test_gguf_tokenizers(key, value, what, tmp_path):
   writer.close()
   with complains("w.gguf", what):
     chat.load_tokenizer(tmp_path / "w.gguf")
+
+
+@pytest.mark.parametrize("key, value, part", [
+    ("block_count", 9, "lacks the tensors blk.2.attn_k.weight; "), ("block_count", 2.0, "is 2.0, expected a count"),
+    ("attention.head_count", 0, "is 0, expected a count"), ("attention.head_count", True, "is True, expected a count"),
+    ("attention.head_count_kv", [2, 2], "is [2, 2], expected a count"),
+    ("rope.freq_base", "x", "is 'x', expected a number above 0"),
+    ("attention.layer_norm_rms_epsilon", [1e-5], "expected a number above 0")])
+def test_gguf_numbers(key, value, part, tmp_path):
+  """Kills: a TypeError, a division by zero, or numpy's own words, for a value of another type; a page of tensors."""
+  path = write(tmp_path / "m.gguf", model(False), keys={f"llama.{key}": value})
+  with complains("m.gguf", part):
+    dspark_jax.load_target(path)
+
+
+def test_gguf_tensors(tmp_path):
+  """Kills: numpy's words for a tensor without rows; an IndexError for an embedding that is no matrix; a list of names
+  that fills a page, or holds control characters."""
+  tensors = model(False)
+  for name, part in (("attn_q", "q_proj.weight is float32[0, 32]"), ("attn_k", "k_proj.weight is float32[0, 32]")):
+    less = {n: x for n, x in tensors.items() if n != f"model.layers.0.self_attn.{name[5:]}_proj.weight"}
+    empty = {f"blk.0.{name}.weight": np.ones((0, 32), np.float32)}
+    with complains("m.gguf", part):
+      dspark_jax.load_target(write(tmp_path / "m.gguf", less, extra=empty))
+  less = {name: x for name, x in tensors.items() if name != "model.embed_tokens.weight"}
+  with complains("m.gguf has token_embd.weight of 1 dimensions, expected a matrix"):
+    dspark_jax.load_target(write(tmp_path / "m.gguf", less, extra={"token_embd.weight": np.ones(4, np.float32)}))
+  more = {f"x\n{i}{'y' * 50}": np.ones(1, np.float32) for i in range(50)}
+  with pytest.raises(NotImplementedError, match="a plain llama does not have: .* more: only dense") as caught:
+    dspark_jax.load_target(write(tmp_path / "m.gguf", tensors, extra=more))
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+def test_gguf_words_that_do_not_go_together(tmp_path):
+  """Kills: an exception of the tokenizer's own library for a merge into a word that is none."""
+  path = gguf_words(tmp_path / "w.gguf")
+  path.write_bytes(path.read_bytes().replace(b"us", b"ut", 1))
+  with complains("w.gguf has no tokenizer that can be read", "out of vocabulary"):
+    chat.load_tokenizer(path)
 
 
 def test_gguf_vocabulary(tmp_path):

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from dspark_jax.checkpoints.tensors import Stored
+from dspark_jax.config import all_shown, name_shown, raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
 
 # Hugging Face name -> GGUF name, within a layer and of the whole model.
@@ -42,6 +43,10 @@ CONFIG_NAMES = {
 # Read below, or compared with what is read (llama.vocab_size: with the embedding's rows).
 READ = {*CONFIG_NAMES.values(), "llama.vocab_size", "llama.attention.head_count_kv", "llama.attention.key_length",
         "llama.attention.value_length", "llama.rope.dimension_count"}
+FRACTIONS = {"llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"}  # of READ; the others are counts
+# (key, what it must be, in words), checked before anything is computed from it.
+KINDS = [(key, lambda value: type(value) in (int, float) and value > 0, "a number above 0") if key in FRACTIONS else
+         (key, lambda value: type(value) is int and value > 0, "a count") for key in sorted({*READ, "split.count"})]
 # Keys that change what a llama computes and none of its tensors: the values that change nothing.
 NEUTRAL = {
   "llama.rope.scale_linear": (1,), "llama.rope.scaling.type": ("none", ""), "llama.rope.scaling.factor": (0, 1),
@@ -78,8 +83,8 @@ class Tensors(collections.abc.Mapping):
       raise NotImplementedError(f"{self.path} has {tensor.name} as {tensor.tensor_type.name}, which is not read: "
                                 f"convert the model to another quantisation") from error
     heads = self.heads.get(name.split(".")[-2])  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
-    # One that does not divide into them goes on as it is: its shape is compared with the others' later.
-    fits = heads and array.ndim == 2 and len(array) % (2 * heads) == 0
+    # One that does not divide into them, or is empty, goes on as it is: its shape is compared with the others' later.
+    fits = heads and array.ndim == 2 and array.size and len(array) % (2 * heads) == 0
     return unpermute(array, heads) if fits else array
 
   def __iter__(self):
@@ -109,19 +114,18 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Tensors]:
   stored = {tensor.name: tensor for tensor in reader.tensors}
   refuse_unsupported(path, metadata, stored)
   config = read_config(path, metadata, stored)
-  # Before names are made up for them: a file may declare any number.
-  if not isinstance(config["num_hidden_layers"], int) or config["num_hidden_layers"] > len(stored):
+  if config["num_hidden_layers"] > len(stored):  # before names are made up for them: a file may declare any number
     raise ValueError(f"{path} declares {config['num_hidden_layers']} layers in llama.block_count, and has "
                      f"{len(stored)} tensors: it is damaged, download it again")
   names = {hf: name for hf, name in MODEL_NAMES.items() if name in stored or hf != "lm_head.weight"}
   for layer in range(config["num_hidden_layers"]):
     names |= {f"model.layers.{layer}.{hf}": f"blk.{layer}.{name}" for hf, name in LAYER_NAMES.items()}
   if missing := sorted(set(names.values()) - set(stored)):
-    raise ValueError(f"{path} lacks the tensors {missing}: convert the model again")
+    raise ValueError(f"{path} lacks the tensors {all_shown(missing)}: convert the model again")
   # What would stay unread is a bias, a norm or an expert that the model was trained with.
   if unknown := sorted(set(stored) - set(names.values())):
-    raise NotImplementedError(f"{path} has tensors that a plain llama does not have: {unknown}: "
-                              "only dense models without biases are read from GGUF")
+    raise NotImplementedError(f"{path} has tensors that a plain llama does not have: "
+                              f"{all_shown([*map(name_shown, unknown)])}: only dense models without biases are read")
   heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
   return config, Tensors(path, {hf: stored[name] for hf, name in names.items()}, heads)
 
@@ -130,18 +134,21 @@ def refuse_unsupported(path: str | os.PathLike, metadata: dict[str, Any], stored
   """NotImplementedError for what would load, and then compute something else."""
   architecture = metadata.get("general.architecture")
   if architecture != "llama":
-    raise NotImplementedError(f"{path} has the architecture {architecture!r}, only 'llama' is read from "
+    raise NotImplementedError(f"{path} has the architecture {shown(architecture)}, only 'llama' is read from "
                               "GGUF: load the model from its Hugging Face folder")
+  raise_all(f"{path}", [
+      f"{key} is {shown(metadata[key])}, expected {expected}: convert the model again" for key, right, expected in KINDS
+      if key in metadata and not right(metadata[key])])
   if metadata.get("split.count", 1) > 1:
     raise NotImplementedError(f"{path} is one of {metadata['split.count']} parts: "
                               "join them with `llama-gguf-split --merge`")
   if "rope_freqs.weight" in stored:  # Llama 3's frequencies come as a tensor, other scalings as metadata
     raise NotImplementedError(f"{path} scales its RoPE frequencies (rope_freqs.weight), which is not read from GGUF: "
                               "load the model from its Hugging Face folder")
-  unread = [f"{key} {metadata[key]!r}" for key in sorted(metadata) if key.startswith("llama.") and key not in READ
-            and not (key in NEUTRAL and metadata[key] in NEUTRAL[key])]
+  unread = [f"{name_shown(key)} {shown(metadata[key])}" for key in sorted(metadata) if key.startswith("llama.")
+            and key not in READ and not (key in NEUTRAL and metadata[key] in NEUTRAL[key])]
   if unread:
-    raise NotImplementedError(f"{path} has {', '.join(unread)[:300]}, which may change what it computes and is not "
+    raise NotImplementedError(f"{path} has {all_shown(unread)}, which may change what it computes and is not "
                               "read from GGUF: load the model from its Hugging Face folder")
 
 
@@ -155,7 +162,11 @@ def read_config(path: str | os.PathLike, metadata: dict[str, Any], stored: dict[
   config = {name: metadata[key] for name, key in CONFIG_NAMES.items()}
   for name in ("rms_norm_eps", "rope_theta"):
     config[name] = float(str(np.float32(config[name])))  # stored in float32: 1e-5, not 9.999999747378752e-06
-  rows = int(stored["token_embd.weight"].shape[1])  # gguf's shapes start at the fastest dimension
+  shape = stored["token_embd.weight"].shape.tolist()
+  if len(shape) != 2:
+    raise ValueError(f"{path} has token_embd.weight of {len(shape)} dimensions, expected a matrix: convert the model "
+                     f"again")
+  rows = shape[1]  # gguf's shapes start at the fastest dimension
   if metadata.get("llama.vocab_size", rows) != rows:
     raise ValueError(f"{path} has {rows} rows of token_embd.weight, llama.vocab_size is "
                      f"{metadata['llama.vocab_size']}: they must agree, convert the model again")

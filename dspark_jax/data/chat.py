@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dspark_jax.config import raise_all, shown
+from dspark_jax.config import error_shown, raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
 from dspark_jax.data.pipeline import Encoded
 from dspark_jax.text import read_json
@@ -64,21 +64,24 @@ def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   metadata = read_metadata(open_gguf(path))
   metadata = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
   kind, cut = metadata.get("model"), metadata.get("pre")
-  if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-    raise NotImplementedError(f"{path} has tokenizer {kind!r}, pre-tokenizer {cut!r}, only 'gpt2' with one "
-                              f"of {sorted(PRE_TOKENIZERS)} is read from GGUF: give a Hugging Face folder")
+  if kind != "gpt2" or cut not in list(PRE_TOKENIZERS):  # a list: what a damaged file holds may not be hashable
+    raise NotImplementedError(f"{path} has tokenizer {shown(kind)}, pre-tokenizer {shown(cut)}, only 'gpt2' "
+                              f"with one of {sorted(PRE_TOKENIZERS)} is read from GGUF: give a Hugging Face folder")
   tokens, merges, types, named = _gguf_words(path, metadata)
   whole = [(type_, AddedToken(token, normalized=False)) for token, type_ in zip(tokens, types)]
-  merges = [tuple(merge.split(" ")) for merge in merges]
-  backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-  backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[cut])
-  backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens([token for type_, token in whole if type_ == 3])  # control tokens
-  backend.add_tokens([token for type_, token in whole if type_ == 4])          # user defined ones
   named = {name: tokens[index] for name, index in named.items() if index is not None}
-  return fast_tokenizer()(
-      tokenizer_object=backend, name_or_path=os.fspath(path), chat_template=metadata.get("tokenizer.chat_template"),
-      clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
+
+  def build():
+    words = models.BPE({token: index for index, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges])
+    backend = Tokenizer(words)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[cut])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for type_, token in whole if type_ == 3])  # control tokens
+    backend.add_tokens([token for type_, token in whole if type_ == 4])          # user defined ones
+    return fast_tokenizer()(
+        tokenizer_object=backend, name_or_path=os.fspath(path), chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
+  return _guarded(build, f"{path} has no tokenizer that can be read", "download it again")
 
 
 def _gguf_words(path, metadata):
@@ -373,7 +376,7 @@ def _guarded(function: Callable, what: str, remedy: str = "change the text, or d
   except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as error:  # a panic in Rust is no Exception
-    said = " ".join(str(error).split())[:200]
+    said = error_shown(error)
     raise ValueError(f"{what} ({type(error).__name__}{': ' if said else ''}{said}): {remedy}") from error
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 from dspark_jax.text import read_jsonl, read_text
 from dspark_jax.types import Batch
@@ -200,6 +199,7 @@ def bigram_factors(documents: Iterable[Document], words: np.ndarray, vocab_size:
   log_p = np.log((counts + prior * frequency / frequency.sum()) / (total + prior))
   # A softmax does not see a constant per u, which would take up one of the R directions.
   log_p -= log_p.mean(1, keepdims=True)
+  import scipy.linalg  # half a second, which whoever only reads tokens should not wait for
   rank_here = min(rank, len(words))
   # The leading right singular vectors of sqrt(total) * log_p, from a matrix of W x W however many u occur.
   square, basis = scipy.linalg.eigh(log_p.T @ (total * log_p), subset_by_index=(len(words) - rank_here, len(words) - 1))

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.config import raise_all
+from dspark_jax.config import name_shown, raise_all
 from dspark_jax.types import Array
 
 BINS = 20         # of the calibration error and the reliability diagram
 FINE_BINS = 1000  # of the AUC
 EPSILON = 1e-8    # predictions are clipped to EPSILON..1 - EPSILON
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of temperatures
 GRID = tuple(n / 10 for n in range(5, 51))  # 0.5, 0.6, ..., 5.0
 
 
@@ -33,13 +34,14 @@ class Temperatures:
         f"mode {mode!r} has {len(values)}, the drafter's block size is {self.block_size}: fit them for this drafter"
         for mode, values in self.by_mode.items() if len(values) != self.block_size] + [
         f"mode {mode!r} has {value} at position {k}, expected a finite number > 0: 1 leaves a confidence as it is"
-        for mode, values in self.by_mode.items() for k, value in enumerate(values) if not 0 < value < math.inf])
+        for mode, values in self.by_mode.items() for k, value in enumerate(values)
+        if not SMALLEST <= value <= LARGEST])
 
   def for_mode(self, mode: str) -> Array:
     """f32[G]. ValueError for a mode without a fit: another mode's temperatures do not calibrate it."""
     if mode not in self.by_mode:
-      raise ValueError(f"no temperatures for mode {mode!r}, there are {', '.join(self.by_mode) or 'none'}: fit them on "
-                       f"rounds sampled in that mode")
+      known = ", ".join(map(name_shown, self.by_mode)) or "none"
+      raise ValueError(f"no temperatures for mode {mode!r}, there are {known}: fit them on rounds sampled in that mode")
     return jnp.asarray(self.by_mode[mode], jnp.float32)
 
 

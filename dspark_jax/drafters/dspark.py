@@ -9,6 +9,7 @@ import flax.struct
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax.config import Count, Natural
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
@@ -24,8 +25,8 @@ class DSparkChoices(DrafterChoices):
   """What a user chooses of a DSpark or DFlash drafter. DFlash: markov_rank 0, confidence none."""
   mask_token_id: int = 0
   """what fills the block after the anchor"""
-  num_layers: int = 5
-  markov_rank: int = 256
+  num_layers: Count = 5
+  markov_rank: Natural = 256
   """R, of the sequential head; 0: none (DFlash)"""
   markov_head: Literal[tuple(heads.HEADS)] = "vanilla"
   confidence: Literal["none", "hidden", "markov"] = "markov"
@@ -52,7 +53,7 @@ class DSparkConfig(DSparkChoices, DrafterConfig):
   """The configuration of a DSpark or DFlash drafter."""
   # Every stored drafter says these: where one is missing a default would be a guess.
   mask_token_id: int = dataclasses.field()
-  num_layers: int = dataclasses.field()
+  num_layers: Count = dataclasses.field()
 
   @property
   def block_positions(self) -> int:

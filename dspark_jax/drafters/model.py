@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.config import Count, Natural, raise_all, wrong_choices
 from dspark_jax.nn.cache import insert_row
 from dspark_jax.nn.layers import Block, BlockSpec
 from dspark_jax.types import Array, DraftHead, Target
@@ -19,9 +19,9 @@ class DrafterChoices:
   """What a user chooses of a drafter, whatever the target. A kind adds its own fields, none that it does not have."""
   taps: tuple[int, ...]
   """target layers that feed the drafter; -1 is the embedding, the last layer is not allowed"""
-  block_size: int = 7
+  block_size: Count = 7
   """G: drafts per round; a recurrent drafter is unrolled over as many steps in training"""
-  draft_vocab_size: int = 0
+  draft_vocab_size: Natural = 0
   """W: draft over so many most frequent tokens of the data; 0: the whole vocabulary"""
 
   def __post_init__(self):
@@ -29,12 +29,7 @@ class DrafterChoices:
 
   def problems(self) -> list[str]:
     """What is wrong with the fields; subclasses add what is wrong with theirs."""
-    problems = wrong_choices(self)
-    if self.block_size < 1:
-      problems.append(f"block_size is {self.block_size}, expected at least 1")
-    if self.draft_vocab_size < 0:
-      problems.append(f"draft_vocab_size is {self.draft_vocab_size}, expected at least 0")
-    return problems
+    return wrong_choices(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +39,8 @@ class DrafterConfig(DrafterChoices):
   A kind's own inherits its choices first, then this: `class XConfig(XChoices, DrafterConfig)`.
   """
   spec: BlockSpec         # the target family's own block
-  vocab_size: int         # of the target
-  num_target_layers: int
+  vocab_size: Count       # of the target
+  num_target_layers: Count
 
   @classmethod
   def for_target(cls, choices: DrafterChoices, target) -> DrafterConfig:

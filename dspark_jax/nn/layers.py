@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax.config import Count, Range
 from dspark_jax.nn.attention import Place, attend
 from dspark_jax.nn.cache import Full, Layout, extend
 from dspark_jax.nn.sharding import constrain
@@ -168,16 +169,19 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+Theta = Annotated[float, Range(1, 1e30)]  # the base of a rotary embedding
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
   """The static description of one transformer layer. A family whose layers differ in more than numbers extends it."""
-  hidden_size: int
-  intermediate_size: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rms_norm_eps: float
-  rope_theta: float
+  hidden_size: Count
+  intermediate_size: Count
+  num_heads: Count
+  num_kv_heads: Count
+  head_dim: Count
+  rms_norm_eps: Annotated[float, Range(0, 1)]
+  rope_theta: Theta
   qk_norm: bool = False
 
   def build(self, *, rngs: nnx.Rngs) -> Block:

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from dspark_jax.config import Count, Range, raise_all, read_known
-from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.nn.layers import BlockSpec, Theta
 from dspark_jax.targets.decoder import Family, TargetConfig
 
 One = Annotated[float, Range(1, 1)]
-Theta = Annotated[float, Range(1, 1e30)]
 
 
 @dataclasses.dataclass(frozen=True)

