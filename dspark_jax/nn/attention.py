@@ -35,6 +35,7 @@ class Kernels:
   """How attention is computed, by name; a target has it, and drafters follow. Nothing falls back: what a kernel does
   not accept it refuses."""
   decode: Literal["reference", "pallas"] = "reference"  # over caches; pallas (TPU): nn/pallas_decode.py
+  train: Literal["reference", "splash"] = "reference"  # over sequences; splash (TPU): nn/splash.py
   interpret: bool = False  # kernels run in Pallas' interpreter, on any platform: for tests
 
   def __post_init__(self):
@@ -129,7 +130,10 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
   q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Computed as place.kernels
   says; a kernel over caches takes a block's lo and hi from its first row.
   """
-  if context.layout != "sequence" and place.kernels.decode == "pallas":
+  kernels = place.kernels
+  if context.layout == "sequence" and kernels.train == "splash":
+    return _by_splash(q, k, v, place, context)
+  if context.layout != "sequence" and kernels.decode == "pallas":
     return _by_pallas(q, k, v, place, context)
   return _by_reference(q, k, v, place, context.alone())
 
@@ -190,6 +194,22 @@ def _by_pallas(q, k, v, place, context):
       queries.reshape(batch, heads, blocks, length * groups, width), k, v, jnp.repeat(place.own, groups, axis=2), *far,
       layer, place.lo[:, :, 0], place.hi[:, :, 0])
   return jnp.moveaxis(out.reshape(queries.shape), 1, 3).reshape(q.shape)
+
+
+def _by_splash(q, k, v, place, context):
+  """nn/splash.py."""
+  from dspark_jax.nn.splash import ranged_attention
+  batch, blocks, length = place.hi.shape
+  hi, own = place.hi, ()
+  cut = lambda x: x.reshape(batch, blocks, -1, *x.shape[-2:])
+  if place.start is None:
+    own = cut(k), cut(v), jnp.broadcast_to(place.own, (batch, blocks, *place.own.shape[2:]))
+  else:  # Rows that follow one another see up to themselves: their own blocks are part of the sequence.
+    hi = jnp.broadcast_to(1 + jnp.arange(blocks * length, dtype=jnp.int32).reshape(1, blocks, length), hi.shape)
+  axes = ("b..k", "b.k", "b.k", "b", "b", "b..k", "b..k", "b")[:5 + len(own)]
+  kernel = on_each_device(functools.partial(ranged_attention, interpret=place.kernels.interpret), batch,
+                          context.k.shape[2], axes, "b..k")
+  return kernel(cut(q), context.k, context.v, place.lo, hi, *own).reshape(q.shape)
 
 
 def on_each_device(kernel, batch: int, heads: int, axes: tuple[str, ...], out: str):
