@@ -30,51 +30,44 @@ def ranged_attention(q: Array, far_k: Array, far_v: Array, lo: Array, hi: Array,
   them is seen, bool[B,A,T,N]. Queries that see nothing give 0. Differentiable in q and all keys and values. ValueError
   unless S is a multiple of 128, at most 2^15.
   """
-  slots, shape = far_k.shape[1], q.shape[1:]
+  slots = far_k.shape[1]
   if slots % LANES or slots > LONGEST:
     raise ValueError(f"splash attends to sequences of a multiple of {LANES} tokens, at most {LONGEST}, got {slots}: "
                      f"choose another row length, or train by reference")
 
-  def row(parts):
-    q, far_k, far_v, lo, hi, *own = parts
-    heads_first = lambda x: jnp.moveaxis(x, -2, 0)  # [K,S,h], [K,A,N,h]; of queries [H,A*T,h]
-    own = (heads_first(own[0]), heads_first(own[1]), own[2]) if own else ()
-    out = _attend(heads_first(q.reshape(-1, *shape[2:])), heads_first(far_k), heads_first(far_v), lo.reshape(-1),
-                  hi.reshape(-1), own, interpret)
-    return jnp.moveaxis(out, 0, 1).reshape(shape)
-
   # Row by row: all at once (vmap) hold every row's temporaries, and the kernels, whose ranges are read ahead, run one
   # after the other all the same.
-  return jax.lax.map(row, (q, far_k, far_v, lo, hi, *own))
+  return jax.lax.map(lambda row: _attend(*row[:5], row[5:], interpret), (q, far_k, far_v, lo, hi, *own))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q, far_k, far_v, lo, hi, own, interpret):
-  """f[H,N,h] of q f[H,N,h] over far_k, far_v f[K,S,h] and own: (k f[K,A,M,h], v, mask bool[A,T,M]), N = A * T, or ()."""
+  """One row of `ranged_attention`; own: (k, v, mask) or ()."""
   return _forward(q, far_k, far_v, lo, hi, own, interpret)[0]
 
 
 def _forward(q, far_k, far_v, lo, hi, own, interpret):
-  tiles = _Tiles(lo, hi, far_k.shape[1])
+  tiles = _Tiles(lo, hi, far_k)
   out, (lse,) = splash._splash_attention_forward(
-      tiles.info(1), tiles.pad(q), far_k, far_v, None, None, save_residuals=True, interpret=interpret, **tiles.static)
+      tiles.info(1), tiles.queries(q), *map(_heads_first, (far_k, far_v)), None, None, save_residuals=True,
+      interpret=interpret, **tiles.static)
   # What sees nothing is undefined in splash: the mean of a tile that others see, or 0 / 0.
-  out, lse = tiles.cut(out), tiles.cut(lse)
-  out = jnp.where((hi > lo)[None, :, None], out.astype(jnp.float32), 0)
-  lse = jnp.where((hi > lo)[None], lse, NEG)
+  some = (hi > lo)[None, :, :, None]
+  out = jnp.where(some[..., None], tiles.grouped(out).astype(jnp.float32), 0)
+  lse = jnp.where(some, tiles.grouped(lse), NEG)
   if own:
     k, v, mask = own
     scores = _own_scores(q, k, mask)
-    top = scores.max(-1, keepdims=True)
-    weights = jnp.where(mask[None, None], jnp.exp(scores - top), 0)  # masked again: NEG - NEG is 0
-    total = weights.sum(-1, keepdims=True)
-    near = jnp.einsum("kgatm,kamh->kgath", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    near = near / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    near_lse = (top + jnp.log(jnp.where(total > 0, total, 1))).reshape(lse.shape)
+    top = scores.max(-1)
+    weights = jnp.where(_per_head(mask), jnp.exp(scores - top[..., None]), 0)  # masked again: NEG - NEG is 0
+    total = weights.sum(-1)
+    near = jnp.einsum("katgn,ankh->katgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    near = near / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    near_lse = top + jnp.log(jnp.where(total > 0, total, 1))
     merged = jnp.logaddexp(lse, near_lse)
-    share = lambda one: jnp.exp(one - merged)[..., None]
-    out, lse = share(lse) * out + share(near_lse) * near.reshape(out.shape), merged
-  out = out.astype(far_v.dtype)
+    share = lambda part: jnp.exp(part - merged)[..., None]
+    out, lse = share(lse) * out + share(near_lse) * near, merged
+  out = jnp.moveaxis(out, 0, 2).reshape(q.shape).astype(q.dtype)
   return out, (q, far_k, far_v, lo, hi, own, out, lse)
 
 
@@ -83,43 +76,54 @@ def _backward(interpret, saved, slope):
   # one were not there. Differentiating a merge of two parts instead would need the gradient of the parts' log-sum-exps,
   # which splash does not give.
   q, far_k, far_v, lo, hi, own, out, lse = saved
-  tiles = _Tiles(lo, hi, far_k.shape[1])
-  residuals = tiles.pad(q), far_k, far_v, None, None, tiles.pad(out), tiles.pad(lse), tiles.info(1), tiles.info(0)
+  tiles = _Tiles(lo, hi, far_k)
+  flat = tiles.pad(jnp.moveaxis(lse, 3, 1).reshape(q.shape[2], -1))
+  residuals = (tiles.queries(q), *map(_heads_first, (far_k, far_v)), None, None, tiles.queries(out), flat,
+               tiles.info(1), tiles.info(0))
   *_, dq, dk, dv, _, _ = splash._splash_attention_bwd(
-      save_residuals=False, interpret=interpret, res=residuals, do=tiles.pad(slope), **tiles.static)
-  dq, own_slopes = tiles.cut(dq), ()
+      save_residuals=False, interpret=interpret, res=residuals, do=tiles.queries(slope), **tiles.static)
+  dq, own_slopes = tiles.grouped(dq), ()
   if own:
     k, v, mask = own
-    scores = _own_scores(q, k, mask)
-    grouped = lambda x: x.reshape(*scores.shape[:4], -1)  # f[K,g,A,T,h]
-    weights = jnp.where(mask[None, None], jnp.exp(scores - grouped(lse)), 0)
-    both = grouped((out.astype(jnp.float32) * slope.astype(jnp.float32)).sum(-1))
+    grouped = lambda x: x.reshape(*mask.shape[:2], k.shape[2], -1, x.shape[-1])  # f[A,T,K,g,h]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    inner = weights * (product("kgath,kamh->kgatm", grouped(slope), v) - both)
+    weights = jnp.where(_per_head(mask), jnp.exp(_own_scores(q, k, mask) - lse[..., None]), 0)
+    both = jnp.moveaxis(grouped(out.astype(jnp.float32) * slope.astype(jnp.float32)).sum(-1), 2, 0)
+    inner = weights * (product("atkgh,ankh->katgn", grouped(slope), v) - both[..., None])
     inner, weights = inner.astype(q.dtype), weights.astype(q.dtype)
-    dq = (dq.astype(jnp.float32) + product("kgatm,kamh->kgath", inner, k).reshape(q.shape)).astype(q.dtype)
-    own_slopes = (product("kgatm,kgath->kamh", inner, grouped(q)).astype(k.dtype),
-                  product("kgatm,kgath->kamh", weights, grouped(slope)).astype(v.dtype), None)
-  return dq, dk, dv, None, None, own_slopes
+    dq = (dq.astype(jnp.float32) + product("katgn,ankh->katgh", inner, k)).astype(q.dtype)
+    own_slopes = (product("katgn,atkgh->ankh", inner, grouped(q)).astype(k.dtype),
+                  product("katgn,atkgh->ankh", weights, grouped(slope)).astype(v.dtype), None)
+  dq = jnp.moveaxis(dq, 0, 2).reshape(q.shape)
+  return dq, *(jnp.moveaxis(x, 0, 1) for x in (dk, dv)), None, None, own_slopes
 
 
 _attend.defvjp(_forward, _backward)
 
 
+def _heads_first(x):
+  return jnp.moveaxis(x, -2, 0)
+
+
+def _per_head(mask):
+  return mask[None, :, :, None]
+
+
 def _own_scores(q, k, mask):
-  """f32[K,g,A,T,M] of q f[H,N,h] with k f[K,A,M,h]; NEG where mask bool[A,T,M] has no."""
-  q = q.reshape(k.shape[0], -1, *mask.shape[:2], q.shape[-1])
-  return jnp.where(mask[None, None], jnp.einsum("kgath,kamh->kgatm", q, k, preferred_element_type=jnp.float32), NEG)
+  """f32[K,A,T,g,N] of q f[A,T,H,h] with k f[A,N,K,h]; NEG where mask bool[A,T,N] says no."""
+  q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+  return jnp.where(_per_head(mask), jnp.einsum("atkgh,ankh->katgn", q, k, preferred_element_type=jnp.float32), NEG)
 
 
 class _Tiles:
-  """Queries with ranges lo, hi i32[N] of `slots`, in tiles that splash computes or skips."""
+  """Queries with ranges lo, hi i32[A,T] of the slots of keys f[S,K,h], in tiles that splash computes or skips."""
 
-  def __init__(self, lo, hi, slots):
-    self.count = lo.shape[0]
+  def __init__(self, lo, hi, keys):
+    slots, self.heads, self.shape = *keys.shape[:2], lo.shape
+    self.count = lo.size
     size = min(TILE, -(-self.count // LANES) * LANES)
     self.padding = -self.count % size  # with queries that see nothing: tiles of them alone cost nothing
-    lo, hi = self.pad(lo), self.pad(hi)
+    lo, hi = (self.pad(x.reshape(1, -1))[0] for x in (lo, hi))
     keys = max(n for n in range(LANES, min(TILE, slots) + 1, LANES) if slots % n == 0)
     first = jnp.where(hi > lo, lo, slots).reshape(-1, size).min(1)
     end = jnp.where(hi > lo, hi, 0).reshape(-1, size).max(1)
@@ -131,16 +135,16 @@ class _Tiles:
                        residual_checkpoint_name=None, mask_function=_seen)
 
   def pad(self, x):
-    """x f[...,N] or f[H,N,h] with queries that fill the last tile."""
-    if not self.padding:
-      return x
-    width = [(0, 0)] * x.ndim
-    width[min(1, x.ndim - 1)] = 0, self.padding
-    return jnp.pad(x, width)
+    """[H,A*T,...] with queries that fill the last tile."""
+    return jnp.pad(x, [(0, 0), (0, self.padding)] + [(0, 0)] * (x.ndim - 2)) if self.padding else x
 
-  def cut(self, x):
-    """f[H,N,...] without those."""
-    return x[:, :self.count]
+  def queries(self, x):
+    """f[H,N,h] from f[A,T,H,h], padded."""
+    return self.pad(_heads_first(x.reshape(self.count, *x.shape[2:])))
+
+  def grouped(self, x):
+    """f[K,A,T,g,...] from f[H,N,...]."""
+    return jnp.moveaxis(x[:, :self.count].reshape(self.heads, -1, *self.shape, *x.shape[2:]), 1, 3)
 
   def info(self, axis: int) -> MaskInfo:
     """What splash reads of tiles that it walks over along the slots (axis 1) or along the queries (0)."""
