@@ -111,7 +111,8 @@ def differentiated(kernels, arrays, call):
 def test_sequences_by_splash():
   """Kills: a document that sees the one before it, queries that miss themselves or see what follows, tiles skipped that
   are seen, keys that are repeated or averaged over the heads of a group."""
-  segments, positions = (jnp.asarray(np.concatenate([x, y])) for x, y in zip(packed([150, 133, 77], 384), packed([380], 384)))
+  rows = packed([150, 133, 77], 384), packed([380], 384)
+  segments, positions = (jnp.asarray(np.concatenate(parts)) for parts in zip(*rows))
   real = np.asarray(segments)[..., None, None] > 0
   # Nothing is asked of padding: the reference has it see the padding before it, splash itself alone.
   call = lambda kernels, q, k, v: jnp.where(real, attend(q, k, v, following(
@@ -178,8 +179,8 @@ def test_each_device_runs_its_rows_and_heads(sizes, rows, heads):
 
 def test_each_device_trains_on_its_rows_and_heads():
   """Kills: gradients of keys that no device adds up over its queries, or that all devices do; a gathered sequence."""
-  place = at_once(None, jnp.zeros((2, 40, 2), jnp.int32), 3 * jnp.broadcast_to(jnp.arange(40)[None, :, None], (2, 40, 2)),
-                  kernels=TRAIN)
+  hi = 3 * jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32)[None, :, None], (2, 40, 2))
+  place = at_once(None, jnp.zeros_like(hi), hi, kernels=TRAIN)
   arrays = (normal(0, 2, 40, 2, 4, 8) / 3, *(normal(i, 2, 40, 2, 2, 8) for i in (1, 2)),
             *(normal(i, 2, 128, 2, 8) for i in (3, 4)))
   weight = normal(9, 2, 40, 2, 4, 8)
