@@ -195,7 +195,8 @@ class Unrolled(DSpark):
   """The same drafter with a block as a Python loop over its positions; for a vanilla head or none: no state."""
 
   def propose(self, target, head, state, anchor, keys, sampling):
-    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
+    start = self.start(target, anchor, state.held)
+    hidden = self.draft(start, state.cache, target.kernels)[:, -self.block_size:]
     base, parts = head.base(hidden), []
     for k in range(self.block_size):
       at = slice(k, k + 1)

@@ -157,7 +157,8 @@ class DSpark(Backbone):
 
   def propose(self, target: Target, head: DraftHead, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling
               ) -> Proposal:
-    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
+    start = self.start(target, anchor, state.held)
+    hidden = self.draft(start, state.cache, target.kernels)[:, -self.block_size:]
     return heads.propose(self.markov_head, head.bias, self._confidence, hidden, head.base(hidden), anchor, self.words,
                          keys, sampling)
 
@@ -165,7 +166,7 @@ class DSpark(Backbone):
     features = encoded.features
     first = jnp.where(blocks.keep, blocks.previous[:, :, 0], self.config.mask_token_id)
     start = self.start(target, first, self.start.held_at(batch, features, blocks.anchors)).astype(features.dtype)
-    hidden = self.draft_all(start, batch, features, blocks)[:, :, -self.block_size:]
+    hidden = self.draft_all(start, batch, features, blocks, target.kernels)[:, :, -self.block_size:]
     latent = embedding = None
     if self.markov_head is not None:
       flat = hidden.reshape(-1, *hidden.shape[2:])

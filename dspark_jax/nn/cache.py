@@ -88,10 +88,7 @@ class Full:
 
   def context(self) -> Context:
     """All slots, to be read up to a length."""
-    # XLA's own products read this slice in place on a TPU; a kernel would get a copy of it, and should take the stack.
-    k, v = (self.k, self.v) if not self.stacked else (
-        jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
-    return Context(k, v, self.layout)
+    return Context(self.k, self.v, self.layout, self.layer)
 
   def insert(self, row: Array, one: Full) -> Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.nn.attention import Place, following
+from dspark_jax.nn.attention import Kernels, Place, following
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import WORDS, Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
 from dspark_jax.types import Array, Batch, Target, TargetOutput
@@ -51,12 +51,13 @@ class Decoder(nnx.Module):
 
   `layers` holds every layer (unrolled, with caches of columns: what is fastest on CPU, where slicing a stacked weight
   copies it) or, when `scanned`, one for each of a period, stacked over the repeats, with caches of rows: one period to
-  compile, for TPU and GPU.
+  compile, for TPU and GPU. `kernels` say how attention is computed, here and in the drafters that follow: `use`.
   """
 
   def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.scanned = False
+    self.kernels = Kernels()
     spec = config.spec
     self.embed_tokens = Embedding(config.vocab_size, spec.hidden_size, rngs=rngs)
     self.layers = nnx.List([kind.build(rngs=rngs) for kind in config.layers])
@@ -76,6 +77,12 @@ class Decoder(nnx.Module):
   def cache_layout(self) -> str:
     """Columns where layers are unrolled, which is for CPUs."""
     return "rows" if self.scanned else "columns"
+
+  def use(self, kernels: Kernels) -> None:
+    """Computes attention so from now on; ValueError where that does not suit the model."""
+    for spec in self.config.period:
+      kernels.check(head_dim=spec.head_dim, layout=self.cache_layout)
+    self.kernels = kernels
 
   def feature_width(self, taps: tuple[int, ...]) -> int:
     """F: every tap is the residual stream after a layer."""
@@ -108,7 +115,8 @@ class Decoder(nnx.Module):
     One path for prompts, plain steps, verification and (with a `place` and no cache) training sequences.
     """
     if place is None:
-      place = following(cache.length, cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+      steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+      place = following(cache.length, cache.length[:, None] + steps, kernels=self.kernels)
     x = self.embed(tokens)
     # A tap holds the embedding until its layer comes, which for tap -1 is never.
     caches, features = [None] * len(self.layers) if cache is None else list(cache.layers), [x] * len(taps)
@@ -141,7 +149,8 @@ class Decoder(nnx.Module):
   def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput:
     """The whole of training sequences at once, without a cache; documents that share a row do not see each other."""
     start = jnp.zeros(batch.tokens.shape[0], jnp.int32)
-    return self(batch.tokens, None, taps, following(start, batch.positions, batch.segments))[0]
+    place = following(start, batch.positions, batch.segments, kernels=self.kernels)
+    return self(batch.tokens, None, taps, place)[0]
 
   def last_layers(self, count: int) -> list[Block]:
     """The last layers, each on its own in either layout; ValueError when there are not so many."""
