@@ -24,6 +24,7 @@ from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import values
 from dspark_jax.nn.sharding import made, place
 from dspark_jax.targets import TARGETS
@@ -111,15 +112,19 @@ def _of(path):
     raise type(error)(f"{path}: {error}") from error
 
 
-def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | None = None) -> Target:
+def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | None = None,
+                kernels: Kernels = Kernels("auto", "auto")) -> Target:
   """A frozen target from a Hugging Face folder or id, a GGUF file, a folder of `import_target`, or `smollm2`, with
   weights in `dtype` (None: as stored), on the current mesh.
 
   scanned: layers stacked and scanned (one layer to compile) or unrolled (fastest on CPU); default: scanned unless the
-  default device is a CPU. A head that is stored is used, even where the configuration ties it to the embedding.
-  ValueError lists every missing, unknown and misshapen tensor; nothing in a file is executed.
+  default device is a CPU. kernels: how attention is computed (`Decoder.use`). A head that is stored is used, even where
+  the configuration ties it to the embedding. ValueError lists every missing, unknown and misshapen tensor; nothing in a
+  file is executed.
   """
-  return _read_target(locate_target(path), dtype and jnp.dtype(dtype), scanned)[0]
+  target = _read_target(locate_target(path), dtype and jnp.dtype(dtype), scanned)[0]
+  target.use(kernels)
+  return target
 
 
 def _read_target(path, dtype, scanned):

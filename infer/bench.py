@@ -35,6 +35,7 @@ from dspark_jax.decoding.session import Session
 from dspark_jax.decoding.verify import verify
 from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
 from infer import generate
@@ -63,6 +64,7 @@ class Settings:
   """of a random drafter"""
   markov_rank: int = 256
   """of a random drafter"""
+  kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -77,7 +79,7 @@ def main(settings: Settings) -> dict:
                      f"is the difference of two lengths")
   prompts = read_prompts(settings)
   with shell.stderr.status("loading"):
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+    target = shell.load_target(settings.target, settings.dtype, settings.kernels)
     drafter = random_drafter(settings, target) if settings.drafter == "random" else dspark_jax.load_drafter(
         settings.drafter, target, dtype=settings.dtype)
   rows = []

@@ -13,9 +13,9 @@ Programs: `plain` is a step without a drafter, `round` a whole round in which ev
 
 The floor is what a program cannot but move: every weight that all rows share and every cache slot, read once, and the
 new rows, written once (`floors`). All rows are live with all slots of `capacity`, because the reference attention reads
-them all, whatever a row's length. On a mesh all numbers are those of one device, the floor that of its shards.
-moved / floor near 1 means that nothing is copied, padded or read twice; useful / compiled flops, that products run on
-no more rows than there are.
+them all, whatever a row's length; of the kernel, pallas, the cost of full rows is told. On a mesh all numbers are those
+of one device, the floor that of its shards. moved / floor near 1 means that nothing is copied, padded or read twice;
+useful / compiled flops, that products run on no more rows than there are.
 
 The last line of stdout is a JSON object with the key programs: for each of them bytes, floor_bytes, over_floor,
 temporary_bytes, peak_bytes, cycles (the compiler's estimate; kernels and copies have none), compiled_flops,
@@ -39,6 +39,7 @@ from dspark_jax.decoding.round import Models, Rows, play
 from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.loading import target_config
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.cache import row_shardings
 from dspark_jax.nn.sharding import MeshConfig, sharding_of, shardings
 from dspark_jax.programs import compiled, shell
@@ -69,6 +70,8 @@ class Settings:
   draft_layers: int = 5
   mesh: MeshConfig = MeshConfig()
   """devices of the topology that the models and their rows are spread over"""
+  kernels: Kernels = Kernels(decode="auto")
+  """how attention over caches is computed; reference reads all slots, pallas those that a row has"""
   programs: tuple[Program, ...] = ("plain", "draft", "verify", "round")
 
 
@@ -80,7 +83,8 @@ def main(settings: Settings) -> dict:
   devices = absent_devices(settings.topology)
   chip, mesh, rows = chip_of(devices[0]), settings.mesh.build(devices), {}
   with jax.set_mesh(mesh):
-    served = Served.of(settings, target)
+    served = Served.of(settings, target, devices[0].platform)
+  shell.say(f"attention over caches: {served.target.kernels.decode}")
   least, work = floors(served), flops(settings, served)
   for name in settings.programs:
     with shell.stderr.status(f"compiling {name}"), jax.set_mesh(mesh):
@@ -103,14 +107,15 @@ class Served:
   drafted: Rows  # with it
 
   @classmethod
-  def of(cls, settings: Settings, config: TargetConfig) -> Served:
-    """In bfloat16."""
+  def of(cls, settings: Settings, config: TargetConfig, platform: str) -> Served:
+    """In bfloat16, as programs run them on this platform."""
     half = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
     choices = DSparkChoices(taps=spread_taps(config.num_layers), mask_token_id=config.vocab_size - 1,
                             block_size=settings.block_size, num_layers=settings.draft_layers)
     drafting = DSparkConfig.for_target(choices, config)
     target = half(jax.eval_shape(lambda: stack_layers(TARGETS[config.family].build(config, rngs=nnx.Rngs(0)))))
+    target.use(settings.kernels, platform)
     drafter = half(jax.eval_shape(lambda: DSpark(drafting, rngs=nnx.Rngs(0))))
 
     def rows(drafter):

@@ -38,6 +38,7 @@ from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.session import Session
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Decoded, Result
@@ -73,6 +74,7 @@ class Settings:
   hub: str | None = None
   """dataset on the hub (owner/name) with NAME.jsonl in it"""
   seed: int = 0
+  kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -199,7 +201,8 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   """The record of this run, to go to run.json, or what is there already. ValueError when that is another run's."""
   plain = run_folder.plain(dataclasses.asdict(settings))
   plain.pop("out")   # a folder may be moved
-  plain.pop("mesh")  # texts are the same on any
+  plain.pop("mesh")  # texts are the same on any, but for rounding
+  plain.pop("kernels")
   digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
   run = {"program": PROGRAM, "settings": plain,
          "samples": {name: digest(samples) for name, samples in datasets.items()}}
@@ -243,7 +246,7 @@ def load(settings: Settings, name: str) -> dict[str, Models]:
   """By drafter label, the target with each drafter: all at once, so that a mistake is seen before hours of decoding.
   With several targets, a drafter goes with the one that it was made for."""
   tokenizer = chat.load_tokenizer(loading.locate_target(name))
-  target = dspark_jax.load_target(name, dtype=settings.dtype)
+  target = shell.load_target(name, settings.dtype, settings.kernels)
   loaded = {}
   for path in settings.drafters:
     if len(settings.targets) > 1 and path != PLAIN and not loading.made_for(path, target):

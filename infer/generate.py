@@ -30,6 +30,7 @@ from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Text
 from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, target_id
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_json, read_jsonl
@@ -81,6 +82,7 @@ class Settings:
   command goes on with a file that was begun"""
   budget_gb: float = BUDGET / 1e9
   """of caches: more prompts than fit are decoded in several batches"""
+  kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -130,7 +132,7 @@ def main(settings: Settings) -> dict:
     raise ValueError("there are no prompts: expected at least one")
   with run_folder.owned(settings.out) if settings.out else contextlib.nullcontext():
     with shell.stderr.status("loading"):
-      target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+      target = shell.load_target(settings.target, settings.dtype, settings.kernels)
       drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
                                                                                 dtype=settings.dtype)
     how = settings_of_rows(settings, tokenizer, drafter, prompts)

@@ -86,7 +86,7 @@ def main(settings: Settings) -> dict:
   # First of all, so that a missing compiler is seen before minutes of measuring.
   place = None if settings.compiler == "none" else absent_tpu(TOPOLOGIES[settings.compiler])
   with shell.stderr.status("loading"):
-    target = dspark_jax.load_target(settings.target, dtype=settings.dtype)
+    target = shell.load_target(settings.target, settings.dtype)
   rows = []
   with shell.bar() as bar:
     task = bar.add_task("head cost", total=len(blocks) * (2 if place else 1), note="")

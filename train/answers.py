@@ -25,6 +25,7 @@ from dspark_jax.data.benchmarks import LINE_SETTINGS
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.loading import target_id
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_jsonl
@@ -50,6 +51,7 @@ class Settings:
   top_k: int = 0
   top_p: float = 1.0
   seed: int = 0
+  kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -64,7 +66,7 @@ def main(settings: Settings) -> dict:
     raise ValueError(f"out is {settings.out}, expected a name that ends in .jsonl, by which train.train knows its data")
   questions = read_questions(settings)
   with run_folder.owned(settings.out):
-    return answer(settings, *shell.load(settings.target, settings.dtype), questions)
+    return answer(settings, *shell.load(settings.target, settings.dtype, settings.kernels), questions)
 
 
 def read_questions(settings: Settings) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import make_sampling
@@ -66,6 +67,7 @@ class Settings:
   """default: the drafter's path with -calibration after it"""
   seed: int = 0
   """prompt i is sampled with seed + i"""
+  kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -123,7 +125,7 @@ def main(settings: Settings) -> dict:
 
 def calibrate(settings: Settings, modes: dict[str, float], questions: list[tuple[str, str]], out: Path) -> dict:
   """Decodes what is missing in `out`, fits, reports, and returns the result that the program prints."""
-  target, tokenizer = shell.load(settings.target, settings.dtype)
+  target, tokenizer = shell.load(settings.target, settings.dtype, settings.kernels)
   drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   if not drafter.has_confidence:
     raise ValueError(f"{settings.drafter} has no confidence head, so there is nothing to calibrate: train a DSpark "

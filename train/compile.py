@@ -71,6 +71,7 @@ def arguments(config: TrainConfig, about: TargetConfig, drafting: DrafterConfig)
   """What a step is given, as shapes on the current mesh: no array of this size is made."""
   target = jax.eval_shape(lambda: jax.tree.map(
       lambda x: x.astype(config.target_dtype), stack_layers(TARGETS[about.family].build(about, rngs=nnx.Rngs(0)))))
+  target.use(config.kernels, jax.sharding.get_mesh().devices.flat[0].platform)
   start = functools.partial(init_state, config=step_config(config), seed=0, total_steps=1)  # no shape depends on these
   state = jax.eval_shape(start, jax.eval_shape(lambda: new_drafter(drafting)))
   whole = jax.ShapeDtypeStruct((config.batch, config.row_length), jnp.int32)

@@ -12,6 +12,7 @@ import tyro
 
 from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.drafters import DRAFTERS
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
 from dspark_jax.training.losses import LossConfig
@@ -46,6 +47,7 @@ class TrainConfig:
   allow_special: bool = False
   """control tokens that messages spell (<|im_end|>, ...) are control tokens, not text; only for data that you trust"""
   microbatches: int = 1
+  kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to train on; the numbers are those of one device"""
   seed: int = 0

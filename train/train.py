@@ -58,7 +58,7 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
   with run_folder.owned(config.out):
-    return train(config, *shell.load(config.target, config.target_dtype))
+    return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 
 
 def check_rows(config: TrainConfig) -> None:
@@ -164,7 +164,7 @@ def describe(config: TrainConfig, packed) -> dict:
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
-  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh")
+  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh", "kernels")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting

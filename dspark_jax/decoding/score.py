@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.nn.attention import QUERY_BLOCK
 from dspark_jax.types import Array, Batch, Target
 
-CHUNK = 64  # positions of a row whose logits exist at a time, and what rows are padded to: one compilation per multiple
+# Positions of a row whose logits exist at a time, and what rows are padded to: one compilation per multiple.
+CHUNK = QUERY_BLOCK
 
 
 @jax.jit

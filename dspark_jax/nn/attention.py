@@ -34,13 +34,23 @@ HEADS = AXES["heads"]  # the axis of a mesh that kernels split key heads over
 @dataclasses.dataclass(frozen=True)
 class Kernels:
   """How attention is computed, by name; a target has it, and drafters follow. Nothing falls back: what a kernel does
-  not accept it refuses."""
-  decode: Literal["reference", "pallas"] = "reference"  # over caches; pallas (TPU): nn/pallas_decode.py
-  train: Literal["reference", "splash"] = "reference"  # over sequences; splash (TPU): nn/splash.py
-  interpret: bool = False  # kernels run in Pallas' interpreter, on any platform: for tests
+  not accept it refuses. auto is what `chosen` names."""
+  decode: Literal["auto", "reference", "pallas"] = "reference"
+  """over caches; pallas, for TPUs: nn/pallas_decode.py"""
+  train: Literal["auto", "reference", "splash"] = "reference"
+  """over sequences; splash, for TPUs: nn/splash.py"""
+  interpret: bool = False
+  """kernels run in Pallas' interpreter, on any platform: for tests"""
 
   def __post_init__(self):
     raise_all("kernels", wrong_choices(self))
+
+  def chosen(self, platform: str, *, head_dim: int, layout: str) -> Kernels:
+    """These, with a name for what is auto, for a platform as jax calls it."""
+    tpu, fits = platform == "tpu", head_dim % 128 == 0 and layout == "rows"
+    decode = "pallas" if tpu and fits else "reference"
+    return dataclasses.replace(self, decode=decode if self.decode == "auto" else self.decode,
+                               train=self.train if self.train != "auto" else "splash" if tpu else "reference")
 
   def check(self, *, head_dim: int, layout: str) -> None:
     """ValueError where the names do not suit heads of this width and caches of this layout."""
@@ -140,7 +150,7 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
 
 
 def _by_reference(q, k, v, place, context):
-  """Blocks are processed in chunks, each recomputed in the backward pass, so that a device holds SCORE_BUDGET scores."""
+  """In chunks of blocks, each recomputed in the backward pass, so that a device holds SCORE_BUDGET scores."""
   shape, (batch, blocks, length) = q.shape, place.hi.shape
   cut = lambda x: x.reshape(batch, blocks, -1, *x.shape[-2:])
   q, k, v = cut(q), cut(k), cut(v)

@@ -51,6 +51,10 @@ def cached_attention(q: Array, k: Array, v: Array, own: Array, far_k: Array, far
   seen = lambda b, heads, a, j, *_: (b if own.shape[0] > 1 else 0, a if own.shape[1] > 1 else 0, 0, 0)
   cached = pl.BlockSpec((1, 1, part, step, width), fetched)
   kernel = functools.partial(_kernel, step=step, slots=slots, blocks=blocks)
+  # As if all slots were seen: how many are is known only when it runs.
+  seen_slots = batch * heads * blocks * slots * width
+  cost = pl.CostEstimate(flops=4 * rows * seen_slots, transcendentals=rows * seen_slots // width,
+                         bytes_accessed=2 * seen_slots * far_k.dtype.itemsize + 2 * q.nbytes + k.nbytes + v.nbytes)
   return pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -61,7 +65,7 @@ def cached_attention(q: Array, k: Array, v: Array, own: Array, far_k: Array, far
           scratch_shapes=[pltpu.VMEM((part, rows, n), jnp.float32) for n in (1, 1, width)]),
       out_shape=jax.ShapeDtypeStruct(q.shape, v.dtype),
       compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
-      interpret=interpret, name="cached_attention",
+      cost_estimate=cost, interpret=interpret, name="cached_attention",
   )(layer.reshape(1).astype(jnp.int32), bounds, q, k, v, own.astype(jnp.float32), far_k, far_v)
 
 

@@ -21,6 +21,7 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.decoding import session
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.types import Target
 
@@ -67,11 +68,21 @@ def check_decoding(settings: Any) -> None:
                    if field.name in known})
 
 
-def load(target: str, dtype: str) -> tuple[Target, Any]:
+def load(target: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) -> tuple[Target, Any]:
   """(a target, its tokenizer). The tokenizer is loaded first: its absence is seen at once, weights take minutes."""
   with stderr.status(f"loading {target}"):
     tokenizer = chat.load_tokenizer(locate_target(target))
-    return dspark_jax.load_target(target, dtype=dtype), tokenizer
+    return load_target(target, dtype, kernels), tokenizer
+
+
+def load_target(name: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) -> Target:
+  """A target; says how it will be run."""
+  target = dspark_jax.load_target(name, dtype=dtype, kernels=kernels)
+  mesh = jax.sharding.get_mesh()
+  where = f"one of {len(jax.devices())} devices" if mesh.empty else ", ".join(f"{k} {n}" for k, n in mesh.shape.items())
+  say(f"{name} on {jax.devices()[0].device_kind} ({where}): keys as {target.cache_layout}, attention by "
+      f"{target.kernels.decode} over caches, by {target.kernels.train} over sequences")
+  return target
 
 
 def write(path: Path, content: str | bytes) -> None:

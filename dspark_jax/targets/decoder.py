@@ -78,9 +78,12 @@ class Decoder(nnx.Module):
     """Columns where layers are unrolled, which is for CPUs."""
     return "rows" if self.scanned else "columns"
 
-  def use(self, kernels: Kernels) -> None:
-    """Computes attention so from now on; ValueError where that does not suit the model."""
+  def use(self, kernels: Kernels, platform: str | None = None) -> None:
+    """Computes attention so from now on, what is auto as suits the platform (default: jax's); ValueError where the
+    names do not suit the model."""
+    platform = platform or jax.default_backend()
     for spec in self.config.period:
+      kernels = kernels.chosen(platform, head_dim=spec.head_dim, layout=self.cache_layout)
       kernels.check(head_dim=spec.head_dim, layout=self.cache_layout)
     self.kernels = kernels
 
