@@ -186,9 +186,9 @@ def test_kernels_move_what_their_author_says():
   are counted as work; a kernel without an estimate that costs nothing."""
   call = '%{} = f32[256]{{0}} custom-call(%a), custom_call_target="{}", backend_config={{{}}}'
   estimate = '"custom_call_config": {"body": "", "cost_estimate": {"flops": 77, "bytes_accessed": 123}}'
-  module = hlo.Module(program("\n".join(["%a = f32[1024]{0} parameter(0)", call.format("said", "tpu_custom_call", estimate),
-                                          call.format("silent", "tpu_custom_call", ""),
-                                          "ROOT " + call.format("note", "AllocateBuffer", "")])))
+  module = hlo.Module(program("\n".join([
+      "%a = f32[1024]{0} parameter(0)", call.format("said", "tpu_custom_call", estimate),
+      call.format("silent", "tpu_custom_call", ""), "ROOT " + call.format("note", "AllocateBuffer", "")])))
   ops = {operation.name: operation for operation in module.operations()}
   assert [(ops[name].bytes, ops[name].flops) for name in ("said", "silent", "note")] == [(123, 77), (5120, 0), (0, 0)]
   assert module.unknown_kernels == ["silent"]
