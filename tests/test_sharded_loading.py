@@ -23,6 +23,7 @@ from dspark_jax.loading import drafter_id, target_id
 from dspark_jax.nn.parameters import parameters, values
 from dspark_jax.nn.sharding import MeshConfig, place, shardings
 from dspark_jax.programs.shell import ONE_DEVICE
+from dspark_jax.targets.decoder import stack_layers
 from dspark_jax.training.step import StepConfig, init_state
 from folders import DSPARK, QWEN3, assert_same_weights, called, complains, copied, files, qwen3, spoiled, with_tokenizer
 from infer import convert
@@ -101,7 +102,8 @@ def test_each_device_gets_its_part(mesh, scanned, source, monkeypatch):
       sizes = [size for n, size in found if n == part]
       assert set(sizes) == {shard // parts.size} and sum(sizes) == array.size // parts.size, name
   assert {size for size, _ in put} == {x[...].addressable_shards[0].data.size for x in parameters(target).values()}
-  assert_same_weights(target, alone(source, dtype="bfloat16", scanned=scanned))
+  whole = alone(source, dtype="bfloat16")
+  assert_same_weights(target, stack_layers(whole) if scanned else whole)
 
 
 @pytest.mark.parametrize("mesh", [None, "mixed"])
