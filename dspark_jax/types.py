@@ -112,6 +112,7 @@ class Target(Protocol):
   vocab_size: int     # V
   max_positions: int  # tokens that a row may have
   cache_layout: str   # rows | columns: how keys lie in caches where this target runs; drafters follow (nn/cache.py)
+  kernels: Any        # how attention is computed where this target runs; drafters follow (nn/attention.py)
 
   def feature_width(self, taps: tuple[int, ...]) -> int: ...  # F
   def init_cache(self, batch: int, max_len: int) -> Any: ...  # of B rows without a token, with room for max_len

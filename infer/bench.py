@@ -35,6 +35,7 @@ from dspark_jax.decoding.session import Session
 from dspark_jax.decoding.verify import verify
 from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
 from infer import generate
 
@@ -62,6 +63,8 @@ class Settings:
   """of a random drafter"""
   markov_rank: int = 256
   """of a random drafter"""
+  mesh: MeshConfig = MeshConfig()
+  """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -205,7 +208,7 @@ def transformers_step(settings: Settings) -> float:
   if path.is_file():
     config, tensors = read_gguf(path)
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if v is not None})).eval()
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+    model.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in tensors.items()}, strict=False)
     model.tie_weights()
   else:
     from transformers import AutoModelForCausalLM

@@ -38,6 +38,7 @@ from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.session import Session
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Decoded, Result
 
@@ -72,6 +73,8 @@ class Settings:
   hub: str | None = None
   """dataset on the hub (owner/name) with NAME.jsonl in it"""
   seed: int = 0
+  mesh: MeshConfig = MeshConfig()
+  """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -195,7 +198,8 @@ def _label(name: str) -> str:
 def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   """The record of this run, to go to run.json, or what is there already. ValueError when that is another run's."""
   plain = run_folder.plain(dataclasses.asdict(settings))
-  plain.pop("out")  # a folder may be moved
+  plain.pop("out")   # a folder may be moved
+  plain.pop("mesh")  # texts are the same on any
   digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
   run = {"program": PROGRAM, "settings": plain,
          "samples": {name: digest(samples) for name, samples in datasets.items()}}

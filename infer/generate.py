@@ -30,6 +30,7 @@ from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Text
 from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, target_id
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_json, read_jsonl
 
@@ -80,6 +81,8 @@ class Settings:
   command goes on with a file that was begun"""
   budget_gb: float = BUDGET / 1e9
   """of caches: more prompts than fit are decoded in several batches"""
+  mesh: MeshConfig = MeshConfig()
+  """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 

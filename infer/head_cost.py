@@ -43,15 +43,13 @@ from dspark_jax.decoding.round import Models, play
 from dspark_jax.decoding.session import Session
 from dspark_jax.drafters import heads
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
-from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.programs import shell
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.programs.results import HeadCost, Results
 from dspark_jax.targets.decoder import Decoder, TargetConfig
+from dspark_jax.targets.sizes import MODELS
 
-# Of its published config.json: width, MLP, query and key-value heads, head width, epsilon, rope theta.
-SPEC = BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True)
-QWEN3_8B = TargetConfig("qwen3", SPEC, 36, 151_936, False, 40_960)
+QWEN3_8B = MODELS["qwen3-8b"]
 FEW = 6  # layers that are compiled: the least with five different taps
 # A small slice of each generation: one of its devices is compiled for.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
@@ -197,7 +195,8 @@ class Unrolled(DSpark):
   """The same drafter with a block as a Python loop over its positions; for a vanilla head or none: no state."""
 
   def propose(self, target, head, state, anchor, keys, sampling):
-    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
+    start = self.start(target, anchor, state.held)
+    hidden = self.draft(start, state.cache, target.kernels)[:, -self.block_size:]
     base, parts = head.base(hidden), []
     for k in range(self.block_size):
       at = slice(k, k + 1)

@@ -153,8 +153,8 @@ def test_block_is_bidirectional(target):
   def hidden(x):
     state = drafter.init_state(target, 1, 16)
     state = absorb.__wrapped__(drafter, target, state, features[:, :3], jnp.full(1, 3))
-    return (drafter.draft(x, state.cache),
-            drafter.draft_all(x[:, None], batch_of(random_tokens(1, 5)), features, blocks)[:, 0])
+    return (drafter.draft(x, state.cache, target.kernels),
+            drafter.draft_all(x[:, None], batch_of(random_tokens(1, 5)), features, blocks, target.kernels)[:, 0])
 
   before, after = hidden(x), hidden(x + np.array([0, 0, 1], np.float32)[None, :, None])
   for first, second in zip(before, after):
@@ -343,7 +343,7 @@ def test_golden_rounds(case):
   @jax.jit
   def one_round(drafter, target, state, features, n, anchor):
     state = absorb.__wrapped__(drafter, target, state, features, n)
-    hidden = drafter.draft(drafter.start(target, anchor, state.held), state.cache)
+    hidden = drafter.draft(drafter.start(target, anchor, state.held), state.cache, target.kernels)
     return state, hidden, drafter.propose(target, drafter.head(target), state, anchor, KEYS(1), make_sampling(0.0))
 
   # All rounds in one shape, so the short ones carry rows of garbage that are not committed.

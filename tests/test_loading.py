@@ -224,7 +224,7 @@ class Experts(nnx.Module):
 
 def test_parameters_stored_in_parts():
   """Kills: experts stacked in another order, or a missing or misshapen one that is not named."""
-  stored = lambda name: tuple(f"experts.{e}.up" for e in range(3)) if name == "up" else (f"model.{name}",)
+  stored = lambda name: tuple(f"experts.{e}.up" for e in range(3)) if name == "up" else f"model.{name}"
   parts = {f"experts.{e}.up": np.full((2, 4), e, np.float32) for e in range(3)} | {"model.gate": np.ones(2, np.float32)}
   filled = hf.fill(Experts, parts, "experts", stored=stored)
   np.testing.assert_array_equal(filled.up[:, 0, 0], [0, 1, 2])

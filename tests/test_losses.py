@@ -260,6 +260,12 @@ def test_only_the_drafter_learns():
   assert not np.any(grads["hidden"]) and not np.any(grads["w2"]) and np.any(grads["confidence"])
 
 
+def test_no_scatter_into_logits():
+  """Kills a look-up of the label: its gradient is a scatter, into an array of logits more for every chunk."""
+  arrays, blocks = example()
+  assert "scatter" not in str(loss_and_grad.trace(arrays, blocks, LossConfig(chunk=7)).jaxpr)
+
+
 def test_a_scaled_loss_has_scaled_gradients():
   """Kills gradients taken ahead of time that forget what is done with the loss afterwards."""
   arrays, blocks = example()

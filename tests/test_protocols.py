@@ -10,6 +10,7 @@ from flax import nnx
 
 import dspark_jax
 from dspark_jax.metrics import mean
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.cache import insert_row
 from dspark_jax.nn.layers import WordHead
 from dspark_jax.sampling import draw, probabilities
@@ -23,7 +24,7 @@ VOCABULARY, WIDTH, BLOCK = 12, 8, 3
 
 class Pairs(nnx.Module):
   """A language model whose hidden state is of the newest two tokens; its cache is a list of tokens."""
-  vocab_size, max_positions, cache_layout = VOCABULARY, 64, "rows"
+  vocab_size, max_positions, cache_layout, kernels = VOCABULARY, 64, "rows", Kernels()
 
   def __init__(self):
     table = np.random.default_rng(0).normal(size=(VOCABULARY, WIDTH))

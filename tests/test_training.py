@@ -199,7 +199,7 @@ def test_what_a_block_sees():
 
   Every context position and every block slot is disturbed in turn; exactly the blocks that see it may change.
   """
-  _, drafter = models()
+  target, drafter = models()
   batch = jax.tree.map(jnp.asarray, batch_of(0, rows=1))
   anchors, keep = np.array([[1, 4, 8, 12, 0]]), np.array([[True] * 4 + [False]])
   rng = np.random.default_rng(1)
@@ -208,7 +208,7 @@ def test_what_a_block_sees():
 
   def hidden(position, block, slot):  # an index past the end disturbs nothing
     return drafter.draft_all(jnp.asarray(embeddings).at[0, block, slot].add(3.0, mode="drop"), batch,
-                             jnp.asarray(features).at[0, position].add(3.0, mode="drop"), blocks)[0]
+                             jnp.asarray(features).at[0, position].add(3.0, mode="drop"), blocks, target.kernels)[0]
 
   blocks = blocks_at(batch, jnp.asarray(anchors, jnp.int32), jnp.asarray(keep), BLOCK)
   slots = [(LENGTH, block, slot) for block in range(5) for slot in range(BLOCK)]
@@ -447,4 +447,4 @@ def test_a_lens_fitted_in_closed_form():
   state = fitted.absorb(target, state, Committed(newest, None, jnp.full(1, 3)))
   np.testing.assert_array_equal(state.held, features)
   start = fitted.start(target, jnp.array([5]), features)
-  np.testing.assert_array_equal(fitted.draft(start, state.cache), fitted.norm(start))
+  np.testing.assert_array_equal(fitted.draft(start, state.cache, target.kernels), fitted.norm(start))

@@ -25,6 +25,7 @@ from dspark_jax.data.benchmarks import LINE_SETTINGS
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.loading import target_id
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_jsonl
 
@@ -49,6 +50,8 @@ class Settings:
   top_k: int = 0
   top_p: float = 1.0
   seed: int = 0
+  mesh: MeshConfig = MeshConfig()
+  """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 

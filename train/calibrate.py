@@ -35,6 +35,7 @@ from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.scheduler import survival
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.loading import drafter_folder, drafter_id, save_temperatures, stored_temperatures, target_id
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import make_sampling
 from train import answers
@@ -65,6 +66,8 @@ class Settings:
   """default: the drafter's path with -calibration after it"""
   seed: int = 0
   """prompt i is sampled with seed + i"""
+  mesh: MeshConfig = MeshConfig()
+  """devices to run on: tensor shares every row's work, data and fsdp divide the rows"""
   dtype: Literal["float32", "bfloat16"] = "float32"
 
 

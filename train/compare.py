@@ -93,7 +93,7 @@ def train_all(out: Path, runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
   target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype)
   for run in runs:
-    train.drafter_config(run.drafter, target)  # what does not fit the target is seen before anything is trained
+    train.drafter_config(run.drafter, target.config)  # what does not fit the target is seen before anything is trained
   # What else could differ is in the records of the trainings and of the evaluation.
   run_folder.claim(out, {"program": "train.compare", "config": {"target": runs[0].target, "steps": runs[0].steps}})
   trained = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
@@ -11,6 +12,8 @@ import tyro
 
 from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.drafters import DRAFTERS
+from dspark_jax.nn.sharding import MeshConfig
+from dspark_jax.programs import shell
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig
 
@@ -43,6 +46,8 @@ class TrainConfig:
   allow_special: bool = False
   """control tokens that messages spell (<|im_end|>, ...) are control tokens, not text; only for data that you trust"""
   microbatches: int = 1
+  mesh: MeshConfig = MeshConfig()
+  """devices to train on; the numbers are those of one device"""
   seed: int = 0
   compute_dtype: Dtype = "float32"
   target_dtype: Dtype = "float32"
@@ -80,6 +85,19 @@ class CompareConfig:
   def __post_init__(self):
     if not self.drafters:
       raise ValueError("compare config: there are no drafters, expected at least one to train")
+
+
+def experiment(doc: str) -> tuple[str, list[str]]:
+  """(the experiment file that the command line names, its other words). Without one, says how to use the program.
+
+  The file gives the defaults that tyro then overrides, so its two words are taken out before.
+  """
+  words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+  if "--config" not in words[:-1]:
+    shell.stderr.print(doc, markup=False, highlight=False)
+    sys.exit(0 if {"-h", "--help"} & set(words) else 2)
+  where = words.index("--config")
+  return words[where + 1], words[:where] + words[where + 2:]
 
 
 def read_config(path: str, kind: type = TrainConfig):

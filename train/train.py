@@ -4,7 +4,7 @@ When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and
 or stopped by SIGTERM, goes on exactly where it was when the same command is given again.
 
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
-    python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b
+    python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b --mesh.fsdp -1
 
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
@@ -36,11 +36,13 @@ from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
-from dspark_jax.drafters.model import DrafterSettings
+from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
+from dspark_jax.nn.sharding import made, place_rows, shardings
 from dspark_jax.programs import run_folder, shell
+from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
-from train.config import TrainConfig, read_config
+from train.config import TrainConfig, experiment, read_config
 
 PROGRAM = "train.train"
 LOG = "metrics.jsonl"
@@ -54,8 +56,18 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
+  check_rows(config)
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype))
+
+
+def check_rows(config: TrainConfig) -> None:
+  """ValueError unless the rows of a step divide among the current mesh's devices, and into microbatches."""
+  mesh = jax.sharding.get_mesh()
+  parts = config.microbatches * (1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"])
+  if config.batch % parts:
+    raise ValueError(f"batch is {config.batch}, expected a multiple of {parts}: rows are divided into "
+                     f"{config.microbatches} microbatches of {parts // config.microbatches} devices (mesh data x fsdp)")
 
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
@@ -65,11 +77,11 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   record = describe(config, packed)
   run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
-  step_config = StepConfig(num_anchors=config.anchors, microbatches=config.microbatches,
-                           compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
-  batch_of = lambda step: jax.device_put(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
+  batch_of = lambda step: place_rows(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
-  state = init_state(drafter, step_config, config.seed, total_steps=config.steps or 1000)
+  static = step_config(config)
+  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
+               drafter)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
@@ -77,7 +89,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
-  step = jax.jit(functools.partial(train_step, config=step_config), donate_argnums=0)
+  step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0, out_shardings=(shardings(state), None))
   with shell.stderr.status("compiling the training step"):
     compiled = step.lower(state, target, batch_of(0)).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
@@ -127,7 +139,7 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   words = None
   if s.draft_vocab_size:
     words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops)
-  drafter = dspark_jax.new_drafter(drafter_config(s, target), words=words, seed=config.seed)
+  drafter = dspark_jax.new_drafter(drafter_config(s, target.config), words=words, seed=config.seed)
   if s.from_target:
     drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
@@ -136,17 +148,24 @@ def build_drafter(config: TrainConfig, target, documents, stops):
   return drafter
 
 
-def drafter_config(settings: DrafterSettings, target):
+def drafter_config(settings: DrafterSettings, target: TargetConfig) -> DrafterConfig:
   """The drafter's own configuration for this target. ValueError when they do not fit."""
-  return DRAFTERS[settings.kind].Config.for_target(settings, target.config)
+  return DRAFTERS[settings.kind].Config.for_target(settings, target)
+
+
+def step_config(config: TrainConfig) -> StepConfig:
+  """What of an experiment is static about a step."""
+  return StepConfig(num_anchors=config.anchors, microbatches=config.microbatches, compute_dtype=config.compute_dtype,
+                    loss=config.loss, optimizer=config.optimizer)
 
 
 def describe(config: TrainConfig, packed) -> dict:
   """What must be the same for a run to go on: settings that matter to the result, and the data."""
   settings = run_folder.plain(dataclasses.asdict(config))
-  # These change where and how often something is written, and how the number of steps is found: no step of it. Data
+  # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
-  settings = {k: v for k, v in settings.items() if k not in ("out", "data", "save_every", "log_every", "minutes")}
+  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh")
+  settings = {k: v for k, v in settings.items() if k not in elsewhere}
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
   return {"program": PROGRAM, "config": settings,
@@ -251,10 +270,5 @@ def summarise_saved(config: TrainConfig) -> dict:
 
 
 if __name__ == "__main__":
-  # The file gives the defaults that tyro then overrides, so it is read, and its two words taken out, before.
-  words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-  if "--config" not in words[:-1]:
-    shell.stderr.print(__doc__, markup=False, highlight=False)
-    sys.exit(0 if {"-h", "--help"} & set(words) else 2)
-  where = words.index("--config")
-  shell.run(main, TrainConfig, default=lambda: read_config(words[where + 1]), args=words[:where] + words[where + 2:])
+  path, args = experiment(__doc__)
+  shell.run(main, TrainConfig, default=lambda: read_config(path), args=args)

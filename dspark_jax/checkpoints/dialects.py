@@ -13,7 +13,9 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dspark_jax.checkpoints.tensors import placed
 from dspark_jax.config import Count, Range, raise_all, read_known, shown
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
@@ -207,7 +209,8 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
     stored, mine = tensors[name], own(target)
     # Equal shapes prove nothing: another target's drafter would load, and no draft of it would be accepted.
     coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
-    if stored.shape != mine.shape or not bool(jnp.array_equal(jnp.asarray(stored, coarse), mine.astype(coarse))):
+    if stored.shape != mine.shape or not bool(jnp.array_equal(
+        placed(np.asarray(name, object), tensors, mine.shape, coarse, mine.sharding), mine.astype(coarse))):
       problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
                       f"another target, load that one")
   return problems

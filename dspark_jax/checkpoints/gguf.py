@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import os
 from typing import Any
 
 import gguf
 import numpy as np
 
+from dspark_jax.checkpoints.tensors import Stored
 from dspark_jax.config import all_shown, name_shown, raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
 
@@ -59,14 +61,20 @@ NEUTRAL = {
 
 
 class Tensors(collections.abc.Mapping):
-  """Hugging Face name -> f32 array, dequantised at each access, so that the model is never held twice."""
+  """Hugging Face name -> f32 tensor, dequantised when it is read, so that the model is never held twice."""
 
   def __init__(self, path: str | os.PathLike, stored: dict[str, Any], heads: dict[str, int]):
     self.path = path
     self.stored = stored  # Hugging Face name -> gguf.ReaderTensor
     self.heads = heads    # "q_proj" and "k_proj" -> number of heads
 
-  def __getitem__(self, name: str) -> np.ndarray:
+  def __getitem__(self, name: str) -> Stored:
+    # Once for all parts that are read of it, as dequantising takes far longer than reading.
+    whole = functools.cache(lambda: self._dequantised(name))
+    # gguf's shapes start at the fastest dimension.
+    return Stored(tuple(map(int, self.stored[name].shape[::-1])), np.dtype(np.float32), lambda index: whole()[index])
+
+  def _dequantised(self, name):
     tensor = self.stored[name]
     # np.array copies: what is stored as float32 would otherwise be a view of the file.
     try:

@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from dspark_jax.checkpoints.atomic import new_folder
+from dspark_jax.checkpoints.tensors import Stored, placed
 from dspark_jax.config import name_shown, raise_all, read_known, shown
 from dspark_jax.nn.parameters import parameters
+from dspark_jax.nn.sharding import shardings
 from dspark_jax.text import read_json
 
 
@@ -30,6 +33,11 @@ ENDS = {"ForSequenceClassification": "a reward model or classifier", "RewardMode
         "ForTokenClassification": "a reward model or classifier", "ForQuestionAnswering": "a classifier",
         "Model": "an embedding model, without a head over words"}
 SCALES = re.compile(r"(_scale|_scale_inv|scales|qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map)$")
+FLOATS = {"float16", "bfloat16", "float32", "float64"}
+# Of safetensors' types, those that numpy (with JAX's bfloat16) knows.
+DTYPES = {"F16": "float16", "BF16": jnp.bfloat16, "F32": "float32", "F64": "float64", "BOOL": "bool",
+          **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+          **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +108,10 @@ class Tensors(Mapping):
     """The text entries of the (first) file's header. Only a single one has a fixed place in what safetensors writes."""
     return next(iter(self._files.values())).metadata()
 
-  def __getitem__(self, name):
-    return self._files[self._table[name]].get_tensor(name)
+  def __getitem__(self, name) -> Stored:
+    tensor = self._files[self._table[name]].get_slice(name)
+    kind = tensor.get_dtype()
+    return Stored(tuple(tensor.get_shape()), np.dtype(DTYPES[kind]) if kind in DTYPES else kind, tensor.__getitem__)
 
   def __iter__(self):
     return iter(self._table)
@@ -112,7 +122,7 @@ class Tensors(Mapping):
 
 def _open(path):
   try:
-    return safe_open(path, framework="flax")  # not numpy, which has no bfloat16
+    return safe_open(path, framework="numpy")  # not flax, which would read all to the first device
   except (SafetensorError, OSError) as error:
     raise ValueError(f"{path} cannot be read ({shown(str(error))}): it is truncated or no safetensors file; "
                      f"download it again") from error
@@ -123,35 +133,32 @@ def read_folder(folder: Path) -> tuple[dict, Tensors]:
   return read_config(folder)[0], Tensors(Path(folder))
 
 
-def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: (name,), extra_ok=(),
+def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: name, extra_ok=(),
          problems=()) -> nnx.Module:
   """The module build() with its parameters taken from `tensors`, in `dtype` (default: as stored).
 
-  Every missing, unknown and misshapen tensor is listed in one ValueError, after the `problems` found before. stored
-  gives the names of the tensors that make a parameter, by its path: one, or several that are stacked along a new first
-  axis (experts). Stored names in extra_ok may stay unused.
+  Each is placed as it is read: on the current mesh where `sharding` says, every device's part read alone, or on the
+  default device. tensors: what has a shape, a dtype and parts by index, as `Stored` and arrays have. stored gives what
+  makes a parameter, by its path: the name of one tensor, or a tuple for what is stacked along a new first axis
+  (experts, scanned layers). Every missing, unknown and misshapen tensor is listed in one ValueError, after the
+  `problems` found before, and nothing is read then. Stored names in extra_ok may stay unused.
   """
   # Shapes alone: random weights that are about to be replaced would take the model's memory once more.
   module = nnx.eval_shape(build)
-  wanted = {stored(name): v for name, v in parameters(module).items()}
-  known = [part for parts in wanted for part in parts]
+  wanted = {name: (np.asarray(stored(name), object), v) for name, v in parameters(module).items()}
+  known = {part: v.shape[names.ndim:] for names, v in wanted.values() for part in names.flat}
   problems = [*problems, *(f"tensor {n} is missing" for n in known if n not in tensors)]
   problems += [f"tensor {name_shown(n)} is not part of this model" for n in tensors
                if n not in known and n not in extra_ok]
-  # Every tensor is read once, even when nothing can be loaded any more: its shape is checked for the list.
-  for parts, variable in wanted.items():
-    arrays, shape = [], variable.shape[len(parts) > 1:]  # of a part: without the axis along which several are stacked
-    for name in parts:
-      if name in tensors:
-        array = tensors[name]
-        # Integers are quantised weights, whose scales nobody here applies.
-        if tuple(array.shape) != tuple(shape) or not jnp.issubdtype(array.dtype, jnp.floating):
-          problems.append(f"tensor {name} is {array.dtype}{list(array.shape)}, expected floating point {list(shape)}")
-        arrays.append(array)
-    if not problems:
-      arrays = [jnp.asarray(array, dtype) for array in arrays]
-      variable.set_value(jnp.stack(arrays) if len(parts) > 1 else arrays[0])
+  for name, shape in known.items():
+    # Integers are quantised weights, whose scales nobody here applies.
+    if name in tensors and (tuple((given := tensors[name]).shape) != shape or str(given.dtype) not in FLOATS):
+      problems.append(f"tensor {name} is {given.dtype}{list(given.shape)}, expected floating point {list(shape)}")
   raise_all(what, problems)
+  where = {} if jax.sharding.get_mesh().empty else parameters(shardings(module))
+  for name, (names, variable) in wanted.items():
+    at = where[name].get_raw_value() if where else None
+    variable.set_value(placed(names, tensors, variable.shape, dtype, at))
   return module
 
 

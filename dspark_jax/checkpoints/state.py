@@ -1,49 +1,50 @@
 """Our own checkpoints: Orbax for arrays, a JSON sidecar for what the arrays mean.
 
 A drafter is a folder: `drafter.json` (format, kind, configuration, target id, and the text of the config.json that it
-was imported from) and `weights/` (Orbax: parameters by stored name, plus the reduced draft vocabulary). A training run
-keeps its `TrainState` per step under `steps/`, with the position in the data being the step itself.
+was imported from) and `weights/` (Orbax: parameters by stored name, plus the reduced draft vocabulary). So is a target:
+`target.json` (format, family, the Hugging Face style configuration, target id), `weights/`, and beside them the files
+that a tokenizer is read from. A training run keeps its `TrainState` per step under `steps/`, with the position in the
+data being the step itself.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from dspark_jax.checkpoints.atomic import new_folder
+from dspark_jax.checkpoints.tensors import Stored
 from dspark_jax.config import raise_all
+from dspark_jax.nn.sharding import shardings
 from dspark_jax.text import read_json
 
 FORMAT = 1
+DRAFTER, TARGET = "drafter.json", "target.json"
+# What programs read of a target's folder besides its weights: the tokenizer, its template, the ends of a reply.
+CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
+           "vocab.txt", "merges.txt", "tokenizer.model")
+CHUNK = 2 ** 20  # bytes
 
 
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
   """Writes a drafter folder; it appears whole or not at all."""
-  with new_folder(folder, {"drafter.json", "weights"}) as new:
-    # As host arrays: a stored device layout would have to exist on the machine that loads them.
-    weights = jax.device_get(weights)
-    try:
-      ocp.save((new / "weights").absolute(), weights)
-    except Exception as error:  # Orbax has no common error; what is left to fail is the disk
-      raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
-    (new / "drafter.json").write_text(json.dumps(
-        {"format": FORMAT, **sidecar, "digests": digests(weights)}, indent=2) + "\n")
+  # As host arrays: a stored device layout would have to exist on the machine that loads them.
+  _save(Path(folder), DRAFTER, sidecar, jax.device_get(weights))
 
 
 def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   """(sidecar, weights by stored name, on the host) of a drafter folder. ValueError when it is not whole."""
   folder = Path(folder)
-  sidecar = read_json(folder / "drafter.json")
-  if sidecar.get("format") != FORMAT:
-    raise ValueError(f"{folder / 'drafter.json'} has format {sidecar.get('format')!r:.9}, this version reads {FORMAT}: "
-                     f"convert it with the version that wrote it")
-  raise_all(f"{folder / 'drafter.json'}", [f"key {k!r} is missing: restore the file from where it came" for k in (
-      "drafter", "config", "target", "imported") if k not in sidecar])
+  sidecar = _sidecar(folder / DRAFTER, ("drafter", "config", "target", "imported"))
   try:
     weights = ocp.load((folder / "weights").absolute())
   except Exception as error:  # Orbax has no common error; every cause has the same remedy
@@ -56,19 +57,122 @@ def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   return sidecar, weights
 
 
-def digests(arrays: dict[str, jax.Array]) -> dict[str, int]:
-  """CRC-32 by name: Orbax's checksums are of its tables alone, and a flipped bit in its data would go unseen."""
+def save_target(folder: Path, config: dict, identity: str, weights: dict[str, np.ndarray],
+                carry: Callable[[Path], None]) -> None:
+  """Writes a target folder; it appears whole or not at all. carry writes files of CARRIED into it."""
+  _save(Path(folder), TARGET, {"family": config["model_type"], "config": config, "target": identity,
+                               "digest": _digest(config)}, weights, carry)
+
+
+def read_target(folder: Path) -> dict:
+  """The configuration (Hugging Face style) of a target folder. ValueError when its sidecar is not what was saved."""
+  sidecar = _sidecar(Path(folder) / TARGET, ("family", "config", "target", "digest", "digests"))
+  config, family = sidecar["config"], sidecar["family"]
+  # In numbers of a configuration, too, a flipped bit makes another model.
+  if _digest(config) != sidecar["digest"] or not isinstance(config, dict) or config.get("model_type") != family:
+    raise ValueError(f"{Path(folder) / TARGET}: its config is not what was saved: restore the folder, or convert the "
+                     f"target again")
+  return config
+
+
+class Tensors(Mapping):
+  """The weights of a target folder by stored name, read on access: by each process what its own devices hold.
+
+  Where this process has all devices, every tensor's digest is checked as it is read. ValueError for what is damaged.
+  """
+
+  def __init__(self, folder: Path):
+    self._folder = Path(folder) / "weights"
+    self._digests = read_json(Path(folder) / TARGET)["digests"]
+    try:
+      self._known = ocp.metadata(self._folder.absolute()).metadata
+      # Read below Orbax, which reads arrays as they were saved: it could not stack layers without having both.
+      self._store = next(self._folder.absolute().glob("*/manifest.ocdbt")).parent
+    except Exception as error:  # as above
+      raise self._damaged(type(error).__name__) from error
+    if not isinstance(self._digests, dict) or set(self._digests) != set(self._known):
+      raise self._damaged("its list of digests is of other tensors")
+
+  def __getitem__(self, name: str) -> Stored:
+    known, whole = self._known[name], functools.cache(lambda: self._checked(name))
+    alone = jax.process_count() == 1
+    return Stored(tuple(known.shape), np.dtype(known.dtype),
+                  lambda index: whole()[index] if alone else self._read(name, index))
+
+  def __iter__(self):
+    return iter(self._known)
+
+  def __len__(self):
+    return len(self._known)
+
+  def _checked(self, name):
+    array = self._read(name, ())
+    if _changed({name: array}, self._digests):
+      raise self._damaged(f"{name} is not what was saved")
+    return array
+
+  def _read(self, name, index):
+    base = {"driver": "file", "path": f"{self._store}/"}
+    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    try:
+      return tensorstore.open(spec, open=True, read=True).result()[index].read().result()
+    except Exception as error:  # TensorStore's are those of its drivers, with pages of text
+      raise self._damaged(f"{name} cannot be read, {type(error).__name__}") from error
+
+  def _damaged(self, what):
+    return ValueError(f"{self._folder} is damaged or incomplete ({what}): restore the folder, or convert the target "
+                      f"again")
+
+
+def _save(folder, name, sidecar, weights, carry=lambda folder: None):
+  with new_folder(folder, {name, "weights", *(CARRIED if name == TARGET else ())}) as new:
+    context = ocp.Context()
+    # A device, or a host, that holds a part of an array reads these chunks of it: by default an array is one.
+    context.array.saving.storage_options.chunk_byte_size = CHUNK
+    try:
+      with context:
+        ocp.save((new / "weights").absolute(), weights)
+    except Exception as error:  # Orbax has no common error; what is left to fail is the disk
+      raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
+    carry(new)
+    (new / name).write_text(json.dumps({"format": FORMAT, **sidecar, "digests": digests(weights)}, indent=2) + "\n")
+
+
+def _sidecar(file, keys):
+  sidecar = read_json(file)
+  if sidecar.get("format") != FORMAT:
+    raise ValueError(f"{file} has format {sidecar.get('format')!r:.9}, this version reads {FORMAT}: convert it with "
+                     f"the version that wrote it")
+  raise_all(f"{file}", [f"key {k!r} is missing: restore the file from where it came" for k in keys if k not in sidecar])
+  return sidecar
+
+
+def _digest(config):
+  return zlib.crc32(json.dumps(config, sort_keys=True).encode())
+
+
+def digests(arrays: dict[str, jax.Array]) -> dict[str, int | None]:
+  """CRC-32 by name: Orbax's checksums are of its tables alone, and a flipped bit in its data would go unseen.
+
+  None for an array of which other processes hold parts.
+  """
+  here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
   # Not a cryptographic hash: damage is what they tell of, at a third of the time.
-  return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)) for name, x in arrays.items()}
+  return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)) if here(x) else None
+          for name, x in arrays.items()}
 
 
 def _changed(arrays, stored):
-  """The first array whose digest is not the stored one, or None; folders of older versions store none."""
+  """The first array whose digest is not the stored one, or None; folders of older versions store none.
+
+  What several processes saved, or hold now, has no digest that could be compared.
+  """
   if stored is None:
     return None
   if not isinstance(stored, dict):
     return "the list of digests"
-  return next((name for name, digest in digests(arrays).items() if stored.get(name) != digest), None)
+  return next((name for name, digest in digests(arrays).items()
+               if digest is not None and stored.get(name, "missing") not in (digest, None)), None)
 
 
 class Checkpointer(ocp.training.Checkpointer):
@@ -100,12 +204,15 @@ def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:
 
 
 def restore(checkpoints: Checkpointer, state):
-  """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved."""
+  """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved.
+
+  It comes back where `state` lives, whatever mesh it was saved on; where that has no place, on the current mesh.
+  """
   if checkpoints.latest is None:
     return None
   step, remedy = checkpoints.latest.step, "delete that step's folder to go on from the one before"
   try:
-    leaves = checkpoints.load_checkpointables(step, {"state": _flat(state)})["state"]
+    leaves = checkpoints.load_checkpointables(step, {"state": _flat(_with_places(state))})["state"]
     stored = (checkpoints.metadata(step).custom_metadata or {}).get("state")
   except Exception as error:  # Orbax has no common error, and its texts print the whole state
     raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}): it is damaged or of "
@@ -113,6 +220,13 @@ def restore(checkpoints: Checkpointer, state):
   if changed := _changed(leaves, stored):
     raise ValueError(f"the state of step {step} cannot be restored, {changed} is not what was saved: {remedy}")
   return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in _flat(state)])
+
+
+def _with_places(tree):
+  """Shapes, each with its sharding: without one Orbax asks for the devices of the process that saved."""
+  here = shardings(tree) or jax.tree.map(lambda _: jax.device_put(0).sharding, tree)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+                                                            or place), tree, here)
 
 
 def _flat(tree):

@@ -14,6 +14,7 @@ from dspark_jax import sampling as sp
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.round import Models, Policy, Report, Rows, Settings, play
 from dspark_jax.decoding.verify import is_stop
+from dspark_jax.nn.sharding import constrain
 from dspark_jax.types import Array, Committed, Drafter, Target
 
 
@@ -87,7 +88,7 @@ def decode(target: Target, drafter: Drafter | None, requests: Requests, policy: 
   max_new_tokens: no row's limit is above. Nothing is donated: no argument is of the size of the caches, which are born
   and end inside. A caller's second program of the same shapes is the first one, compiled ahead (`lower`) or not.
   """
-  models = Models.of(target, drafter)
+  models, requests = Models.of(target, drafter), jax.tree.map(lambda x: constrain(x, "rows"), requests)
 
   def body(carry):
     rows, log = carry

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.drafters.model import DrafterConfig, DraftModel, last_of
-from dspark_jax.nn.attention import at_once, attend, sequence
+from dspark_jax.nn.attention import Kernels, at_once, attend, sequence
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import Block, Linear, RMSNorm
 from dspark_jax.types import Array, Batch, Blocks, Target
@@ -45,14 +45,14 @@ class Backbone(DraftModel):
               for layer, one in zip(self.layers, cache.layers))
     return cache.replace(layers=tuple(layers)).commit(n)
 
-  def draft(self, embeddings: Array, cache: Cache) -> Array:
+  def draft(self, embeddings: Array, cache: Cache, kernels: Kernels) -> Array:
     """Hidden states of one block per row, at positions length..length+T-1: f[B,T,D]. embeddings: f[B,T,D]."""
     positions = cache.length[:, None] + jnp.arange(embeddings.shape[1], dtype=jnp.int32)[None]
     hi = jnp.broadcast_to(cache.length[:, None], positions.shape)[:, None]
-    place = at_once(positions, jnp.zeros_like(hi), hi)
+    place = at_once(positions, jnp.zeros_like(hi), hi, kernels=kernels)
     return self._blocks(embeddings, place, [layer.context() for layer in cache.layers])
 
-  def draft_all(self, embeddings: Array, batch: Batch, features: Array, blocks: Blocks) -> Array:
+  def draft_all(self, embeddings: Array, batch: Batch, features: Array, blocks: Blocks, kernels: Kernels) -> Array:
     """Hidden states of all training blocks: f[B,A,T,D]. embeddings: f[B,A,T,D], features: f[B,S,F]."""
     context, shape = self.context(features), embeddings.shape[:3]
     start = jnp.take_along_axis(batch.positions, blocks.anchors, axis=1)[..., None]
@@ -60,7 +60,7 @@ class Backbone(DraftModel):
     hi = jnp.broadcast_to(jnp.where(blocks.keep, blocks.anchors, 0)[..., None], shape)
     lo = jnp.broadcast_to(blocks.anchors[..., None] - start, shape)
     contexts = [sequence(*layer.keys_values(context, batch.positions)) for layer in self.layers]
-    return self._blocks(embeddings, at_once(positions, lo, hi, blocks.keep), contexts)
+    return self._blocks(embeddings, at_once(positions, lo, hi, blocks.keep, kernels=kernels), contexts)
 
   def _blocks(self, x, place, contexts):
     for layer, context in zip(self.layers, contexts):

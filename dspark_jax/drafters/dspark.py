@@ -15,7 +15,7 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
 from dspark_jax.drafters.starts import Lens, Masks
 from dspark_jax.nn.cache import Cache
-from dspark_jax.nn.layers import Linear, WordHead
+from dspark_jax.nn.layers import Linear
 from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftOutputs, Proposal, Sampling, Target,
                               TargetOutput)
 
@@ -59,6 +59,26 @@ class DSparkConfig(DSparkChoices, DrafterConfig):
   def block_positions(self) -> int:
     """T: positions of a block that are run for block_size drafts."""
     return self.block_size + (0 if self.sample_from_anchor else 1)
+
+  def context_flops(self) -> tuple[float, float]:
+    """Of one token of the context: (of fc, of the keys and values of all layers)."""
+    spec = self.spec
+    return (2 * len(self.taps) * spec.hidden_size ** 2,
+            4 * spec.hidden_size * spec.num_kv_heads * spec.head_dim * self.num_layers)
+
+  def draft_flops(self, seen: float) -> float:
+    """Of one block that attends to so many keys of the context, with its logits."""
+    words = 2 * self.words * (self.spec.hidden_size + self.markov_rank)
+    return self._block_flops(seen) + self.block_size * words
+
+  def train_flops(self, length: int, blocks: int) -> float:
+    fc, keys_values = self.context_flops()
+    # An anchor sees half of its row, on average.
+    return (length * (2 * fc + 3 * keys_values) + 3 * blocks * self._block_flops(length / 2)
+            + blocks * self.block_size * 2 * self.words * (2 * self.spec.hidden_size + 3 * self.markov_rank))
+
+  def _block_flops(self, seen):
+    return self.num_layers * self.block_positions * self.spec.flops(seen + self.block_positions)
 
   def problems(self) -> list[str]:
     known = 0 <= self.mask_token_id < self.vocab_size
@@ -125,8 +145,7 @@ class DSpark(Backbone):
     return self.confidence_head is not None
 
   def head(self, target: Target) -> DraftHead:
-    return DraftHead(target.head(self.words),
-                     None if self.markov_head is None else WordHead(self.markov_head.markov_w2.weight[...]))
+    return DraftHead(target.head(self.words), self.markov_head and self.markov_head.bias())
 
   def init_state(self, target: Target, batch: int, max_len: int) -> DSparkState:
     return DSparkState(self.empty_context(target, batch, max_len), self.start.init_held(batch))
@@ -138,7 +157,8 @@ class DSpark(Backbone):
 
   def propose(self, target: Target, head: DraftHead, state: DSparkState, anchor: Array, keys: Array, sampling: Sampling
               ) -> Proposal:
-    hidden = self.draft(self.start(target, anchor, state.held), state.cache)[:, -self.block_size:]
+    start = self.start(target, anchor, state.held)
+    hidden = self.draft(start, state.cache, target.kernels)[:, -self.block_size:]
     return heads.propose(self.markov_head, head.bias, self._confidence, hidden, head.base(hidden), anchor, self.words,
                          keys, sampling)
 
@@ -146,7 +166,7 @@ class DSpark(Backbone):
     features = encoded.features
     first = jnp.where(blocks.keep, blocks.previous[:, :, 0], self.config.mask_token_id)
     start = self.start(target, first, self.start.held_at(batch, features, blocks.anchors)).astype(features.dtype)
-    hidden = self.draft_all(start, batch, features, blocks)[:, :, -self.block_size:]
+    hidden = self.draft_all(start, batch, features, blocks, target.kernels)[:, :, -self.block_size:]
     latent = embedding = None
     if self.markov_head is not None:
       flat = hidden.reshape(-1, *hidden.shape[2:])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings, last_of
-from dspark_jax.drafters.recurrent import Recurrent
+from dspark_jax.drafters.recurrent import Recurrent, unrolled_flops
 from dspark_jax.nn.layers import MLP, Attention, Block, BlockSpec, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
 
@@ -26,6 +26,12 @@ class Eagle3Choices(DrafterChoices):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eagle3Config(Eagle3Choices, DrafterConfig):
   """The configuration of an Eagle3 drafter."""
+
+  def train_flops(self, length: int, blocks: int) -> float:
+    spec = self.spec
+    token = 2 * spec.hidden_size * spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)  # the input's second half
+    fc = 2 * len(self.taps) * spec.hidden_size ** 2
+    return length * 2 * fc + unrolled_flops(self, lambda seen: spec.flops(seen) + token, blocks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

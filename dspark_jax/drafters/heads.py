@@ -13,16 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax import sampling as sp
-from dspark_jax.nn.layers import Embedding, Linear
+from dspark_jax.nn.layers import Embedding, Linear, WordHead
 from dspark_jax.types import Array, Head, Proposal, Sampling
+
+
+AXES = ("words", None)  # the logical axes of its tables (nn/sharding.py)
 
 
 class MarkovHead(nnx.Module):
   """What all heads have: W1 f[V,R], as any word of the vocabulary may precede, and W2 f[W,R] over the draft words."""
 
   def __init__(self, rank: int, vocab_size: int, words: int, hidden_size: int, *, rngs: nnx.Rngs):
-    self.markov_w1 = Embedding(vocab_size, rank, rngs=rngs)
-    self.markov_w2 = Embedding(words, rank, rngs=rngs)
+    self.markov_w1 = Embedding(vocab_size, rank, rngs=rngs, axes=AXES)
+    self.markov_w2 = Embedding(words, rank, rngs=rngs, axes=AXES)
+
+  def bias(self) -> WordHead:
+    """What it adds to the logits, of a latent f[...,R]."""
+    return WordHead(self.markov_w2.weight[...], AXES)
 
   def first(self, embedding: Array) -> Any:
     """The state before a block, any pytree, for the anchors' embeddings f[...,R]. None: nothing is carried."""

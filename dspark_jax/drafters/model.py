@@ -54,6 +54,13 @@ class DrafterConfig(DrafterChoices):
     """W: columns of the draft logits."""
     return self.draft_vocab_size or self.vocab_size
 
+  def train_flops(self, length: int, blocks: int) -> float:
+    """Of the drafter's own part of a training step, on a row of so many tokens with so many blocks: its products
+    forward, and twice as many backward, but for gradients that nobody asks for, of the target's features and head. What
+    grows neither with the model's width squared nor with the vocabulary (confidence, the step of a head) is left out.
+    """
+    raise NotImplementedError
+
   def problems(self) -> list[str]:
     problems, bad = super().problems(), [t for t in self.taps if not -1 <= t < self.num_target_layers - 1]
     if bad:

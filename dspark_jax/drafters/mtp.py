@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings, last_of
-from dspark_jax.drafters.recurrent import Recurrent
+from dspark_jax.drafters.recurrent import Recurrent, unrolled_flops
 from dspark_jax.nn.layers import Block, Linear, RMSNorm
 from dspark_jax.types import Array, TargetOutput
 
@@ -28,6 +28,10 @@ class MTPChoices(DrafterChoices):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MTPConfig(MTPChoices, DrafterConfig):
   """The configuration of an MTP drafter."""
+
+  def train_flops(self, length: int, blocks: int) -> float:
+    project = 4 * self.spec.hidden_size ** 2
+    return unrolled_flops(self, lambda seen: self.spec.flops(seen) + project, blocks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ test, as in Eagle3); in decoding the first steps are what `absorb` caches, and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,12 @@ from dspark_jax.types import (Array, Batch, Blocks, Committed, DraftHead, DraftO
 class RecurrentState:
   cache: Cache        # of the committed columns' first steps
   hidden: Array       # f[B,D]  of the newest column, before the final norm: it predicts the first draft
+
+
+def unrolled_flops(config: DrafterConfig, cell: Callable[[float], float], columns: int) -> float:
+  """Of so many columns in training, each unrolled over a block. cell: flops of a step that attends to so many keys."""
+  steps = columns * config.block_size
+  return steps * (3 * cell((columns + config.block_size) / 2) + 2 * 2 * config.spec.hidden_size * config.words)
 
 
 class Recurrent(DraftModel):
@@ -60,7 +68,7 @@ class Recurrent(DraftModel):
     """Runs the first step of T new columns, commits n of them, and keeps the hidden state of the last."""
     cache, n, hidden = state.cache, committed.n, self.first(committed.encoded)
     steps = jnp.arange(committed.next_tokens.shape[1], dtype=jnp.int32)[None]
-    place = following(cache.length, cache.length[:, None] + steps)
+    place = following(cache.length, cache.length[:, None] + steps, kernels=target.kernels)
     x, q, k, v = self.project(target.embed(committed.next_tokens).astype(hidden.dtype), hidden, place.positions)
     layer, context = extend(cache.layers[0], k, v, place.start)
     hidden = self.close(x, attend(q, k, v, place, context))
@@ -85,7 +93,7 @@ class Recurrent(DraftModel):
       x, q, *new = self.project(embedding[:, None, None], hidden[:, None, None], hi + k)
       own = tuple(jax.lax.dynamic_update_slice_in_dim(o, n, k, axis=2) for o, n in zip(own, new))
       seen = (jnp.arange(scratch.shape[2], dtype=jnp.int32) <= k).reshape(1, 1, 1, -1)
-      out = attend(q, *own, Place(hi + k, jnp.zeros_like(hi), hi, seen, None), context)
+      out = attend(q, *own, Place(hi + k, jnp.zeros_like(hi), hi, seen, None, target.kernels), context)
       return (self.close(x, out)[:, 0, 0], own), (token, probs, logits)
 
     (hidden, _), out = jax.lax.scan(step, (state.hidden, (scratch, scratch)), jnp.arange(later, dtype=jnp.int32))
@@ -106,7 +114,7 @@ class Recurrent(DraftModel):
       context = context or sequence(k[:, :, 0], v[:, :, 0])  # the first steps of earlier columns
       keys.append(k)
       values.append(v)
-      place = Place(positions, lo, hi, jnp.ones((1, 1, 1, step + 1), bool), None)
+      place = Place(positions, lo, hi, jnp.ones((1, 1, 1, step + 1), bool), None, target.kernels)
       hidden = self.close(x, attend(q, jnp.concatenate(keys, 2), jnp.concatenate(values, 2), place, context))
       out.append(self.norm(hidden))
     return DraftOutputs(jnp.concatenate(out, axis=2), None, None)

@@ -5,19 +5,53 @@ Every use has the same form. Queries come in blocks; a block sees a range of *co
 block of G, a prompt or a training sequence is a row of causal blocks whose context is the sequence itself, and drafter
 training is A bidirectional blocks over the target's features. No mask of [queries, context + queries] is ever built:
 the two parts are computed apart and merged by their common maximum.
+
+How it is computed has names (`Kernels`); programs choose, by platform. cuDNN, for GPUs, is not among them: whether it
+serves only a GPU can show.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.nn.sharding import AXES, ROWS, local
 from dspark_jax.types import Array
 
 NEG = -1e30  # finite, so that a row that sees nothing gives zeros rather than NaN
-SCORE_BUDGET = 2 ** 25  # attention scores held at a time, in elements: 128 MB of float32
+SCORE_BUDGET = 2 ** 25  # attention scores held at a time by a device, in elements: 128 MB of float32
 QUERY_BLOCK = 128  # a prompt or a training sequence is cut into causal blocks of this many rows
+HEADS = AXES["heads"]  # the axis of a mesh that kernels split key heads over
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """How attention is computed, by name; a target has it, and drafters follow. Nothing falls back: what a kernel does
+  not accept it refuses."""
+  decode: Literal["reference", "pallas"] = "reference"  # over caches; pallas (TPU): nn/pallas_decode.py
+  train: Literal["reference", "splash"] = "reference"  # over sequences; splash (TPU): nn/splash.py
+  interpret: bool = False  # kernels run in Pallas' interpreter, on any platform: for tests
+
+  def __post_init__(self):
+    raise_all("kernels", wrong_choices(self))
+
+  def check(self, *, head_dim: int, layout: str) -> None:
+    """ValueError where the names do not suit heads of this width and caches of this layout."""
+    problems = []
+    if self.decode == "pallas" and layout != "rows":
+      problems.append(f"pallas reads caches of rows, the model's are {layout}: stack its layers (scanned), or decode "
+                      f"by reference")
+    # A TPU would pad narrower rows to 128, and keep a second, padded cache.
+    if self.decode == "pallas" and head_dim % 128 and not self.interpret:
+      problems.append(f"pallas reads heads of a multiple of 128, the model's are {head_dim} wide: decode by reference")
+    raise_all("kernels", problems)
 
 
 @flax.struct.dataclass
@@ -31,17 +65,30 @@ class Place:
   hi: Array            # i32[B,A,T]
   own: Array           # bool[B,A,T,N]  B and A may be 1
   start: Array | None  # i32[B]         slot of the first row; None where nothing is cached
+  kernels: Kernels = flax.struct.field(pytree_node=False, default=Kernels())
 
 
 @flax.struct.dataclass
 class Context:
-  """Keys and values that all blocks of a row share."""
-  k: Array  # f[B,K,S,h], or columns f[B,K,h,S]
-  v: Array  # f[B,K,S,h]
-  layout: str = flax.struct.field(pytree_node=False)  # of k: rows | columns
+  """Keys and values that all blocks of a row share: a cache's, or a sequence's own."""
+  k: Array                     # f[B,K,S,h], columns f[B,K,h,S], sequence f[B,S,K,h]; of a stack f[L,...]
+  v: Array                     # f[B,K,S,h], sequence f[B,S,K,h]; of a stack f[L,...]
+  layout: str = flax.struct.field(pytree_node=False)  # rows | columns | sequence
+  layer: Array | None = None   # i32[]  which of a stack is meant
+
+  def alone(self) -> Context:
+    """The layer that is meant, by itself, as rows or columns."""
+    if self.layout == "sequence":
+      # Nobody writes into it later, so keys may lie as products read them fastest on CPU (nn/cache.py).
+      return Context(jnp.moveaxis(self.k, 1, 3), jnp.swapaxes(self.v, 1, 2), "columns")
+    if self.layer is None:
+      return self
+    # XLA's own products read this slice in place on a TPU; a kernel would get a copy of it.
+    k, v = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+    return Context(k, v, self.layout)
 
 
-def following(start: Array, positions: Array, segments: Array | None = None) -> Place:
+def following(start: Array, positions: Array, segments: Array | None = None, *, kernels: Kernels) -> Place:
   """The place of rows that follow one another from slot start i32[B], causally: prompts, plain steps, verification,
   training sequences.
 
@@ -61,34 +108,43 @@ def following(start: Array, positions: Array, segments: Array | None = None) -> 
     own = own & (segments[..., :, None] == segments[..., None, :])
   # Of row t: lo is the slot of its document's position 0, hi that of the first row of its own block.
   lo, hi = start[:, None] + steps - positions, start[:, None] + steps // block * block
-  return Place(positions, cut(lo), cut(hi), own, start)
+  return Place(positions, cut(lo), cut(hi), own, start, kernels)
 
 
-def at_once(positions: Array, lo: Array, hi: Array, keep: Array | None = None) -> Place:
+def at_once(positions: Array, lo: Array, hi: Array, keep: Array | None = None, *, kernels: Kernels) -> Place:
   """The place of blocks whose rows see all of their own block: positions, lo and hi i32[B,A,T].
 
   keep: bool[B,A], False for blocks that are no blocks and see nothing.
   """
   own = jnp.ones((1, 1, hi.shape[2], hi.shape[2]), bool)
-  return Place(positions, lo, hi, own if keep is None else own & keep[..., None, None], None)
+  return Place(positions, lo, hi, own if keep is None else own & keep[..., None, None], None, kernels)
 
 
 def sequence(k: Array, v: Array) -> Context:
   """The context that keys and values f[B,S,K,h] of a whole sequence make: slot = place in the row."""
-  # Nobody writes into it later, so keys may lie as products read them fastest on CPU (nn/cache.py).
-  return Context(jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2), "columns")
+  return Context(k, v, "sequence")
 
 
 def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Array:
   """Attention of query blocks over their context and their own block, in the shape of q. Rows that see nothing give 0.
 
-  q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Blocks are processed in
-  chunks, each recomputed in the backward pass, so that memory holds SCORE_BUDGET scores.
+  q: f[B,...,H,h], scaled already; k and v: f[B,...,K,h]; rows as place's A blocks of T and N. Computed as place.kernels
+  says; a kernel over caches takes a block's lo and hi from its first row.
   """
+  kernels = place.kernels
+  if context.layout == "sequence" and kernels.train == "splash":
+    return _by_splash(q, k, v, place, context)
+  if context.layout != "sequence" and kernels.decode == "pallas":
+    return _by_pallas(q, k, v, place, context)
+  return _by_reference(q, k, v, place, context.alone())
+
+
+def _by_reference(q, k, v, place, context):
+  """Blocks are processed in chunks, each recomputed in the backward pass, so that a device holds SCORE_BUDGET scores."""
   shape, (batch, blocks, length) = q.shape, place.hi.shape
   cut = lambda x: x.reshape(batch, blocks, -1, *x.shape[-2:])
   q, k, v = cut(q), cut(k), cut(v)
-  per_block = batch * length * q.shape[3] * context.v.shape[2]
+  per_block = local(batch, "rows") * length * local(q.shape[3], "heads") * context.v.shape[2]
   # A divisor, so that chunks have one shape without padding: dummy blocks would cost what real ones do.
   chunk = max(c for c in range(1, blocks + 1) if blocks % c == 0 and (c == 1 or c * per_block <= SCORE_BUDGET))
   if chunk < blocks:
@@ -96,7 +152,7 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
     # A mask that all blocks share has A = 1, of which there are no parts.
     own = jnp.broadcast_to(place.own, (batch, blocks, *place.own.shape[2:]))
     parts = jax.tree.map(split, (q, k, v, Place(None, place.lo, place.hi, own, None)))
-    out = jax.lax.map(jax.checkpoint(lambda part: attend(*part, context)), parts)
+    out = jax.lax.map(jax.checkpoint(lambda part: _by_reference(*part, context)), parts)
     return jnp.moveaxis(out, 0, 1).reshape(shape)
   heads, width, groups = *q.shape[3:], context.v.shape[1]
   q = q.reshape(batch, blocks, length, groups, heads // groups, width)
@@ -118,3 +174,63 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
   # Divided last, h times a query instead of S + N times; tiny, so that nothing seen is 0 / tiny and not 0 / 0.
   out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
   return jnp.moveaxis(out, 1, 3).reshape(shape).astype(v.dtype)
+
+
+def _by_pallas(q, k, v, place, context):
+  """nn/pallas_decode.py. There is no gradient: caches are read in decoding alone."""
+  from dspark_jax.nn.pallas_decode import cached_attention  # here, as whoever names no kernel needs no Pallas
+  if context.layout != "rows":
+    raise ValueError(f"pallas reads caches of rows, got {context.layout}")
+  (batch, blocks, length), (heads, width) = place.hi.shape, context.v.shape[-3::2]
+  # [B,K,A,T*g,h] and [B,K,A,N,h]: a program of the kernel multiplies all queries of a key head at once
+  queries = jnp.moveaxis(q.reshape(batch, blocks, length, heads, -1, width), 3, 1)
+  groups = queries.shape[4]
+  k, v = (jnp.moveaxis(x.reshape(batch, blocks, -1, heads, width), 3, 1) for x in (k, v))
+  far, layer = (context.k, context.v), context.layer
+  if layer is None:
+    far, layer = (x[None] for x in far), jnp.int32(0)
+  kernel = functools.partial(cached_attention, interpret=place.kernels.interpret)
+  own = "b" if place.own.shape[0] > 1 else ""
+  out = on_each_device(kernel, batch, heads, ("bk", "bk", "bk", own, ".bk", ".bk", "", "b", "b"), "bk")(
+      queries.reshape(batch, heads, blocks, length * groups, width), k, v, jnp.repeat(place.own, groups, axis=2), *far,
+      layer, place.lo[:, :, 0], place.hi[:, :, 0])
+  return jnp.moveaxis(out.reshape(queries.shape), 1, 3).reshape(q.shape)
+
+
+def _by_splash(q, k, v, place, context):
+  """nn/splash.py."""
+  from dspark_jax.nn.splash import ranged_attention
+  batch, blocks, length = place.hi.shape
+  hi, own = place.hi, ()
+  cut = lambda x: x.reshape(batch, blocks, -1, *x.shape[-2:])
+  if place.start is None:
+    own = cut(k), cut(v), jnp.broadcast_to(place.own, (batch, blocks, *place.own.shape[2:]))
+  else:  # Rows that follow one another see up to themselves: their own blocks are part of the sequence.
+    hi = jnp.broadcast_to(1 + jnp.arange(blocks * length, dtype=jnp.int32).reshape(1, blocks, length), hi.shape)
+  axes = ("b..k", "b.k", "b.k", "b", "b", "b..k", "b..k", "b")[:5 + len(own)]
+  kernel = on_each_device(functools.partial(ranged_attention, interpret=place.kernels.interpret), batch,
+                          context.k.shape[2], axes, "b..k")
+  return kernel(cut(q), context.k, context.v, place.lo, hi, *own).reshape(q.shape)
+
+
+def on_each_device(kernel, batch: int, heads: int, axes: tuple[str, ...], out: str):
+  """The kernel as devices of the mesh in scope run it, each on its rows and key heads; itself without a mesh.
+
+  The compiler cannot split a kernel. axes: of every argument, and out of the result, the leading axes: b rows, k key
+  heads, anything else whole. Rows that the mesh does not divide, one prompt among others, are run by every device.
+  ValueError for key heads that it does not divide.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  free = {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types)
+          if kind != jax.sharding.AxisType.Manual}
+  if not free:
+    return kernel
+  rows, split = tuple(name for name in ROWS if name in free), free.get(HEADS, 1)
+  if heads % split:
+    raise ValueError(f"{heads} key heads cannot be split over {split} devices of the mesh's axis {HEADS}: choose a "
+                     f"divisor")
+  over = {"b": rows if batch % math.prod(free[name] for name in rows) == 0 else None,
+          "k": HEADS if HEADS in free else None}
+  spec = lambda letters: jax.sharding.PartitionSpec(*(over.get(letter) for letter in letters))
+  # Each device's part is its own business: what the kernel makes has no types for `check_vma` to see.
+  return jax.shard_map(kernel, in_specs=tuple(map(spec, axes)), out_specs=spec(out), check_vma=False)

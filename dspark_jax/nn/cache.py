@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.nn.attention import Context, sequence
+from dspark_jax.nn.sharding import constrain, sharding_of
 from dspark_jax.types import Array
 
 # How keys lie. Along columns f[...,h,S] the CPU reads them faster for its products. Rows f[...,S,h] are what an
@@ -38,7 +39,9 @@ class Full:
     # What is never read must be finite all the same: attention gives it weight 0, and 0 * NaN is NaN.
     rows, columns = (capacity, head_dim), (head_dim, capacity)
     # An array each: of one that stands for two, only one could be donated.
-    keys, values = (jnp.zeros((*lead, *shape), dtype) for shape in (rows if layout == "rows" else columns, rows))
+    axes = (None,) * bool(stacked) + ("rows", "heads")
+    keys, values = (constrain(jnp.zeros((*lead, *shape), dtype), *axes)
+                    for shape in (rows if layout == "rows" else columns, rows))
     return cls(keys, values, None, layout)
 
   @property
@@ -85,10 +88,7 @@ class Full:
 
   def context(self) -> Context:
     """All slots, to be read up to a length."""
-    # XLA's own products read this slice in place on a TPU; a kernel would get a copy of it, and should take the stack.
-    k, v = (self.k, self.v) if not self.stacked else (
-        jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
-    return Context(k, v, self.layout)
+    return Context(self.k, self.v, self.layout, self.layer)
 
   def insert(self, row: Array, one: Full) -> Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
@@ -113,6 +113,17 @@ class Cache:
     """The cache with row i32[] taken from `one`, a cache of one row."""
     return Cache(tuple(mine.insert(row, theirs) for mine, theirs in zip(self.layers, one.layers)),
                  insert_row(self.length, row, one.length))
+
+
+def row_shardings(state: Any) -> Any:
+  """A NamedSharding on the current mesh for a tree of per-row arrays [B,...] and caches: rows apart, and the key heads
+  of caches."""
+  def place(x):
+    if not isinstance(x, Full):
+      return sharding_of(x.shape, "rows")
+    lead = (None,) * x.stacked
+    return x.replace(k=sharding_of(x.k.shape, *lead, "rows", "heads"), v=sharding_of(x.v.shape, *lead, "rows", "heads"))
+  return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, Full))
 
 
 def insert_row(state: Any, row: Array, one: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Annotated, Any
 
 import flax.struct
@@ -13,6 +14,7 @@ from flax import nnx
 from dspark_jax.config import Count, Range
 from dspark_jax.nn.attention import Place, attend
 from dspark_jax.nn.cache import Full, Layout, extend
+from dspark_jax.nn.sharding import constrain
 from dspark_jax.types import Array
 
 # Below this many rows a matrix product is bound by reading its weight, and XLA's CPU backend is fast only when a
@@ -21,8 +23,10 @@ from dspark_jax.types import Array
 SMALL_ROWS = 256
 
 
-def _few_rows(weight, x):
+def _few_rows_on_cpu(weight, x):
   rows = x.shape[0]
+  if rows == 1 and x.dtype != jnp.bfloat16:
+    return _contract(x, weight, 1, 1)
   x = jnp.pad(x, ((0, max(1 << (rows - 1).bit_length(), 4) - rows if rows <= 64 else 0), (0, 0)))
   if x.dtype == jnp.bfloat16:  # the usual order (8 rows: 12 ms against 40 ms), but never one row (67 ms, 4 rows 9 ms)
     return _contract(x, weight, 1, 1)[:rows]
@@ -31,58 +35,88 @@ def _few_rows(weight, x):
   return jax.lax.optimization_barrier(jnp.matmul(weight, x, preferred_element_type=jnp.float32)).T[:rows]
 
 
+def _few_rows_on_tpu(weight, x):
+  rows, width = x.shape
+  if rows > 1:
+    return _contract(x, weight, 1, 1)
+  # A matrix times a vector is left to the vector unit; a second row, which the compiler must not see through, brings it
+  # back to the matrix unit (plain steps of Qwen3-8B, one row, by the compilers: v5p 37 Mcycles without it, 21 with it,
+  # v6e 55 and 23). On an axis of its own, where v5p takes it for a fifth less than as another of the rows.
+  x = jax.lax.optimization_barrier(jnp.pad(x[:, None], ((0, 0), (0, 1), (0, 0))).reshape(2 * rows, width))
+  return _contract(x, weight, 1, 1).reshape(rows, 2, -1)[:, 0]
+
+
 def _contract(a, b, a_axis, b_axis):
   """Sum over one axis of each, accumulated in float32 whatever the inputs: bfloat16 in and out is slow on CPU."""
   return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _product(weight, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(axes, weight, x):
   """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
-  if x.shape[0] <= SMALL_ROWS and (x.shape[0] > 1 or x.dtype == jnp.bfloat16):
-    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.memory).
-    return jax.lax.platform_dependent(weight, x, cpu=_few_rows, default=lambda w, x: _contract(x, w, 1, 1))
+  # Gathered where it is used: else a mesh would exchange the rows of all devices, and keep a weight's part each.
+  weight = constrain(weight, *axes)
+  if x.shape[0] <= SMALL_ROWS:
+    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.compile).
+    return jax.lax.platform_dependent(weight, x, cpu=_few_rows_on_cpu, tpu=_few_rows_on_tpu,
+                                      default=lambda w, x: _contract(x, w, 1, 1))
   return _contract(x, weight, 1, 1)
 
 
-def _product_backward(saved, cotangent):
+def _product_backward(axes, saved, cotangent):
   # Written out so that bfloat16 products stay bfloat16 products: JAX would multiply by a float32 cotangent.
   weight, x = saved
   cotangent = cotangent.astype(x.dtype)
-  return _contract(cotangent, x, 0, 0).astype(weight.dtype), _contract(cotangent, weight, 1, 0).astype(x.dtype)
+  # Straight to where it is stored, so that the devices' sums are scattered as they are added up.
+  d_weight = constrain(_contract(cotangent, x, 0, 0), *axes, stored=True).astype(weight.dtype)
+  return d_weight, _contract(cotangent, constrain(weight, *axes), 1, 0).astype(x.dtype)
 
 
-_product.defvjp(lambda weight, x: (_product(weight, x), (weight, x)), _product_backward)
+_product.defvjp(lambda axes, weight, x: (_product(axes, weight, x), (weight, x)), _product_backward)
 
 
-def linear(weight: Array, x: Array, dtype=None) -> Array:
-  """x @ weight.T: f[...,out], in `dtype` (default: x's). weight: f[out,in], x: f[...,in], of one dtype."""
-  y = _product(weight, x.reshape(-1, x.shape[-1])).astype(dtype or x.dtype)
-  return y.reshape(*x.shape[:-1], weight.shape[0])
+def linear(weight: Array, x: Array, dtype=None, *, axes: tuple[str | None, str | None] = (None, "embed")) -> Array:
+  """x @ weight.T: f[...,out], in `dtype` (default: x's). weight: f[out,in], x: f[...,in], of one dtype.
+
+  axes: logical ones of the weight (nn/sharding.py); the first axis of x, where it has more than one, is rows.
+  """
+  rows = ("rows",) + (None,) * (x.ndim - 2) if x.ndim > 1 else ()
+  x = constrain(x, *rows, axes[1])
+  y = _product(axes, weight, x.reshape(-1, x.shape[-1])).astype(dtype or x.dtype)
+  return constrain(y.reshape(*x.shape[:-1], weight.shape[0]), *rows, axes[0])
 
 
 class Linear(nnx.Module):
-  """weight f[out,in] in the order of stored checkpoints; bias f[out] or None. Truncated-normal start of std 0.02."""
+  """weight f[out,in] in the order of stored checkpoints; bias f[out] or None. Truncated-normal start of std 0.02.
 
-  def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, bias: bool = False):
-    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (fan_out, fan_in)))
+  axes: logical ones of the weight (nn/sharding.py).
+  """
+
+  def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, bias: bool = False,
+               axes: tuple[str | None, str | None] = (None, "embed")):
+    self.axes = axes
+    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (fan_out, fan_in)), axes=axes)
     self.bias = nnx.Param(jnp.zeros(fan_out)) if bias else None
 
   def __call__(self, x: Array) -> Array:
-    y = linear(self.weight[...], x)
+    y = linear(self.weight[...], x, axes=self.axes)
     # Broadcast by hand, as everywhere: implicit ranks are refused (jax_numpy_rank_promotion=raise).
     return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+WORDS = ("vocab", "embed")  # the logical axes of a target's tables, which have a row per word
 
 
 @flax.struct.dataclass
 class WordHead:
   """Logits over W words, f32[...,W], from f[...,D]: the one place where hidden states meet a vocabulary."""
   weight: Array  # f[W,D]
+  axes: tuple[str | None, str | None] = flax.struct.field(pytree_node=False, default=WORDS)  # logical, of the weight
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # logits stay within +-softcap
 
   def __call__(self, hidden: Array) -> Array:
     # Not rounded to bfloat16 on the way, which would make ties of the largest.
-    logits = linear(self.weight, hidden, jnp.float32)
+    logits = linear(self.weight, hidden, jnp.float32, axes=self.axes)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
   def at(self, words: Array | None) -> WordHead:
@@ -91,13 +125,14 @@ class WordHead:
 
 
 class Embedding(nnx.Module):
-  """A table f[rows,width]; called with ids it returns their rows."""
+  """A table f[rows,width]; called with ids it returns their rows. axes: logical ones (nn/sharding.py)."""
 
-  def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
-    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (rows, width)))
+  def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs, axes: tuple[str | None, str | None] = WORDS):
+    self.weight = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -3, 3, (rows, width)), axes=axes)
 
   def __call__(self, ids: Array) -> Array:
-    return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+    found = jnp.take(self.weight[...], ids, axis=0, mode="clip")
+    return constrain(found, *("rows",)[:ids.ndim])
 
 
 class RMSNorm(nnx.Module):
@@ -153,6 +188,13 @@ class BlockSpec:
     """A layer of this kind, for targets and for the drafters that repeat it."""
     return Block(self, rngs=rngs)
 
+  def flops(self, seen: float) -> float:
+    """Of one token's way through a layer in which it attends to so many keys: two per weight that it is multiplied
+    with, four per key and channel of a query."""
+    heads = self.head_dim * self.num_heads
+    weights = 2 * (heads + self.head_dim * self.num_kv_heads) + 3 * self.intermediate_size
+    return 2 * self.hidden_size * weights + 4 * heads * seen
+
   def init_cache(self, batch: int, max_len: int, dtype, *, layout: Layout, stacked: int = 0) -> Full:
     """The cache of such a layer without a token; stacked: of so many layers."""
     return Full.empty(batch, self.num_kv_heads, max_len, self.head_dim, dtype, layout=layout, stacked=stacked)
@@ -164,10 +206,11 @@ class Attention(nnx.Module):
   def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs, inputs: int = 0):
     self.spec = spec
     inputs = inputs or spec.hidden_size
-    self.q_proj = Linear(inputs, spec.num_heads * spec.head_dim, rngs=rngs)
-    self.k_proj = Linear(inputs, spec.num_kv_heads * spec.head_dim, rngs=rngs)
-    self.v_proj = Linear(inputs, spec.num_kv_heads * spec.head_dim, rngs=rngs)
-    self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, rngs=rngs)
+    heads = functools.partial(Linear, inputs, rngs=rngs, axes=("heads", "embed"))
+    self.q_proj = heads(spec.num_heads * spec.head_dim)
+    self.k_proj = heads(spec.num_kv_heads * spec.head_dim)
+    self.v_proj = heads(spec.num_kv_heads * spec.head_dim)
+    self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, rngs=rngs, axes=("embed", "heads"))
     self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
     self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
@@ -194,9 +237,9 @@ class MLP(nnx.Module):
   """down(silu(gate(x)) * up(x))"""
 
   def __init__(self, spec: BlockSpec, *, rngs: nnx.Rngs):
-    self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs)
-    self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs)
-    self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, rngs=rngs)
+    self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs, axes=("mlp", "embed"))
+    self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs, axes=("mlp", "embed"))
+    self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, rngs=rngs, axes=("embed", "mlp"))
 
   def __call__(self, x: Array) -> Array:
     return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

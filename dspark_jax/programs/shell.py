@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -20,20 +21,24 @@ import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.decoding import session
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.types import Target
 
 stderr = Console(stderr=True)
+ONE_DEVICE = MeshConfig()
 
 
-def run(main, settings: type, *, default=None, args=None) -> None:
+def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> None:
   """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
 
-  default: makes the settings that the command line overrides. The user's mistakes (ValueError, NotImplementedError, a
-  missing file, a full disk) exit 2 with one sentence.
+  default: makes the settings that the command line overrides. mesh: whether a `mesh` of theirs is the current one
+  meanwhile. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence.
   """
   try:
     more = {"default": default()} if default else {}
-    result = main(tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more))
+    asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
+    with getattr(asked, "mesh", ONE_DEVICE).use() if mesh else contextlib.nullcontext():
+      result = main(asked)
   except (ValueError, NotImplementedError, OSError) as error:
     stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)

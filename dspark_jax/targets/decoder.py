@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.nn.attention import Place, following
+from dspark_jax.nn.attention import Kernels, Place, following
 from dspark_jax.nn.cache import Cache
-from dspark_jax.nn.layers import Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
+from dspark_jax.nn.layers import WORDS, Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
 from dspark_jax.types import Array, Batch, Target, TargetOutput
 
 
@@ -35,23 +36,34 @@ class TargetConfig:
     """The kind of every layer."""
     return tuple(self.period[i % len(self.period)] for i in range(self.num_layers))
 
+  def flops(self, seen: float) -> float:
+    """Of one token's way through all layers, attending to so many keys."""
+    return sum(kind.flops(seen) for kind in self.layers)
+
+  @property
+  def head_flops(self) -> float:
+    """Of the logits of one token."""
+    return 2 * self.spec.hidden_size * self.vocab_size
+
 
 class Decoder(nnx.Module):
   """A decoder-only language model behind the Target protocol.
 
   `layers` holds every layer (unrolled, with caches of columns: what is fastest on CPU, where slicing a stacked weight
   copies it) or, when `scanned`, one for each of a period, stacked over the repeats, with caches of rows: one period to
-  compile, for TPU and GPU.
+  compile, for TPU and GPU. `kernels` say how attention is computed, here and in the drafters that follow: `use`.
   """
 
   def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.scanned = False
+    self.kernels = Kernels()
     spec = config.spec
     self.embed_tokens = Embedding(config.vocab_size, spec.hidden_size, rngs=rngs)
     self.layers = nnx.List([kind.build(rngs=rngs) for kind in config.layers])
     self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-    self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs)
+    self.lm_head = None if config.tie_word_embeddings else Linear(spec.hidden_size, config.vocab_size, rngs=rngs,
+                                                                         axes=WORDS)
 
   @property
   def vocab_size(self) -> int:
@@ -65,6 +77,12 @@ class Decoder(nnx.Module):
   def cache_layout(self) -> str:
     """Columns where layers are unrolled, which is for CPUs."""
     return "rows" if self.scanned else "columns"
+
+  def use(self, kernels: Kernels) -> None:
+    """Computes attention so from now on; ValueError where that does not suit the model."""
+    for spec in self.config.period:
+      kernels.check(head_dim=spec.head_dim, layout=self.cache_layout)
+    self.kernels = kernels
 
   def feature_width(self, taps: tuple[int, ...]) -> int:
     """F: every tap is the residual stream after a layer."""
@@ -97,7 +115,8 @@ class Decoder(nnx.Module):
     One path for prompts, plain steps, verification and (with a `place` and no cache) training sequences.
     """
     if place is None:
-      place = following(cache.length, cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+      steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+      place = following(cache.length, cache.length[:, None] + steps, kernels=self.kernels)
     x = self.embed(tokens)
     # A tap holds the embedding until its layer comes, which for tap -1 is never.
     caches, features = [None] * len(self.layers) if cache is None else list(cache.layers), [x] * len(taps)
@@ -130,7 +149,8 @@ class Decoder(nnx.Module):
   def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput:
     """The whole of training sequences at once, without a cache; documents that share a row do not see each other."""
     start = jnp.zeros(batch.tokens.shape[0], jnp.int32)
-    return self(batch.tokens, None, taps, following(start, batch.positions, batch.segments))[0]
+    place = following(start, batch.positions, batch.segments, kernels=self.kernels)
+    return self(batch.tokens, None, taps, place)[0]
 
   def last_layers(self, count: int) -> list[Block]:
     """The last layers, each on its own in either layout; ValueError when there are not so many."""
@@ -154,9 +174,20 @@ def stack_layers(decoder: Decoder) -> Decoder:
   return stacked
 
 
-def one_to_one(name: str) -> tuple[str, ...]:
+def stored_stacked(config: TargetConfig, stored: Callable[[str], Any]) -> Callable[[str], Any]:
+  """`Family.stored` for the same decoder with stacked layers: what makes a stack are the layers, in their order."""
+  def names(name):
+    head, _, rest = name.partition("layers.")
+    if head or not rest:
+      return stored(name)
+    which, _, rest = rest.partition(".")
+    return tuple(stored(f"layers.{i}.{rest}") for i in range(int(which), config.num_layers, len(config.period)))
+  return names
+
+
+def one_to_one(name: str) -> str:
   """The stored name of a parameter of Llama-like families."""
-  return (name if name.startswith("lm_head") else f"model.{name}",)
+  return name if name.startswith("lm_head") else f"model.{name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,4 +199,4 @@ class Family:
   prefix: str                             # of the architectures of its stored drafters: Qwen3 of Qwen3DSparkModel
   spec: type[BlockSpec] = BlockSpec       # what describes its layers
   build: Callable[..., Target] = Decoder  # (config, *, rngs)
-  stored: Callable[[str], tuple[str, ...]] = one_to_one  # the tensors that make a parameter; several are stacked
+  stored: Callable[[str], Any] = one_to_one  # the tensor that makes a parameter; a tuple is stacked (`hf.fill`)

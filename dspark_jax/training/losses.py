@@ -17,6 +17,7 @@ import optax
 
 from dspark_jax.config import raise_all, wrong_choices
 from dspark_jax.metrics import Mean, weighted
+from dspark_jax.nn.sharding import local
 from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Head, Target
 
 EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervision has loss 0
@@ -33,7 +34,7 @@ class LossConfig:
   # what a term is divided by: the sum of w * mask ("slots": records of runs have that word for draft positions), or
   # the blocks of the batch, dummies too ("positions", of rows)
   per: Literal["slots", "positions"] = "slots"
-  chunk: int = 1024   # draft positions of the batch whose logits exist at a time
+  chunk: int = 512    # draft positions whose logits exist at a time on a device
 
   def __post_init__(self):
     raise_all("loss config", wrong_choices(self))
@@ -125,7 +126,9 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
     mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
     # In float32, as heads give it: elsewhere, TV in bfloat16 had gradients that were 6 to 31 % off.
     log_q = jax.nn.log_softmax(mine(hidden, latent))
-    ce = -jnp.take_along_axis(log_q, column[..., None], axis=-1)[..., 0]
+    # By comparison: the gradient of a look-up is a scatter into another array of logits.
+    label = jax.lax.broadcasted_iota(jnp.int32, log_q.shape, log_q.ndim - 1) == column[..., None]
+    ce = -jnp.where(label, log_q, 0).sum(-1)
     tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
     soft = -(p * log_q).sum(-1)
     return sum((w * term).sum() for w, term in zip(weights, (ce, tv, soft))), (ce, tv, soft)
@@ -168,12 +171,13 @@ def log_normalizer(head: Head, target_hidden: Array, chunk: int) -> Array:
 
 
 def in_chunks(function, rows, chunk: int):
-  """(sums, joined) of a function of arrays [B,N,...] that is run on pieces [B,n,...], B * n <= chunk (n at least 1).
+  """(sums, joined) of a function of arrays [B,N,...] that is run on pieces [B,n,...], n at least 1, of which a device
+  has at most `chunk` positions.
 
   It returns (arrays to add up over the pieces, arrays [B,n,...] to join along N); the last piece is padded with zeros.
   """
   batch, length = jax.tree.leaves(rows)[0].shape[:2]
-  size = max(1, min(chunk // batch, length))
+  size = max(1, min(chunk // local(batch, "rows"), length))
   pieces = math.ceil(length / size)
 
   def split(x):

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.metrics import Mean, add, once, weighted
 from dspark_jax.nn.parameters import values, with_values
+from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training.anchors import all_blocks, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss, term_weights
 from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
@@ -136,6 +138,15 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
               "candidates": weighted(candidates(batch).sum(1).astype(jnp.float32), rows),
               "blocks": weighted(blocks.keep.sum(1).astype(jnp.float32), rows)}
   return state.replace(step=state.step + 1, drafter=drafter, opt_state=opt_state), metrics
+
+
+def step_flops(target: TargetConfig, drafter: DrafterConfig, *, rows: int, length: int, blocks: int) -> float:
+  """Useful flops of a training step in which the target runs: the target forward, its words at every draft position
+  (and, for a reduced draft vocabulary, its normaliser at every token), and the drafter. Full rows; causal attention
+  sees half of one. blocks: per row; every position has one in recurrent drafters."""
+  positions, words = blocks * drafter.block_size, target.head_flops / target.vocab_size
+  teacher = positions * words * drafter.words + (length * target.head_flops if drafter.draft_vocab_size else 0)
+  return rows * (length * target.flops(length / 2) + teacher + drafter.train_flops(length, blocks))
 
 
 def gradients(drafter, params, target, batch, encoded, blocks, config):

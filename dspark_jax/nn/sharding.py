@@ -1,0 +1,163 @@
+"""Where arrays live on a mesh of devices. The same code runs on one device, where nothing here does anything.
+
+A mesh has three axes: `data` (rows apart, weights whole), `fsdp` (rows apart, and each device stores a part of every
+weight, which is gathered where it is used) and `tensor` (heads, MLP columns and words apart). Modules name the logical
+axes of their weights (`Linear(..., axes=("heads", "embed"))`); the two tables below say where those live. A program
+makes a mesh the current one (`jax.set_mesh(MeshConfig(tensor=4).build())`), what is loaded is placed there, and XLA
+does the rest, held to the plan by `constrain` inside every product: left alone it moves activations and logits, which
+are larger than weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dspark_jax.nn.parameters import parameters
+from dspark_jax.types import Array
+
+NAMES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+# Where the logical axes of arrays in use live, and where those of stored weights and optimizer states do.
+# words: a vocabulary whose rows are too short to be divided, as what lies along a TPU's lanes is padded to 128.
+AXES = {"rows": ROWS, "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "words": "tensor", "embed": None,
+        None: None}
+STORED = {**AXES, "embed": "fsdp", "words": ("tensor", "fsdp")}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices share each kind of work; -1 for one of them: all that are left."""
+  data: int = 1
+  """devices, or groups of them, that work on other rows and hold whole copies of the weights"""
+  fsdp: int = 1
+  """devices that work on other rows, and share the storage of weights and optimizer state"""
+  tensor: int = 1
+  """devices that share the heads, the MLP and the vocabulary of every row"""
+
+  def __str__(self):
+    return f"the mesh is data {self.data}, fsdp {self.fsdp}, tensor {self.tensor}"
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if sizes.count(-1) > 1 or not all(size >= 1 or size == -1 for size in sizes):
+      raise ValueError(f"{self}: expected numbers from 1, and -1 (all devices that are left) at most once")
+
+  def build(self, devices=None) -> Mesh:
+    """The mesh of these devices (default: those of this process's default platform; of several, the first ones).
+
+    ValueError when there are too few, or -1 leaves a rest.
+    """
+    devices, sizes = jax.devices() if devices is None else list(devices), dataclasses.astuple(self)
+    known = math.prod(size for size in sizes if size > 0)
+    sizes = [size if size > 0 else len(devices) // known for size in sizes]
+    rest = -1 in dataclasses.astuple(self) and len(devices) % known
+    if rest or 0 in sizes or math.prod(sizes) > len(devices):
+      raise ValueError(f"{self}, and there are {len(devices)} devices: choose sizes whose product they hold")
+    # make_mesh knows which devices are neighbours; of a part of them it cannot.
+    axes = dict(axis_types=(AxisType.Auto,) * len(NAMES))
+    if math.prod(sizes) == len(devices):
+      return jax.make_mesh(sizes, NAMES, devices=devices, **axes)
+    return Mesh(np.asarray(devices[:math.prod(sizes)]).reshape(sizes), NAMES, **axes)
+
+
+  def use(self) -> contextlib.AbstractContextManager:
+    """What makes the mesh of this process's devices the current one; nothing where one device is asked for."""
+    return contextlib.nullcontext() if dataclasses.astuple(self) == (1, 1, 1) else jax.set_mesh(self.build())
+
+
+def constrain(x: Array, *axes: str | None, stored: bool = False) -> Array:
+  """x, held on the current mesh where its dimensions' logical axes live; x itself without a mesh.
+
+  A dimension that its devices do not divide stays whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, mesh, STORED if stored else AXES))
+
+
+def local(size: int, axis: str) -> int:
+  """How much of a dimension of `size` along a logical axis each device of the current mesh has."""
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = 1 if mesh.empty else _devices(mesh, AXES[axis])
+  return size if size % devices else size // devices
+
+
+def shardings(tree: Any) -> Any:
+  """A NamedSharding on the current mesh for every array of a tree of modules and of anything else; None without one.
+
+  Modules' weights live where their logical axes are stored. So do arrays under the name of a parameter of one of the
+  modules, in its shape: an optimizer's moments. Whatever else there is lives on all devices.
+  """
+  mesh, named = jax.sharding.get_mesh(), {}
+  if mesh.empty:
+    return None
+  for module in jax.tree.leaves(tree, is_leaf=_is_module):
+    if _is_module(module):
+      named |= {name: (v.shape, _axes(v)) for name, v in parameters(module).items()}
+
+  def place(path, leaf):
+    shape, axes = leaf.shape, ()
+    if isinstance(leaf, nnx.Variable):
+      axes = _axes(leaf)
+    elif path and getattr(path[-1], "key", None) in named and named[path[-1].key][0] == shape:
+      axes = named[path[-1].key][1]
+    return NamedSharding(mesh, _spec(shape, axes, mesh, STORED))
+
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return jax.tree.unflatten(jax.tree.structure(tree), [place(*leaf) for leaf in leaves])
+
+
+def sharding_of(shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+  """Where an array in use lives on the current mesh, by the logical axes of its dimensions."""
+  mesh = jax.sharding.get_mesh()
+  return NamedSharding(mesh, _spec(shape, axes, mesh, AXES))
+
+
+def place(tree: Any) -> Any:
+  """The tree with its arrays where `shardings` says; itself without a mesh."""
+  return tree if jax.sharding.get_mesh().empty else jax.device_put(tree, shardings(tree))
+
+
+def made(function: Callable, *args) -> Any:
+  """function(*args), a tree that is born where `shardings` says: on a mesh no device ever holds an array whole."""
+  if jax.sharding.get_abstract_mesh().empty:  # unlike get_mesh() also where shapes are all that is asked for
+    return function(*args)
+  return jax.jit(function, out_shardings=shardings(jax.eval_shape(function, *args)))(*args)
+
+
+def place_rows(tree: Any) -> Any:
+  """A tree of arrays [B,...] with their rows apart on the current mesh; on the default device without one."""
+  mesh = jax.sharding.get_mesh()
+  where = None if mesh.empty else jax.tree.map(
+      lambda x: NamedSharding(mesh, _spec(x.shape, ("rows",), mesh, AXES)), tree)
+  return jax.device_put(tree, where)
+
+
+def _is_module(x):
+  return isinstance(x, nnx.Module)
+
+
+def _axes(variable):
+  axes = variable.get_metadata().get("axes", ())
+  # Layers that are scanned are stacked along axes in front.
+  return (None,) * (len(variable.shape) - len(axes)) + tuple(axes) if axes else ()
+
+
+def _spec(shape, axes, mesh, table):
+  where = [table[axis] for axis in axes] + [None] * (len(shape) - len(axes))
+  return PartitionSpec(*(at if at and size % _devices(mesh, at) == 0 else None for size, at in zip(shape, where)))
+
+
+def _devices(mesh, at):
+  names = (at,) if isinstance(at, str) else at or ()
+  return math.prod(mesh.shape[name] for name in names)
