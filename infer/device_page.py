@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from dspark_jax.programs import shell
 from infer.plots import PALETTE, STYLE
@@ -155,15 +156,19 @@ def drawn(page: Page) -> Figure:
                    label=f"plain, context {context}")
     rate_axes.fill_between(
         batches, *([n * r["batch"] / r["round_seconds"] for r in points] for n in (ACCEPTED[0], ACCEPTED[-1])),
-        color=colour, alpha=0.15, label=f"computed: {ACCEPTED[0]} to {ACCEPTED[-1]} tokens a round")
+        color=colour, alpha=0.15, label=None if context != contexts[0] else (
+            f"shaded, computed: {ACCEPTED[0]} to {ACCEPTED[-1]} tokens a round"))
   for axes, label, scale in ((time_axes, "ms", "log"), (share_axes, "% of the memory's speed", "linear"),
                              (rate_axes, "tokens/s", "log")):
     axes.set(xlabel="batch", ylabel=label, xscale="log", yscale=scale)
     axes.set_xticks(batches := sorted({r["batch"] for r in page.decoding}), batches)
+    if scale == "log":
+      axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
+  share_axes.set_ylim(bottom=0)
   share_axes.set_visible(bool(page.gb_per_second))
   time_axes.legend()
-  rate_axes.legend()
+  rate_axes.legend(loc="lower right")
   figure.suptitle(f"{page.device}, {page.model} size, bfloat16")
   return figure

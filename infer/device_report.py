@@ -346,7 +346,7 @@ def standing(target: Decoder, drafter: DSpark | None, batch: int, context: int, 
   """Rows in the middle of long texts, without the hours that writing them would take: caches are drawn."""
   (one,) = session.Session(target, drafter, budget=None).prepare([[0]] * batch, max_new_tokens=2)
   requests = jax.tree.map(jnp.asarray, one.args[2])
-  shapes = jax.eval_shape(lambda: start(Models.of(target, drafter), requests, slots))
+  shapes = jax.eval_shape(lambda *models: start(Models.of(*models), requests, slots), target, drafter)
   settings = requests.settings.replace(limit=jnp.full(batch, 2 ** 30, jnp.int32))
 
   def drawn(x):
