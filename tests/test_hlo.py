@@ -194,6 +194,19 @@ def test_kernels_move_what_their_author_says():
   assert module.unknown_kernels == ["silent"]
 
 
+def test_a_collective_beside_products_is_one():
+  """Kills: a gather that is counted in each fusion that holds a piece of it, also inside a loop that it spans."""
+  piece = "%q = f32[256]{0} parameter(0)\nROOT %h = f32[1024]{0} all-gather(%q), channel_id=4, dimensions={0}"
+  others = "".join(computation(name, piece) for name in ("begin", "go_on", "end"))
+  others += computation("l_test", TESTS["constant"]) + computation("l_body", loop_body(
+      "%y = f32[256]{0} fusion(%x), kind=kCustom, calls=%go_on"))
+  loop = LOOP.format(first=0, bound=5, name="l", known="").replace("ROOT ", "").replace(
+      "%loop", "%s = f32[1024]{0} fusion(%x), kind=kCustom, calls=%begin\n  %loop", 1)
+  ops = read(program(f"{loop}\n  ROOT %f = f32[1024]{{0}} fusion(%out), kind=kCustom, calls=%end", others))
+  assert {name: (op.collective, op.exchanged) for name, op in ops.items() if op.collective} == {
+      "s": ("all-gather", 4096)}
+
+
 def test_collectives_have_kinds_and_bytes():
   """Kills: the end of a collective counted again, a gather counted by its small side, one that is hidden in a fusion,
   one in a loop counted once."""

@@ -156,7 +156,7 @@ class Module:
     """What every instruction that costs something does, in order. `unknown_loops` then names the loops whose number of
     runs is not to be seen in the text, which are counted once, and `unknown_kernels` the kernels without an estimate.
     """
-    self.unknown_loops, self.unknown_kernels = [], []
+    self.unknown_loops, self.unknown_kernels, self._channels = [], [], set()
     return list(self._run(self.entry, 1))
 
   def _run(self, at, times):
@@ -177,7 +177,12 @@ class Module:
     read, written = self._moved(at, ins)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', ins.attributes)
     label = re.search(r'op_name="([^"]*)"', ins.attributes)
-    kind, exchanged = self._exchanged(at, ins)
+    kind, exchanged, channel = self._exchanged(at, ins)
+    # One that runs beside products stands in its start and in each of the fusions that hold a piece of it.
+    if channel in self._channels:
+      kind, exchanged = None, 0.0
+    if channel:
+      self._channels.add(channel)
     first = next((array for array in ins.results if array.dims), ins.results[0])
     return Operation(ins.name, ins.opcode, f"{first.dtype}[{','.join(map(str, first.dims))}]", times, read * times,
                      written * times, self._flops(at, ins) * times, (int(cycles[1]) if cycles else 0) * times, kind,
@@ -265,14 +270,15 @@ class Module:
   # Collectives, flops
 
   def _exchanged(self, at, ins):
-    """(kind, bytes in one run) of the collective that an instruction is, or holds where the compiler fused it."""
+    """(kind, bytes in one run, channel) of the collective that an instruction is, or holds where it was fused."""
     opcode = ins.opcode.removesuffix("-start")
     if opcode in COLLECTIVES:
       operands = sum(self.computations[at][name].size for name in ins.operands)
       results = ins.results[len(ins.operands):] if ins.opcode == "all-gather-start" else ins.results[:len(ins.operands)]
-      return opcode, max(operands, sum(array.size for array in results))
+      channel = re.search(r"channel_id=(\d+)", ins.attributes)
+      return opcode, max(operands, sum(array.size for array in results)), channel and channel[1]
     inside = (self._exchanged(ins.called, x) for x in self.computations.get(ins.called, {}).values())
-    return next((found for found in inside if found[0]), (None, 0))
+    return next((found for found in inside if found[0]), (None, 0, None))
 
   def _flops(self, at, ins):
     """Two per multiply-add of the products that it is or holds."""
