@@ -121,7 +121,7 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
     return p, jnp.maximum(1 - p.sum(-1), 0)
 
   def terms(drafts, bias, fixed):
-    (hidden, latent), (position, column, weights) = drafts, fixed
+    (hidden, latent), (position, column) = drafts, fixed
     p, outside = teacher(position)
     mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
     # In float32, as heads give it: elsewhere, TV in bfloat16 had gradients that were 6 to 31 % off.
@@ -130,32 +130,43 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
     label = jax.lax.broadcasted_iota(jnp.int32, log_q.shape, log_q.ndim - 1) == column[..., None]
     ce = -jnp.where(label, log_q, 0).sum(-1)
     tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
-    soft = -(p * log_q).sum(-1)
-    return sum((w * term).sum() for w, term in zip(weights, (ce, tv, soft))), (ce, tv, soft)
+    return ce, tv, -(p * log_q).sum(-1)
 
   flat = lambda x: x.reshape(batch, -1, *x.shape[3:])
   drafts = jax.tree.map(flat, (outputs.hidden, outputs.latent))
-  loss, found = _sum_of_chunks(terms, drafts, head.bias, jax.tree.map(flat, (position, columns, weights)), chunk)
+  weights, fixed = jax.tree.map(flat, (weights, (position, columns)))
+  loss, found = _sum_of_chunks(terms, weights, drafts, head.bias, fixed, chunk)
   return loss, tuple(jax.lax.stop_gradient(x).reshape(columns.shape) for x in found)
 
 
-def _sum_of_chunks(terms, drafts, bias, fixed, chunk):
-  """(sum of what `terms` gives first, f32[]; the arrays of drafts that it gives second) over chunks of drafts.
+def _sum_of_chunks(terms, weights, drafts, bias, fixed, chunk):
+  """(sum of the weighted terms, f32[]; the terms themselves, f32[B,N] each) of drafts [B,N,...], chunk by chunk.
 
-  Differentiable in drafts and bias. The weights of the terms are known before any model runs, so a chunk's gradient is
-  taken while its logits exist: three products with the vocabulary per draft instead of five when they are recomputed.
+  terms(drafts, bias, fixed) is of a chunk. Differentiable in drafts and bias. The weights of the terms are known before
+  any model runs, so a chunk's gradient is taken while its logits exist: three products with the vocabulary per draft
+  instead of five when they are recomputed.
   """
+  weighted_sum = lambda weights, found: sum((w * term).sum() for w, term in zip(weights, found))
+
   @jax.custom_vjp
   def total(drafts, bias):
-    return in_chunks(lambda part: terms(part[0], bias, part[1]), (drafts, fixed), chunk)
+    found = in_chunks(lambda part: ((), terms(part[0], bias, part[1])), (drafts, fixed), chunk)[1]
+    return weighted_sum(weights, found), found
 
   def forward(drafts, bias):
     def one(part):
-      (loss, rest), (d_drafts, d_bias) = jax.value_and_grad(terms, (0, 1), has_aux=True)(part[0], bias, part[1])
+      drafts, weights, fixed = part
+
+      def loss(drafts, bias):
+        found = terms(drafts, bias, fixed)
+        return weighted_sum(weights, found), found
+      # Of a chunk's loss the gradient alone: a sum in every chunk would be an exchange between devices in each.
+      (_, found), (d_drafts, d_bias) = jax.value_and_grad(loss, (0, 1), has_aux=True)(drafts, bias)
       # Added up over chunks in float32: bfloat16 keeps 8 bits of a sum.
-      return (loss, jax.tree.map(lambda x: x.astype(jnp.float32), d_bias)), (rest, d_drafts)
-    (loss, d_bias), (rest, d_drafts) = in_chunks(one, (drafts, fixed), chunk)
-    return (loss, rest), (d_drafts, jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias))
+      return jax.tree.map(lambda x: x.astype(jnp.float32), d_bias), (found, d_drafts)
+    d_bias, (found, d_drafts) = in_chunks(one, (drafts, weights, fixed), chunk)
+    d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias)
+    return (weighted_sum(weights, found), found), (d_drafts, d_bias)
 
   def backward(grads, cotangent):
     # cotangent[1] is of the terms themselves, which the caller detaches.
