@@ -190,7 +190,7 @@ class TestJudge:
     multiple of a tile, where layouts change), weights read twice, scores or logits that go to the main memory and back
     many times."""
     found, floor = judged("round", batch, capacity, sampling)
-    assert floor <= moved(found) <= 1.2 * floor
+    assert 0.97 * floor <= moved(found) <= 1.2 * floor  # less: the sequential head's table may stay on the chip
     assert found.module.unknown_loops == [] and cache_copies(found, batch, capacity) == [] and scatters(found) == []
 
   @pytest.mark.parametrize("batch, capacity, topology", [
