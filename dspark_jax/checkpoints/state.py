@@ -129,6 +129,9 @@ def _save(folder, name, sidecar, weights, carry=lambda folder: None):
     context = ocp.Context()
     # A device, or a host, that holds a part of an array reads these chunks of it: by default an array is one.
     context.array.saving.storage_options.chunk_byte_size = CHUNK
+    # Nobody changes them meanwhile, and a target's copies would not fit beside it: one array on its way at a time.
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = 1 + max(x.nbytes for x in weights.values())
     try:
       with context:
         ocp.save((new / "weights").absolute(), weights)
