@@ -66,8 +66,8 @@ class Page:
              if value]
     parts = [f"# {self.device}",
              f"By `python -m infer.device_report` on {time.strftime('%Y-%m-%d')}, jax {jax.__version__}, Python "
-             f"{sys.version.split()[0]}, one of {len(jax.devices())} devices, of which the makers state "
-             f"{' and '.join(rates) or 'nothing that is known here: give --gb-per-second and --tflops'}. "
+             f"{sys.version.split()[0]}, on the first of {len(jax.devices())}. Its speed, as stated: "
+             f"{' and '.join(rates) or 'not known here, give --gb-per-second and --tflops'}. "
              f"Weights are random but for SmolLM2's; layers are {self.layers}.",
              *self.correct_part(), *self.decoding_part(), *self.training_part(), *self.smollm2_part()]
     for title, found in (("Failed", self.failed), ("Left out", self.left_out)):

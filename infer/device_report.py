@@ -42,16 +42,16 @@ from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
+from dspark_jax.programs.compilers import CHIPS
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
+from dspark_jax.targets.sizes import MODELS
 from dspark_jax.training.losses import LossConfig
-from dspark_jax.training.step import StepConfig, init_state, train_step
+from dspark_jax.training.step import StepConfig, init_state, step_flops, train_step
 from dspark_jax.types import Batch
-from infer import bench, device_page, head_cost, memory
+from infer import bench, device_page, head_cost
+from infer.compile import spread_taps
 
-# GB/s of the memory and dense bfloat16 TFLOP/s, as the makers state them; the first whose words all stand in the name.
-CHIPS = {"H200": (4800, 989), "H100 PCIe": (2000, 756), "H100": (3350, 989), "A100 80GB": (2039, 312),
-         "A100": (1555, 312), "L40S": (864, 362), "L40": (864, 181), "L4": (300, 121), "B200": (8000, 2250),
-         "TPU v4": (1228, 275), "TPU v5 lite": (819, 197), "TPU v5": (2765, 459), "TPU v6 lite": (1640, 918)}
+MODEL = "qwen3-4b"
 # Of the model whose numbers are compared with the CPU's: a minute of compiling, and enough heads to confuse.
 SMALL = TargetConfig("qwen3", BlockSpec(256, 768, 8, 2, 64, 1e-6, 1e6, qk_norm=True), 4, 4096, True, 8192)
 TINY = TargetConfig("qwen3", BlockSpec(32, 64, 4, 2, 16, 1e-6, 1e6, qk_norm=True), 2, 256, True, 8192)
@@ -123,15 +123,15 @@ def main(settings: Settings) -> dict:
     raise ValueError("JAX sees no accelerator here: install jax[cuda13] or jax[tpu] and unset JAX_PLATFORMS, or give "
                      "--allow-cpu to try this program at a tiny size")
   kind = jax.devices()[0].device_kind
-  rates = known(kind)
-  target, drafter = (TINY, tiny_drafter(TINY)) if on_cpu else (memory.TARGET, memory.DRAFTER)
+  chip = CHIPS.get(kind)
+  target, drafter = (TINY, tiny_drafter(TINY)) if on_cpu else (MODELS[MODEL], paper_drafter(MODELS[MODEL]))
   here = Bench(settings, target, drafter, not on_cpu if settings.scanned is None else settings.scanned,
-               time.monotonic() + 60 * settings.minutes, settings.gb_per_second or rates[0],
-               settings.tflops or rates[1])
+               time.monotonic() + 60 * settings.minutes, settings.gb_per_second or chip and chip.bandwidth / 1e9,
+               settings.tflops or chip and chip.flops / 1e12)
   name = re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
   page = device_page.Page(
       kind, settings.out / f"{name}.md", settings.out / f"{name}.png", here.gb_per_second, here.tflops,
-      "tiny" if on_cpu else "qwen3-4b", "scanned" if here.scanned else "unrolled",
+      "tiny" if on_cpu else MODEL, "scanned" if here.scanned else "unrolled",
       drafter.block_size)
   run(here, page)
   if page.wrong or page.failed:
@@ -140,9 +140,10 @@ def main(settings: Settings) -> dict:
   return page.summary()
 
 
-def known(kind: str) -> tuple[float | None, float | None]:
-  """(GB/s, TFLOP/s) of a device, as its maker states them."""
-  return next((rates for name, rates in CHIPS.items() if all(word in kind for word in name.split())), (None, None))
+def paper_drafter(target: TargetConfig) -> DSparkConfig:
+  """What the paper's authors released for a Qwen3."""
+  choices = DSparkChoices(taps=spread_taps(target.num_layers), mask_token_id=151_669)
+  return DSparkConfig.for_target(choices, target)
 
 
 def tiny_drafter(target: TargetConfig) -> DSparkConfig:
@@ -394,29 +395,10 @@ def training(here: Bench) -> dict:
   seconds, loss = bench.fastest(call, 3)
   if not np.isfinite(loss.sum):
     raise LeftOut(f"the loss is {float(loss.sum)} after a few steps")
-  useful = useful_flops(here.target, here.drafter, tokens, anchors)
+  useful = step_flops(here.target, here.drafter, rows=1, length=tokens, blocks=anchors)
   return {"tokens": tokens, "anchors": anchors, "seconds": seconds, "useful_tflop": useful / 1e12,
           "mfu": here.tflops and useful / 1e12 / seconds / here.tflops,
           "arguments_gb": stats.argument_size_in_bytes / 1e9, "temporaries_gb": stats.temp_size_in_bytes / 1e9}
-
-
-def useful_flops(target: TargetConfig, drafter: DSparkConfig, tokens: int, anchors: int) -> float:
-  """Floating-point operations that one step of one sequence cannot do without: nothing that is computed twice, and of
-  attention only pairs that may see each other. A frozen weight has no gradient of its own."""
-  def layer(spec):
-    queries, keys = (n * spec.hidden_size * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads))
-    return 2 * queries + 2 * keys + 3 * spec.hidden_size * spec.intermediate_size, 2 * keys
-
-  spec, block = target.spec, anchors * drafter.block_positions
-  heads = spec.num_heads * spec.head_dim
-  matrices, keys = layer(spec)
-  encode = target.num_layers * (2 * matrices * tokens + 4 * heads * tokens * tokens / 2)
-  # Forward and, twice as much, backward. Blocks see half of the context on average.
-  draft = 3 * drafter.num_layers * (2 * matrices * block + 2 * keys * tokens
-                                    + 4 * heads * block * (tokens / 2 + drafter.block_positions))
-  fuse = 2 * 2 * len(drafter.taps) * spec.hidden_size ** 2 * tokens  # the features it reads are frozen
-  words = 2 * anchors * drafter.block_size * drafter.words
-  return encode + draft + fuse + words * (3 * spec.hidden_size + 3 * drafter.markov_rank)
 
 
 if __name__ == "__main__":

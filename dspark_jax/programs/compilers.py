@@ -24,11 +24,15 @@ class Chip:
 
 
 GIB = 2 ** 30
-# By device_kind. TPUs: docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x. H100: the data sheet of the SXM form.
+# By device_kind. TPUs: docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x. GPUs: their data sheets.
 CHIPS = {"TPU v5 lite": Chip("v5e", 15.75 * GIB, 819e9, 197e12), "TPU v5": Chip("v5p", 95.73 * GIB, 2765e9, 459e12),
          "TPU v6 lite": Chip("v6e", 31.24 * GIB, 1638e9, 918e12),
          "TPU7x": Chip("tpu7x", 94.74 * GIB, 7380e9 / 2, 2307e12 / 2),
-         "NVIDIA H100 80GB HBM3": Chip("h100", 80e9, 3350e9, 989e12)}
+         "NVIDIA H100 80GB HBM3": Chip("h100", 80e9, 3350e9, 989e12),
+         "NVIDIA H100 PCIe": Chip("h100-pcie", 80e9, 2000e9, 756e12),
+         "NVIDIA H200": Chip("h200", 141e9, 4800e9, 989e12),
+         "NVIDIA A100-SXM4-80GB": Chip("a100", 80e9, 2039e9, 312e12),
+         "NVIDIA L4": Chip("l4", 24e9, 300e9, 121e12)}
 
 
 def chip_of(device: jax.Device) -> Chip:
