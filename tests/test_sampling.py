@@ -1,5 +1,9 @@
-"""Distributions against goldens and a NumPy reference that sorts; draws against zeros and a chi-square."""
+"""Distributions against goldens and a NumPy reference that sorts; draws against zeros and a chi-square. All of it by
+what CPUs and by what TPUs are given."""
 
+import functools
+import platform
+import re
 from pathlib import Path
 
 import jax
@@ -9,12 +13,31 @@ import pytest
 from scipy import stats
 
 from dspark_jax import sampling as subject
+from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.sampling import make_sampling, split_keys
+from test_targets import compile_as
 
-# Op by op, each shape would compile dozens of little programs.
-argmax, draw, probabilities = jax.jit(subject.argmax), jax.jit(subject.draw), jax.jit(subject.probabilities)
 GOLDEN = Path(__file__).parent / "golden" / "sampling"
 ROWS, VOCABULARY = 6, 131
+
+
+@functools.cache
+def compiled(name, platform, candidates=subject.CANDIDATES, search=subject._lowest_by_search):
+  """A function of `sampling` as a platform is given it. Op by op, a shape would compile dozens of little programs."""
+  def traced(*args):
+    with pytest.MonkeyPatch.context() as patch:
+      compile_as(platform, patch)
+      patch.setattr(subject, "CANDIDATES", candidates)
+      patch.setattr(subject, "_lowest_by_search", search)
+      return getattr(subject, name)(*args)
+  return jax.jit(traced)
+
+
+@pytest.fixture(params=["cpu", "tpu"], autouse=True)
+def chip(request, monkeypatch):
+  for name in ("argmax", "draw", "probabilities"):
+    monkeypatch.setitem(globals(), name, compiled(name, request.param))
+  return request.param
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +132,60 @@ def test_padded_vocabulary_has_no_mass(logits, sampling):
   np.testing.assert_allclose(probs[:, :100], expected, atol=1e-6)
 
 
+def no_search(scaled, *limits):
+  return jnp.full(scaled.shape[:-1], -1e-3)
+
+
+CASES = {  # settings, and whether the last token that stays is among 8 candidates
+  "top-k": ((0.7, 5), True), "top-p": ((0.5, 0, 0.6), True), "both": ((0.5, 6, 0.9), True), "neither": ((1.0,), True),
+  "wide top-k": ((0.7, 40), False), "wide top-p": ((2.0, 0, 0.95), False), "wide both": ((2.0, 300, 0.9), False),
+  "top-p of a wide top-k": ((0.3, 200, 0.5), False), "all": ((1.0, 5000, 1.0), True), "greedy": ((0.0, 3), True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_candidates_change_nothing(case, chip):
+  """Kills: a cut among too few candidates, ties that are no candidates cut off, a row that is searched, or counted
+  otherwise, since its neighbour needs the search."""
+  size, few = 600, compiled("probabilities", chip, 8)
+  rng = np.random.default_rng(3)
+  rows = 3 * rng.normal(size=(4, 2, size)).astype(np.float32)
+  rows[1], rows[2, :, 100:120], rows[3, :, :590] = np.round(rows[1]), 12.0, -np.inf  # ties, of more than 8; few tokens
+  setting, among = CASES[case]
+  found = few(rows, make_sampling(*setting))
+  wanted = np.array(compiled("probabilities", "cpu")(rows, make_sampling(*setting)))
+  np.testing.assert_array_equal(found > 0, wanted > 0)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=0)
+  settings = list(zip(*[(*setting, *(0, 1.0)[len(setting) - 1:]), (2.0, 0, 0.99), (0.7, 0, 0.3), (1.0, 99, 0.7)]))
+  # Sums that are added up otherwise hardly ever show: a search that finds nothing but nonsense would.
+  unsearched = few if chip == "cpu" or not among else compiled("probabilities", chip, 8, no_search)
+  for wide in (np.zeros((3, 2, size), np.float32), np.full((3, 2, size), np.nan, np.float32), rows[1:]):
+    together = unsearched(np.concatenate([rows[:1], wide]), make_sampling(*settings))
+    np.testing.assert_array_equal(together[0], found[0])
+
+
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")
+@pytest.mark.parametrize("chip", ["tpu"], indirect=True)
+def test_a_split_vocabulary_stays_where_it_is():
+  """Kills: logits that are gathered, padded or sorted on a TPU: shards exchange their maxima, sums and candidates."""
+  absent_tpu("v5p:2x2x1")
+  from jax.experimental import topologies  # after its surroundings are set
+  mesh = jax.sharding.Mesh(topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices, "tensor")
+  place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+  on = lambda x, *axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(*axes))
+  rows = on(jax.ShapeDtypeStruct((2, 4, 32000), jnp.float32), None, None, "tensor")
+  keys = on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 4))))
+  sampling = jax.tree.map(on, make_sampling([1.0, 0.7], 50, 0.9))
+
+  @jax.jit
+  def both(keys, rows, sampling):
+    return subject.draw(keys, subject.probabilities(rows, sampling)), subject.argmax(rows)
+
+  text = both.lower(keys, rows, sampling).compile().as_text()
+  moved = re.findall(r"= \(?\w+\[([\d,]*)\].*? (?:sort|all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+  assert moved and max(np.prod([int(n) for n in shape.split(",")]) for shape in moved) <= 8 * 4 * subject.CANDIDATES
+  assert "TopK" in text
+
+
 def test_settings_do_not_recompile(logits):
   """Kills: temperature, top_k or top_p as static values: one compile per user setting."""
   compiled = jax.jit(lambda logits, sampling: subject.probabilities(logits, sampling))
@@ -139,9 +216,10 @@ def test_broken_logits_are_no_token(logits, broken, where):
 
 
 def test_draw_never_takes_a_zero_and_follows_probs(logits):
-  """Kills: log(0 + eps), draws from logits instead of probs, chunk masses of the wrong chunk.
+  """Kills: log(0 + eps), draws from logits instead of probs, chunk masses of the wrong chunk, times that are no
+  exponential ones.
 
-  Chi-square on 6 x 5000 draws, expected counts >= 5; fixed keys; a correct draw fails with probability 6e-6.
+  Chi-square on 2 x 6 x 5000 draws, expected counts >= 5; fixed keys; a correct draw fails with probability 1.2e-5.
   """
   n = 5000
   probs = np.asarray(probabilities(logits, make_sampling(1.0, 40, 0.99)))
