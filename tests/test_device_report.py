@@ -65,7 +65,7 @@ def test_speeds(kind, speeds, bare, tmp_path, monkeypatch):
   monkeypatch.setattr(report, "run", lambda here, page: None)
   summary = report.main(report.Settings(out=tmp_path))
   assert (summary["gb_per_second"], summary["tflops"]) == speeds and summary["model"] == "qwen3-4b"
-  assert summary["layers"] == "scanned" and summary["page"].endswith(f"{kind.lower().replace(' ', '-')}.md")
+  assert summary["layers"] == "unrolled" and summary["page"].endswith(f"{kind.lower().replace(' ', '-')}.md")
 
 
 def test_no_accelerator(capsys, tmp_path, monkeypatch):

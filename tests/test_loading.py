@@ -21,6 +21,7 @@ from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets import TARGETS
+from dspark_jax.targets.decoder import scans
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3,
                      sharded, target_of, words)
 
@@ -200,6 +201,7 @@ def test_scanned_is_stacked():
   (layer,) = dspark_jax.load_target(QWEN3, scanned=True).layers  # a period of one
   stacked = parameters(layer)
   assert isinstance(dspark_jax.load_target(QWEN3).layers, type(qwen3().layers))  # the default on a CPU
+  assert [scans(platform) for platform in ("cpu", "gpu", "cuda", "tpu")] == [False, False, False, True]
   for name, variable in stacked.items():
     for index, layer in enumerate(qwen3().layers):
       np.testing.assert_array_equal(variable[index], parameters(layer)[name][...])

@@ -289,6 +289,14 @@ def dense():
   return attention_gradients(dense_attention)
 
 
+def test_products_that_gpus_keep_apart(dense, monkeypatch):
+  """Kills: a value or a gradient that is lost where GPUs are kept from one product of both parts."""
+  compile_as("cuda", monkeypatch)
+  out, gradients = attention_gradients(block_attention)
+  close(out, dense[0], atol=1e-6)
+  jax.tree.map(functools.partial(close, atol=1e-5), gradients, dense[1])
+
+
 @pytest.mark.parametrize("blocks_at_a_time", [6, 2, 1])
 def test_block_attention_is_dense_attention(blocks_at_a_time, dense, monkeypatch):
   """Kills: parts merged with two maxima; a chunk with its neighbour's mask; NaN where nothing is seen."""
