@@ -98,9 +98,13 @@ def shardings(tree: Any) -> Any:
   Modules' weights live where their logical axes are stored. So do arrays under the name of a parameter of one of the
   modules, in its shape: an optimizer's moments. Whatever else there is lives on all devices.
   """
-  mesh, named = jax.sharding.get_mesh(), {}
-  if mesh.empty:
-    return None
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else jax.tree.map(lambda spec: NamedSharding(mesh, spec), _stored(tree, mesh))
+
+
+def _stored(tree, mesh):
+  """`shardings` as PartitionSpecs."""
+  named = {}
   for module in jax.tree.leaves(tree, is_leaf=_is_module):
     if _is_module(module):
       named |= {name: (v.shape, _axes(v)) for name, v in parameters(module).items()}
@@ -111,7 +115,7 @@ def shardings(tree: Any) -> Any:
       axes = _axes(leaf)
     elif path and getattr(path[-1], "key", None) in named and named[path[-1].key][0] == shape:
       axes = named[path[-1].key][1]
-    return NamedSharding(mesh, _spec(shape, axes, mesh, STORED))
+    return _spec(shape, axes, mesh, STORED)
 
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
   return jax.tree.unflatten(jax.tree.structure(tree), [place(*leaf) for leaf in leaves])
@@ -130,9 +134,15 @@ def place(tree: Any) -> Any:
 
 def made(function: Callable, *args) -> Any:
   """function(*args), a tree that is born where `shardings` says: on a mesh no device ever holds an array whole."""
-  if jax.sharding.get_abstract_mesh().empty:  # unlike get_mesh() also where shapes are all that is asked for
+  mesh = jax.sharding.get_abstract_mesh()  # the mesh itself cannot be had where only shapes are asked for
+  if mesh.empty:
     return function(*args)
-  return jax.jit(function, out_shardings=shardings(jax.eval_shape(function, *args)))(*args)
+
+  @jax.jit
+  def born(*args):
+    tree = function(*args)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, _stored(tree, mesh))
+  return born(*args)
 
 
 def place_rows(tree: Any) -> Any:
