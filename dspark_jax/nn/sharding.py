@@ -92,6 +92,18 @@ def local(size: int, axis: str) -> int:
   return size if size % devices else size // devices
 
 
+def each_its_part(function: Callable, places: tuple[tuple[str | None, ...], ...], *args: Array) -> Array:
+  """function(*args), an array like the first, run by every device of the current mesh on its parts alone.
+
+  places: the logical axes of each argument. For what XLA would not divide, though no part needs another.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(*args)
+  specs = tuple(_spec(x.shape, axes, mesh, AXES) for x, axes in zip(args, places))
+  return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
 def shardings(tree: Any) -> Any:
   """A NamedSharding on the current mesh for every array of a tree of modules and of anything else; None without one.
 
