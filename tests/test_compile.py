@@ -22,6 +22,7 @@ from dspark_jax.programs import compiled, compilers, shell
 from dspark_jax.programs.compilers import absent_devices
 from dspark_jax.targets import sizes
 from dspark_jax.targets.decoder import TargetConfig
+from dspark_jax.training.losses import LossConfig
 from infer import compile as decoding
 from train import compile as training
 from train.train import drafter_config
@@ -226,14 +227,16 @@ class TestJudge:
     assert cache_copies(found, batch, 2048, devices=4) == []
 
   def test_a_training_step_needs_no_more_than_a_few_chunks(self):
-    """Kills: logits of all draft positions, or scores of all anchors, at a time."""
-    spec = dataclasses.replace(SMALL.spec, hidden_size=1024, intermediate_size=2048, num_heads=16)
-    config = dataclasses.replace(qwen3_4b, batch=1, row_length=2048, anchors=256, drafter=dataclasses.replace(
-        qwen3_4b.drafter, taps=(0,), mask_token_id=0, num_layers=1))
+    """Kills: logits of all draft positions at a time."""
+    spec = dataclasses.replace(SMALL.spec, hidden_size=1024, intermediate_size=2048, num_heads=8)
     target = dataclasses.replace(SMALL, spec=spec, vocab_size=32_768)
+    config = dataclasses.replace(
+        qwen3_4b, batch=1, row_length=1024, anchors=128, loss=LossConfig(chunk=256), drafter=dataclasses.replace(
+            qwen3_4b.drafter, taps=(0,), mask_token_id=0, num_layers=1))
     with jax.set_mesh(MeshConfig().build(absent_devices("v5p:2x2x1"))):
       args = training.arguments(config, target, drafter_config(config.drafter, target))
       found = compiled.read(training.lower(config, *args))
     logits, gradients = 4 * config.loss.chunk * target.vocab_size, compiled.size(args[0].drafter)
-    assert config.anchors * config.drafter.block_size > config.loss.chunk
-    assert found.temporaries <= gradients + 4 * logits
+    # A chunk's logits of draft and target, and their gradients. With the logits of all 896 positions it takes 9 more.
+    assert config.anchors * config.drafter.block_size > 3 * config.loss.chunk
+    assert found.temporaries <= gradients + 5 * logits

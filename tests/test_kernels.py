@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dspark_jax.decoding import session
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.nn import pallas_decode
 from dspark_jax.nn.attention import Context, Kernels, Place, at_once, attend, following, sequence
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from dspark_jax.types import Committed
@@ -123,7 +124,7 @@ def test_sequences_by_splash():
   jax.tree.map(functools.partial(close, atol=1e-5), got[1], wanted[1])
 
 
-@pytest.mark.parametrize("case", ["sorted", "unsorted", "dummies alone", "columns"])
+@pytest.mark.parametrize("case", ["sorted", "unsorted, and dummies alone", "columns"])
 def test_training_blocks_by_splash(case):
   """Kills: a merge whose second part has no gradient, or one without the gradient of the parts' log-sum-exps; a block
   that sees its anchor or another document; tiles skipped that are seen, where anchors are not sorted; NaN of blocks
@@ -133,7 +134,7 @@ def test_training_blocks_by_splash(case):
   if case == "columns":  # a recurrent drafter's: every slot a block of one row, with two keys of its own
     blocks, steps = slots, 1
     anchors, keep = np.broadcast_to(np.arange(slots), (rows, slots)), np.ones((rows, slots), bool)
-  elif case == "dummies alone":
+  elif case == "unsorted, and dummies alone":
     keep[0], keep[1, 150:] = False, False
   elif case == "sorted":
     anchors, keep = np.minimum(np.sort(anchors), 200), np.arange(blocks) < np.array([[180], [200]])
@@ -151,10 +152,6 @@ def test_training_blocks_by_splash(case):
   jax.tree.map(functools.partial(close, atol=1e-5), got[1], wanted[1])
 
 
-def mesh_of(**sizes):
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-
 @pytest.mark.parametrize("sizes, rows, heads", [
     (dict(data=2, fsdp=2, tensor=2), ("data", "fsdp"), "tensor"), (dict(data=8), None, None)])
 def test_each_device_runs_its_rows_and_heads(sizes, rows, heads):
@@ -166,7 +163,7 @@ def test_each_device_runs_its_rows_and_heads(sizes, rows, heads):
   q, k, v = normal(0, 4, 1, 3, 4, 8), normal(1, 4, 1, 3, 2, 8), normal(2, 4, 1, 3, 2, 8)
   context = cached(3, lengths, layers=2, heads=2, slots=20, width=8)
   wanted = jax.jit(attend)(q, k, v, place.replace(kernels=Kernels()), context)
-  with jax.set_mesh(mesh := mesh_of(**sizes)):
+  with jax.set_mesh(mesh := MeshConfig(**sizes).build()):
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     new = [put(x, rows, None, None, heads) for x in (q, k, v)]
     place = jax.tree.map(lambda x: put(x, rows if x.shape[0] > 1 else None), place)
@@ -191,7 +188,7 @@ def test_each_device_trains_on_its_rows_and_heads():
 
   slopes = jax.jit(jax.grad(loss), static_argnums=1)
   wanted = slopes(arrays, Kernels())
-  with jax.set_mesh(mesh := mesh_of(data=2, tensor=2)):
+  with jax.set_mesh(mesh := MeshConfig(data=2, tensor=2).build()):
     put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", *[None] * (x.ndim - 3), "tensor")))
     compiled = slopes.lower(jax.tree.map(put, arrays), TRAIN).compile()
     jax.tree.map(functools.partial(close, atol=1e-5), compiled(jax.tree.map(put, arrays)), wanted)
@@ -203,13 +200,13 @@ def test_heads_that_a_mesh_does_not_divide_are_refused():
   """Kills: a cache that every device reads whole, without a word."""
   place = at_once(None, *[jnp.zeros((1, 1, 1), jnp.int32)] * 2, kernels=DECODE)
   new = [normal(i, 1, 1, 1, 2, 8) for i in range(3)]
-  with jax.set_mesh(mesh_of(tensor=4)), pytest.raises(ValueError, match="2 key heads cannot be split over 4 devices"):
+  with MeshConfig(tensor=4).use(), pytest.raises(ValueError, match="2 key heads cannot be split over 4 devices"):
     jax.jit(attend)(*new, place, Context(normal(3, 1, 2, 20, 8), normal(4, 1, 2, 20, 8), "rows"))
 
 
 def test_what_does_not_suit_is_refused():
   """Kills: a kernel that another name, layout or width of heads gets in silence."""
-  with pytest.raises(ValueError, match="decode is 'cudnn', expected reference or pallas"):
+  with pytest.raises(ValueError, match="decode is 'cudnn', expected auto, reference or pallas"):
     Kernels(decode="cudnn")
   target = small_target("qwen3")  # heads of 6
   with pytest.raises(ValueError, match="the model's are columns"):
@@ -238,9 +235,10 @@ LIBTPU = pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux",
 shapes = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
 
 
+@pytest.mark.tpu_compiler
 @LIBTPU
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
-@pytest.mark.parametrize("rows, new, capacity", [(8, 8, 2112), (32, 1, 2048), (1, 256, 2240)])
+@pytest.mark.parametrize("topology, rows, new, capacity", [
+    ("v5p:2x2x1", 8, 8, 2112), ("v5e:2x2", 32, 1, 2048), ("v6e:2x2", 1, 256, 2240), ("v5e:2x2", 1, 256, 2048)])
 def test_the_tpu_compiler_gives_the_kernel_its_cache(topology, rows, new, capacity):
   """Kills: a layer's cache that is copied for the kernel, a stack that is copied for the next layer's write, and blocks
   that do not fit the fast memory of a chip."""
@@ -267,8 +265,9 @@ def test_the_tpu_compiler_gives_the_kernel_its_cache(topology, rows, new, capaci
   assert memory.temp_size_in_bytes < (2 * 2 * layer if new < 256 else 40e6)
 
 
+@pytest.mark.tpu_compiler
 @LIBTPU
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
 def test_the_tpu_compiler_holds_no_scores(topology):
   """Kills: scores of all blocks with a whole sequence, which are 5 GB in training, and tiles that do not fit a chip."""
   blocks, steps, slots = 512, 7, 4096

@@ -205,14 +205,15 @@ PROGRAMS = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for part i
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help(name, monkeypatch, capsys):
   """Kills: a program that cannot say what it does, e.g. for an import of something that is not installed."""
-  args = ["--help"] if name != "train.train" else ["--config", str(ROOT / "configs" / "demo.py"), "--help"]
+  experiment = {"train.train": "TrainConfig", "train.compile": "CompileConfig"}.get(name)
+  args = ["--config", str(ROOT / "configs" / "demo.py"), "--help"] if experiment else ["--help"]
   monkeypatch.setattr(sys, "argv", [name, *args])
   monkeypatch.delitem(sys.modules, name, raising=False)
   with pytest.raises(SystemExit) as exit_:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
   out = capsys.readouterr().out
   assert exit_.value.code == 0
-  settings = TrainConfig if name == "train.train" else importlib.import_module(name).Settings
+  settings = getattr(importlib.import_module(name), experiment or "Settings")
   for field in dataclasses.fields(settings):
     assert "--" + field.name.replace("_", "-") in out, field.name
 
@@ -339,6 +340,7 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
   config.write_text(f"from pathlib import Path, PosixPath\nfrom dspark_jax.training.losses import LossConfig\n"
                     f"from dspark_jax.training.step import OptimizerConfig\n"
                     f"from dspark_jax.drafters.dspark import DSparkSettings\n"
+                    "from dspark_jax.nn.attention import Kernels\nfrom dspark_jax.nn.sharding import MeshConfig\n"
                     f"from train.config import TrainConfig\nconfig = {experiment(folder, out)!r}\n")
   assert read_config(str(config)) == experiment(folder, out)
   run = spawn(compiled_once, "train.train", "--config", config)

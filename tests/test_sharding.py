@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 from dspark_jax.decoding.session import generate
-from dspark_jax.drafters import DRAFTERS
+from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
+from dspark_jax.loading import new_drafter
 from dspark_jax.metrics import mean
 from dspark_jax.nn.layers import BlockSpec, Linear
 from dspark_jax.nn.parameters import parameters
-from dspark_jax.nn.sharding import AXES, MeshConfig, constrain, local, place, place_rows, shardings
+from dspark_jax.nn.sharding import AXES, MeshConfig, constrain, local, made, place, place_rows, shardings
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training import step as training
@@ -158,3 +159,17 @@ def test_text_on_a_mesh(kind, mesh, settings):
   alone, spread = said(kind, **dict(settings)), said(kind, mesh, **dict(settings))
   assert spread.tokens == alone.tokens and spread.n_accept == alone.n_accept
   assert any(map(any, alone.n_accept)) or kind == "plain"
+
+
+def test_what_is_made_is_born_in_parts():
+  """Kills: a drafter, or its optimizer's state, that is made whole on one device before it is divided; one whose shapes
+  cannot be asked for on a mesh."""
+  config = DSparkConfig.for_target(DSparkChoices(taps=(0, 1), mask_token_id=VOCABULARY - 1), target_of().config)
+  begin = functools.partial(init_state, config=StepConfig(), seed=0, total_steps=2)
+  with MeshConfig(fsdp=8).use():
+    drafter = new_drafter(config)
+    shapes, state = jax.eval_shape(lambda: new_drafter(config)), made(begin, drafter)
+    where = shardings(state)
+  assert jax.tree.structure(shapes) == jax.tree.structure(drafter)
+  assert drafter.fc.weight[...].addressable_shards[0].data.size == drafter.fc.weight.size // 8
+  assert all(x.sharding.is_equivalent_to(s, x.ndim) for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(where)))

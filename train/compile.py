@@ -24,6 +24,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import tyro
 from flax import nnx
 
 from dspark_jax.drafters.model import DrafterConfig
@@ -40,6 +41,7 @@ from train.config import TrainConfig, experiment, read_config
 from train.train import drafter_config, step_config
 
 
+@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # as for train.train; it is not inherited
 @dataclasses.dataclass(frozen=True)
 class CompileConfig(TrainConfig):
   topology: str = "v5p:2x2x1"

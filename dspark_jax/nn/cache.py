@@ -7,6 +7,7 @@ that call has overwritten them, so nothing is ever cleared.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.struct
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.nn.attention import Context, sequence
-from dspark_jax.nn.sharding import constrain, sharding_of
+from dspark_jax.nn.sharding import constrain, each_its_part, sharding_of
 from dspark_jax.types import Array
 
 # How keys lie. Along columns f[...,h,S] the CPU reads them faster for its products. Rows f[...,S,h] are what an
@@ -56,11 +57,17 @@ class Full:
     """
     k, v = (jnp.swapaxes(x, 1, 2).astype(self.v.dtype) for x in (k, v))
     k, axis = (jnp.swapaxes(k, 2, 3), 3) if self.layout == "columns" else (k, 2)
-    return self.replace(k=self._put(self.k, k, start, axis), v=self._put(self.v, v, start, 2))
+    layer = jnp.int32(0) if self.layer is None else self.layer
+    there, rows = (None,) * self.stacked + ("rows", "heads"), ("rows", "heads")
 
-  def _put(self, old, new, start, axis):
+    def put(old, new, axis):  # Row by row on one device: left to XLA, devices that share the rows would copy the stack.
+      write = functools.partial(self._put, axis=axis)
+      return each_its_part(write, (there, rows, ("rows",), ()), old, new, start, layer)
+    return self.replace(k=put(self.k, k, axis), v=put(self.v, v, 2))
+
+  def _put(self, old, new, start, layer, *, axis):
     """old with a window new[b] per row b, its first slot (on `axis` of new f[B,K,...]) at start[b]."""
-    batch, lead = new.shape[0], (self.layer,) if self.stacked else ()
+    batch, lead = new.shape[0], (layer,) if self.stacked else ()
     # Row by row, for accelerators: of a batch of scattered windows one row long (a plain step) the TPU compiler makes
     # another layout from 16 rows on, and copies the stack into it and back in every step (Qwen3-4B, v5p, 16 rows: 42.5
     # GB a step, with this loop 13.6); 64 scattered windows also take twice the cycles of 64 updates.
@@ -77,7 +84,7 @@ class Full:
     # becomes) 16 rows of 8 tokens were 131,072 updates.
     where = [jnp.arange(batch, dtype=jnp.int32), start.astype(jnp.int32)]
     if lead:
-      where.insert(0, jnp.broadcast_to(self.layer, (batch,)))
+      where.insert(0, jnp.broadcast_to(layer, (batch,)))
     skip, lead = len(lead), tuple(range(len(lead)))
     # Rows are counted up, hence sorted and unique; in bounds by the promise that callers of `write` make.
     numbers = jax.lax.ScatterDimensionNumbers(

@@ -80,18 +80,18 @@ def _kernel(layer, bounds, q, k, v, own, far_k, far_v, out, top, total, summed, 
 
   def attend(head, keys, values, visible):
     """Adds keys and values [n,h] to the sums of a head; visible bool[R or 1,n]."""
-    scores = jax.lax.dot_general(q[0, head, 0], keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if keys.shape[0] == 1:  # a plain step's own block: Mosaic has no products over one key
+      product = lambda weights, values: weights * values.astype(jnp.float32)
+      scores = (q[0, head, 0].astype(jnp.float32) * keys.astype(jnp.float32)).sum(-1, keepdims=True)
+    else:
+      product = lambda weights, values: _contract(weights.astype(values.dtype), values, 0)
+      scores = _contract(q[0, head, 0], keys, 1)
     scores = jnp.where(visible, scores, NEG)
     new = jnp.maximum(top[head], scores.max(-1, keepdims=True))
     # Masked again: of a row that has seen nothing yet, new is NEG too, and exp(NEG - NEG) is 1.
     weights, scale = jnp.where(visible, jnp.exp(scores - new), 0.0), jnp.exp(top[head] - new)
-    if keys.shape[0] == 1:  # Mosaic has no product over one key
-      product = weights * values.astype(jnp.float32)
-    else:
-      product = jax.lax.dot_general(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())),
-                                    preferred_element_type=jnp.float32)
     top[head], total[head] = new, scale * total[head] + weights.sum(-1, keepdims=True)
-    summed[head] = scale * summed[head] + product
+    summed[head] = scale * summed[head] + product(weights, values)
 
   @pl.when(j == 0)
   def _():
@@ -114,3 +114,8 @@ def _kernel(layer, bounds, q, k, v, own, far_k, far_v, out, top, total, summed, 
     # Tiny, so that nothing seen is 0 / tiny and not 0 / 0.
     sums = jnp.maximum(total[...], jnp.finfo(jnp.float32).tiny)
     out[0, :, 0] = (summed[...] / sums).astype(out.dtype)
+
+
+def _contract(a, b, axis):
+  """f32: the sum over the last axis of a and `axis` of b."""
+  return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

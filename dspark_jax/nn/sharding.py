@@ -92,15 +92,31 @@ def local(size: int, axis: str) -> int:
   return size if size % devices else size // devices
 
 
+def each_its_part(function: Callable, places: tuple[tuple[str | None, ...], ...], *args: Array) -> Array:
+  """function(*args), an array like the first, run by every device of the current mesh on its parts alone.
+
+  places: the logical axes of each argument. For what XLA would not divide, though no part needs another.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(*args)
+  specs = tuple(_spec(x.shape, axes, mesh, AXES) for x, axes in zip(args, places))
+  return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
 def shardings(tree: Any) -> Any:
   """A NamedSharding on the current mesh for every array of a tree of modules and of anything else; None without one.
 
   Modules' weights live where their logical axes are stored. So do arrays under the name of a parameter of one of the
   modules, in its shape: an optimizer's moments. Whatever else there is lives on all devices.
   """
-  mesh, named = jax.sharding.get_mesh(), {}
-  if mesh.empty:
-    return None
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else jax.tree.map(lambda spec: NamedSharding(mesh, spec), _stored(tree, mesh))
+
+
+def _stored(tree, mesh):
+  """`shardings` as PartitionSpecs."""
+  named = {}
   for module in jax.tree.leaves(tree, is_leaf=_is_module):
     if _is_module(module):
       named |= {name: (v.shape, _axes(v)) for name, v in parameters(module).items()}
@@ -111,7 +127,7 @@ def shardings(tree: Any) -> Any:
       axes = _axes(leaf)
     elif path and getattr(path[-1], "key", None) in named and named[path[-1].key][0] == shape:
       axes = named[path[-1].key][1]
-    return NamedSharding(mesh, _spec(shape, axes, mesh, STORED))
+    return _spec(shape, axes, mesh, STORED)
 
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
   return jax.tree.unflatten(jax.tree.structure(tree), [place(*leaf) for leaf in leaves])
@@ -130,9 +146,15 @@ def place(tree: Any) -> Any:
 
 def made(function: Callable, *args) -> Any:
   """function(*args), a tree that is born where `shardings` says: on a mesh no device ever holds an array whole."""
-  if jax.sharding.get_abstract_mesh().empty:  # unlike get_mesh() also where shapes are all that is asked for
+  mesh = jax.sharding.get_abstract_mesh()  # the mesh itself cannot be had where only shapes are asked for
+  if mesh.empty:
     return function(*args)
-  return jax.jit(function, out_shardings=shardings(jax.eval_shape(function, *args)))(*args)
+
+  @jax.jit
+  def born(*args):
+    tree = function(*args)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, _stored(tree, mesh))
+  return born(*args)
 
 
 def place_rows(tree: Any) -> Any:

@@ -37,7 +37,11 @@ def ranged_attention(q: Array, far_k: Array, far_v: Array, lo: Array, hi: Array,
 
   # Row by row: all at once (vmap) hold every row's temporaries, and the kernels, whose ranges are read ahead, run one
   # after the other all the same.
-  return jax.lax.map(lambda row: _attend(*row[:5], row[5:], interpret), (q, far_k, far_v, lo, hi, *own))
+  # Behind barriers, which the gradients pass, too: where a whole training step fuses its own operations with those of
+  # the own block, the compiler of a TPU v5p dies (libtpu 0.0.52: "split of a padded window dim is not supported").
+  q, far_k, far_v, own = jax.lax.optimization_barrier((q, far_k, far_v, own))
+  out = jax.lax.map(lambda row: _attend(*row[:5], row[5:], interpret), (q, far_k, far_v, lo, hi, *own))
+  return jax.lax.optimization_barrier(out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
