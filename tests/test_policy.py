@@ -107,6 +107,7 @@ def chance(texts):
   return stats.chi2.sf(np.sum((pooled[0] - pooled[1]) ** 2 / pooled[1]), large.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [EarlyStop(SPS), Stale(SPS)], ids=["early stop", "stale"])
 def test_text_follows_the_target(policy):
   """Kills: a length that depends on drafts it cuts off; a capacity of this round; a residual where the policy cut."""
@@ -116,6 +117,7 @@ def test_text_follows_the_target(policy):
   assert (used > 0.05).all(), used  # it really decided
 
 
+@pytest.mark.slow
 def test_the_test_sees_a_biased_search():
   """Kills a chi-square that cannot fail: Algorithm 1 without its stop must fail it (Appendix A)."""
   assert chance(decoded(BestOfThisRound(SPS)).tokens) < ALARM

@@ -307,6 +307,7 @@ def test_answers_without_a_record(targets, answered, tmp_path):
   assert list(files(tmp_path)) == ["a.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_demo_goes_on(targets, monkeypatch, tmp_path):
   """Kills: a demo that locks itself out, asks again after a kill, or takes another program's folder."""
   small = DSpark.Settings(taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=4)

@@ -40,6 +40,7 @@ CUTS = dict(confidence_threshold=[0.0, 0.4, 0.0, 0.5, 0.5, 0.0, 0.0, 0.3],
 MODES = {"greedy": (0, 3), "full": (1, 6), "truncated": (2, 4, 5, 7)}  # the rows of MIXED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "rnn"])
 def test_rows_with_settings_of_their_own(kind):
   """Kills: one row's temperature, top-k, top-p, limit, stop tokens, thresholds or calibration used for a neighbour; a

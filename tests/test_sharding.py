@@ -127,6 +127,7 @@ def trained(kind, mesh=None, **changes):
     return jax.device_get(run(run(state, target, batch)[0], target, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, mesh, changes", [
     ("vanilla", "mixed", ()), ("rnn", "fsdp", (("microbatches", 2),)), ("eagle3", "data", ()),
     ("dflash", "tensor", (("optimizer", OptimizerConfig("muon", 0.01)),))])
@@ -152,6 +153,7 @@ def said(kind, mesh=None, **settings):
 SAMPLED = (("temperature", 0.9), ("top_k", 20), ("top_p", 0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, mesh, settings", [
     ("plain", "tensor", ()), ("vanilla", "mixed", SAMPLED), ("eagle3", "tensor", SAMPLED), ("vanilla", "fsdp", ())])
 def test_text_on_a_mesh(kind, mesh, settings):
