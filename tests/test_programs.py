@@ -17,6 +17,7 @@ import pytest
 import dspark_jax
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DSpark
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from infer import convert, generate
 from train import answers, train
@@ -331,6 +332,31 @@ def test_sigterm_saves_and_the_run_goes_on(folder, uninterrupted, monkeypatch, t
                       dspark_jax.load_drafter(uninterrupted[0], llama()))
   again = train.main(experiment(folder, tmp_path / "run"))  # nothing is left to do
   assert again["steps"] == STEPS and again["loss"] == result["loss"] and set(again) == TRAINED
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(folder, uninterrupted, monkeypatch, capsys, tmp_path):
+  """Kills: a program that leaves its mesh aside; a mesh among what tells runs apart; a state that only the mesh which
+  saved it can read; text that depends on the mesh."""
+  out = tmp_path / "run"
+  at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+  with MeshConfig(1, 2, 1).use():
+    assert train.main(experiment(folder, out, mesh=MeshConfig(1, 2, 1)))["steps"] == 5
+  with MeshConfig(2, 1, 2).use():
+    result = train.main(experiment(folder, out, mesh=MeshConfig(2, 1, 2)))
+  assert result["steps"] == STEPS
+  for step, numbers in losses(uninterrupted[0]).items():
+    np.testing.assert_allclose(losses(out)[step], numbers, rtol=2e-5, err_msg=str(step))
+  (tmp_path / "prompts.json").write_text("[[5, 6, 7], [8, 9]]")
+  how = ("--target", folder / "target", "--drafter", uninterrupted[0], "--prompt-tokens", tmp_path / "prompts.json",
+         "--max-new-tokens", "6")
+  alone, _ = called(capsys, generate.main, generate.Settings, *how)
+  spread, _ = called(capsys, generate.main, generate.Settings, *how, "--mesh.tensor", "2", "--mesh.data", "2")
+  assert spread["tokens"] == alone["tokens"] and spread["n_accept"] == alone["n_accept"]
+  _, err = called(capsys, generate.main, generate.Settings, *how, "--mesh.tensor", "9", code=2)
+  assert "there are 8 devices" in err
+  with MeshConfig(fsdp=4).use(), complains("expected a multiple of 4"):
+    train.main(experiment(folder, tmp_path / "other", batch=2))
 
 
 def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path):
