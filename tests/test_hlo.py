@@ -157,6 +157,24 @@ def test_fusions_read_slices_and_update_in_place():
   assert ops["f"].read == part + row + 4 and ops["f"].written == 2 * part + row  # the sum is float32
 
 
+def test_a_copy_inside_a_fusion_is_no_copy():
+  """Kills: a stack of weights that a TPU7x sees in other tiles, read whole by every layer."""
+  others = computation("view", """
+    %a = bf16[36,64,128]{2,1,0} parameter(0)
+    ROOT %c = bf16[36,64,128]{2,1,0} copy(%a)""")
+  others += computation("layer", """
+    %w = bf16[36,64,128]{2,1,0} parameter(0)
+    %i = s32[] parameter(1)
+    %zero = s32[] constant(0)
+    %tiles = bf16[36,64,128]{2,1,0} fusion(%w), kind=kLoop, calls=%view
+    ROOT %s = bf16[1,64,128]{2,1,0:S(1)} dynamic-slice(%tiles, %i, %zero, %zero), dynamic_slice_sizes={1,64,128}""")
+  ops = read(program("""
+    %w = bf16[36,64,128]{2,1,0} parameter(0)
+    %i = s32[] parameter(1)
+    ROOT %f = bf16[1,64,128]{2,1,0:S(1)} fusion(%w, %i), kind=kLoop, calls=%layer""", others))
+  assert ops["f"].read == 2 * 64 * 128 + 4
+
+
 def test_slices_and_updates_outside_fusions():
   """Kills: a slice or a gathered row that costs the whole array; one on its way to the chip; a scatter of elements."""
   ops = read(program("""

@@ -245,7 +245,7 @@ class Module:
         share += user.size / value.size
       elif user.opcode in UPDATES and first:
         pass  # in place: what is not updated stays where it is
-      elif user.opcode in ELEMENTWISE:
+      elif user.opcode in ELEMENTWISE or self._is_view(user):
         share += self._read_share(at, user.name)
       elif user.opcode == "fusion":
         share += sum(self._read_share(user.called, self._parameter(user.called, i))
@@ -253,6 +253,11 @@ class Module:
       else:
         return 1.0
     return min(share, 1.0)
+
+  def _is_view(self, fusion):
+    """Whether a fusion inside another one is but a copy of its only operand, in other tiles."""
+    inside = self.computations[fusion.called].values() if fusion.opcode == "fusion" else ()
+    return len(fusion.operands) == 1 and all(x.opcode == "parameter" or x.opcode in ELEMENTWISE for x in inside)
 
   def _written_share(self, at, name):
     """How much of a result of a fusion is written anew: 0 to 1."""
