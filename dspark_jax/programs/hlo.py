@@ -138,6 +138,11 @@ class Module:
         table, current = None, self.computations.setdefault(head[2], {})
         self.entry = head[2] if head[1] else self.entry
       elif current is not None and (instruction := parse_line(line)):
+        for name in instruction.operands:
+          if "#" in name and name not in current:  # %t#1: what older text takes out by an instruction of its own
+            whole, _, index = name.rpartition("#")
+            current[name] = Instruction(name, "get-tuple-element", current[whole].results[int(index):][:1], (whole,),
+                                        f"%{whole}", f", index={index}", False)
         current[instruction.name] = instruction
 
   def _used(self, computation):
@@ -375,7 +380,7 @@ def parse_line(line: str) -> Instruction | None:
   closing = _closing(line, opening)
   literal = line[opening + 1:closing]
   return Instruction(head[2], line[end:opening].strip(), parse_shape(line[begin:end]),
-                     tuple(re.findall(r"%([\w.\-]+)", literal)), literal, line[closing + 1:], bool(head[1]))
+                     tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", literal)), literal, line[closing + 1:], bool(head[1]))
 
 
 def parse_shape(text: str) -> tuple[Array, ...]:
