@@ -58,7 +58,7 @@ fuzz: setup
 
 # One test after another in two processes: a compilation takes some GB.
 judge: setup tpu-compiler
-	$(PY) -m pytest -m tpu_compiler --dist load tests/test_cache.py tests/test_kernels.py tests/test_compile.py
+	$(PY) -m pytest -m tpu_compiler --dist load
 
 clean:
 	rm -rf .venv .venv-* runs

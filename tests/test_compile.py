@@ -7,7 +7,6 @@ a drafter of one, and as many words as go with that.
 import dataclasses
 import functools
 import json
-import platform
 from types import SimpleNamespace
 
 import jax
@@ -33,8 +32,6 @@ LAYER = 2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * 32 + 2 * 8 + 2 * 16
 WORDS, PLACES = 200 * 16, 4 * 2 * 2 * 8  # a head, or an embedding; keys and values of a slot in four layers
 TAPS = len(decoding.spread_taps(4))
 SMALL = TargetConfig("qwen3", BlockSpec(4096, 12_288, 32, 8, 128, 1e-6, 1e6, qk_norm=True), 2, 8704, False, 40_960)
-TPU = [pytest.mark.tpu_compiler, pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")]
 
 
 @pytest.fixture
@@ -196,7 +193,7 @@ def scatters(found):
 
 class TestJudge:
   """What a change may not make of the programs that serve and train."""
-  pytestmark = TPU
+  pytestmark = pytest.mark.tpu_compiler
 
   @pytest.mark.parametrize("batch, sampling", [(1, "greedy"), (8, "greedy"), (1, "full"), (8, "truncated")])
   @pytest.mark.parametrize("capacity", [2048, 2240])
@@ -215,6 +212,12 @@ class TestJudge:
     found, floor = judged("plain", batch, capacity, "greedy", topology)
     assert floor <= moved(found) <= 1.2 * floor
     assert cache_copies(found, batch, capacity) == [] and scatters(found) == []
+
+  def test_devices_that_share_rows_and_heads_write_in_place(self):
+    """Kills: rows of a batch written one after another through a cache that devices share, and what they exchange."""
+    found, floor = judged("plain", 8, 2048, "greedy", mesh=MeshConfig(2, 1, 2))
+    assert floor <= moved(found) <= 1.2 * floor and cache_copies(found, 8, 2048, devices=4) == []
+    assert {op.collective for op in found.operations if op.collective} == {"all-reduce"}
 
   def test_words_stay_where_they_are(self):
     """Kills: logits of all words on every device of a tensor mesh, or of another row's."""

@@ -1,7 +1,6 @@
 """Kernels against the reference, in Pallas' interpreter; split over a mesh; and what the TPU compiler makes of them."""
 
 import functools
-import platform
 
 import jax
 import jax.numpy as jnp
@@ -230,13 +229,10 @@ def compiled_for(topology, function, *args, **how):
   return jax.jit(function, **how).lower(*jax.tree.map(on, args)).compile()
 
 
-LIBTPU = pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"),
-                            reason="libtpu has no wheel here")
 shapes = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
 
 
 @pytest.mark.tpu_compiler
-@LIBTPU
 @pytest.mark.parametrize("topology, rows, new, capacity", [
     ("v5p:2x2x1", 8, 8, 2112), ("v5e:2x2", 32, 1, 2048), ("v6e:2x2", 1, 256, 2240), ("v5e:2x2", 1, 256, 2048)])
 def test_the_tpu_compiler_gives_the_kernel_its_cache(topology, rows, new, capacity):
@@ -266,7 +262,6 @@ def test_the_tpu_compiler_gives_the_kernel_its_cache(topology, rows, new, capaci
 
 
 @pytest.mark.tpu_compiler
-@LIBTPU
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
 def test_the_tpu_compiler_holds_no_scores(topology):
   """Kills: scores of all blocks with a whole sequence, which are 5 GB in training, and tiles that do not fit a chip."""

@@ -2,7 +2,6 @@
 what CPUs and by what TPUs are given."""
 
 import functools
-import platform
 import re
 from pathlib import Path
 
@@ -163,7 +162,7 @@ def test_candidates_change_nothing(case, chip):
     np.testing.assert_array_equal(together[0], found[0])
 
 
-@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("chip", ["tpu"], indirect=True)
 def test_a_split_vocabulary_stays_where_it_is():
   """Kills: logits that are gathered, padded or sorted on a TPU: shards exchange their maxima, sums and candidates."""

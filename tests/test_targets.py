@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import platform
 import re
 from pathlib import Path
 
@@ -338,7 +337,7 @@ def test_linear_small_rows(rows, dtype, platform, monkeypatch):
     close(y, wanted, atol=2 * step * np.abs(wanted).max())
 
 
-@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu has no wheel here")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_one_row_costs_a_tpu_what_eight_cost(topology):
   """Kills: a plain step of one row that the vector unit multiplies, at 1.3 to 3 times the cycles of eight rows."""

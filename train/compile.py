@@ -30,7 +30,7 @@ from flax import nnx
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.loading import new_drafter, target_config
 from dspark_jax.nn.cache import row_shardings
-from dspark_jax.nn.sharding import MeshConfig, shardings
+from dspark_jax.nn.sharding import shardings
 from dspark_jax.programs import compiled, shell
 from dspark_jax.programs.compilers import absent_devices, chip_of
 from dspark_jax.targets import TARGETS
@@ -46,8 +46,6 @@ from train.train import drafter_config, step_config
 class CompileConfig(TrainConfig):
   topology: str = "v5p:2x2x1"
   """any that libtpu knows: v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1 ..."""
-  mesh: MeshConfig = MeshConfig()
-  """devices of the topology that train together"""
 
 
 def main(config: CompileConfig) -> dict:

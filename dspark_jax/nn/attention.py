@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Literal
 
 import flax.struct
@@ -22,13 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.config import raise_all, wrong_choices
-from dspark_jax.nn.sharding import AXES, ROWS, local
+from dspark_jax.nn.sharding import AXES, each_its_part, local
 from dspark_jax.types import Array
 
 NEG = -1e30  # finite, so that a row that sees nothing gives zeros rather than NaN
 SCORE_BUDGET = 2 ** 25  # attention scores held at a time by a device, in elements: 128 MB of float32
 QUERY_BLOCK = 128  # a prompt or a training sequence is cut into causal blocks of this many rows
-HEADS = AXES["heads"]  # the axis of a mesh that kernels split key heads over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +200,10 @@ def _by_pallas(q, k, v, place, context):
   if layer is None:
     far, layer = (x[None] for x in far), jnp.int32(0)
   kernel = functools.partial(cached_attention, interpret=place.kernels.interpret)
-  own = "b" if place.own.shape[0] > 1 else ""
-  out = on_each_device(kernel, batch, heads, ("bk", "bk", "bk", own, ".bk", ".bk", "", "b", "b"), "bk")(
+  _heads_divide(heads)
+  rows, mine, stack = ("rows",), ("rows", "heads"), (None, "rows", "heads")
+  out = each_its_part(
+      kernel, (mine, mine, mine, rows, stack, stack, (), rows, rows),
       queries.reshape(batch, heads, blocks, length * groups, width), k, v, jnp.repeat(place.own, groups, axis=2), *far,
       layer, place.lo[:, :, 0], place.hi[:, :, 0])
   return jnp.moveaxis(out.reshape(queries.shape), 1, 3).reshape(q.shape)
@@ -219,30 +219,18 @@ def _by_splash(q, k, v, place, context):
     own = cut(k), cut(v), jnp.broadcast_to(place.own, (batch, blocks, *place.own.shape[2:]))
   else:  # Rows that follow one another see up to themselves: their own blocks are part of the sequence.
     hi = jnp.broadcast_to(1 + jnp.arange(blocks * length, dtype=jnp.int32).reshape(1, blocks, length), hi.shape)
-  axes = ("b..k", "b.k", "b.k", "b", "b", "b..k", "b..k", "b")[:5 + len(own)]
-  kernel = on_each_device(functools.partial(ranged_attention, interpret=place.kernels.interpret), batch,
-                          context.k.shape[2], axes, "b..k")
-  return kernel(cut(q), context.k, context.v, place.lo, hi, *own).reshape(q.shape)
+  _heads_divide(context.k.shape[2])
+  rows, along, mine = ("rows",), ("rows", None, "heads"), ("rows", None, None, "heads")
+  kernel = functools.partial(ranged_attention, interpret=place.kernels.interpret)
+  out = each_its_part(kernel, (mine, along, along, rows, rows, mine, mine, rows)[:5 + len(own)],
+                      cut(q), context.k, context.v, place.lo, hi, *own)
+  return out.reshape(q.shape)
 
 
-def on_each_device(kernel, batch: int, heads: int, axes: tuple[str, ...], out: str):
-  """The kernel as devices of the mesh in scope run it, each on its rows and key heads; itself without a mesh.
-
-  The compiler cannot split a kernel. axes: of every argument, and out of the result, the leading axes: b rows, k key
-  heads, anything else whole. Rows that the mesh does not divide, one prompt among others, are run by every device.
-  ValueError for key heads that it does not divide.
-  """
+def _heads_divide(heads):
+  """ValueError for key heads that the current mesh does not divide: every device would read all of the keys."""
   mesh = jax.sharding.get_abstract_mesh()
-  free = {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types)
-          if kind != jax.sharding.AxisType.Manual}
-  if not free:
-    return kernel
-  rows, split = tuple(name for name in ROWS if name in free), free.get(HEADS, 1)
-  if heads % split:
-    raise ValueError(f"{heads} key heads cannot be split over {split} devices of the mesh's axis {HEADS}: choose a "
-                     f"divisor")
-  over = {"b": rows if batch % math.prod(free[name] for name in rows) == 0 else None,
-          "k": HEADS if HEADS in free else None}
-  spec = lambda letters: jax.sharding.PartitionSpec(*(over.get(letter) for letter in letters))
-  # Each device's part is its own business: what the kernel makes has no types for `check_vma` to see.
-  return jax.shard_map(kernel, in_specs=tuple(map(spec, axes)), out_specs=spec(out), check_vma=False)
+  devices = 1 if mesh.empty else mesh.shape[AXES["heads"]]
+  if heads % devices:
+    raise ValueError(f"{heads} key heads cannot be split over {devices} devices of the mesh's axis {AXES['heads']}: "
+                     f"choose a divisor, or attention by reference")

@@ -68,7 +68,6 @@ class MeshConfig:
       return jax.make_mesh(sizes, NAMES, devices=devices, **axes)
     return Mesh(np.asarray(devices[:math.prod(sizes)]).reshape(sizes), NAMES, **axes)
 
-
   def use(self) -> contextlib.AbstractContextManager:
     """What makes the mesh of this process's devices the current one; nothing where one device is asked for."""
     return contextlib.nullcontext() if dataclasses.astuple(self) == (1, 1, 1) else jax.set_mesh(self.build())
@@ -95,12 +94,14 @@ def local(size: int, axis: str) -> int:
 def each_its_part(function: Callable, places: tuple[tuple[str | None, ...], ...], *args: Array) -> Array:
   """function(*args), an array like the first, run by every device of the current mesh on its parts alone.
 
-  places: the logical axes of each argument. For what XLA would not divide, though no part needs another.
+  places: the logical axes of each argument, as for `constrain`: rows that the mesh does not divide, one prompt among
+  others, are run by every device. For what XLA cannot divide (kernels), or would copy, though no part needs another.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function(*args)
   specs = tuple(_spec(x.shape, axes, mesh, AXES) for x, axes in zip(args, places))
+  # What kernels make has no types for `check_vma` to see.
   return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
 
 
@@ -159,9 +160,7 @@ def made(function: Callable, *args) -> Any:
 
 def place_rows(tree: Any) -> Any:
   """A tree of arrays [B,...] with their rows apart on the current mesh; on the default device without one."""
-  mesh = jax.sharding.get_mesh()
-  where = None if mesh.empty else jax.tree.map(
-      lambda x: NamedSharding(mesh, _spec(x.shape, ("rows",), mesh, AXES)), tree)
+  where = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda x: sharding_of(x.shape, "rows"), tree)
   return jax.device_put(tree, where)
 
 
