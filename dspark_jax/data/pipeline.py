@@ -70,6 +70,14 @@ class Packed:
   fill: float   # share of the places that hold a token, 0..1
   n_cut: int    # tokens lost because their document was longer than a row
 
+  def __len__(self) -> int:
+    return len(self.rows.tokens)
+
+  def take(self, indices: np.ndarray) -> Batch:
+    """The rows i64[B], in this order."""
+    rows = self.rows
+    return Batch(rows.tokens[indices], rows.loss_mask[indices], rows.segments[indices], rows.positions[indices])
+
 
 def read_conversations(paths: Iterable[str | os.PathLike], tokenizer: Any, *, max_len: int, vocab_size: int,
                        encode_conversation: Callable[..., list[Encoded]]) -> Source:
@@ -136,21 +144,23 @@ def pack(documents: Sequence[Document], length: int) -> Packed:
 
 
 def batch_at(packed: Packed, step: int, batch_size: int, *, seed: int) -> Batch:
-  """The batch of a step, from 0: numpy arrays [batch_size,T].
+  """The batch of a step, from 0: numpy arrays [batch_size,T]."""
+  return packed.take(row_indices(len(packed), step, batch_size, seed=seed))
+
+
+def row_indices(n_rows: int, step: int, batch_size: int, *, seed: int) -> np.ndarray:
+  """Which rows make the batch of a step, from 0: i64[batch_size].
 
   A pure function, so that resuming at a step needs nothing but its number. Every epoch is a permutation of
   all rows, drawn from (seed, epoch); a batch that crosses the end of an epoch goes on in the next one's.
   """
-  n_rows = len(packed.rows.tokens)
   index = np.arange(step * batch_size, (step + 1) * batch_size)
   epochs, offsets = np.divmod(index, n_rows)
   rows = np.empty(batch_size, np.int64)
   for epoch in np.unique(epochs):
     order = np.random.default_rng((seed, int(epoch))).permutation(n_rows)
     rows[epochs == epoch] = order[offsets[epochs == epoch]]
-  part = packed.rows
-  return Batch(tokens=part.tokens[rows], loss_mask=part.loss_mask[rows], segments=part.segments[rows],
-               positions=part.positions[rows])
+  return rows
 
 
 def top_words(documents: Iterable[Document], k: int, vocab_size: int, always: Iterable[int] = ()
