@@ -135,12 +135,20 @@ def _lowest_of_candidates(scaled, count, share):
     found = jnp.max(jnp.where(reached, largest, -jnp.inf), axis=-1)
     return jnp.where(jnp.any(reached, axis=-1) | jnp.isinf(limit), found, jnp.inf)  # inf: below the candidates
 
-  found = _lowest(threshold, scaled, count, share)
-  below = found == jnp.inf
-  # The rows that are decided keep what they have: sums round otherwise in the search, and no row may depend on whether
-  # its neighbours need it.
-  search = lambda: jnp.where(below, _lowest_by_search(scaled, count, share), found)
-  return jax.lax.cond(jnp.any(below), search, lambda: found)
+  found = _lowest(threshold, scaled, count, share).reshape(-1)
+
+  # A row at a time: one is rare, and a search of all would also round the others' sums otherwise: no row may depend on
+  # whether its neighbours need it.
+  def search(found):
+    place = jax.lax.broadcasted_iota(jnp.int32, (len(found), 1), 0)
+    mine = place == jnp.argmax(found == jnp.inf)
+    # By a mask, where a slice would gather the rows of a mesh's other devices.
+    row, *limits = (jnp.max(jnp.where(mine, x.reshape(len(found), -1), -jnp.inf), axis=0)
+                    for x in (rows, count, share))
+    return jnp.where(mine[:, 0], _lowest_by_search(row, *(limit[0] for limit in limits)), found)
+
+  found = jax.lax.while_loop(lambda found: jnp.any(found == jnp.inf), search, found)
+  return found.reshape(count.shape)
 
 
 def _over(setting, logits):

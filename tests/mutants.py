@@ -95,9 +95,12 @@ MUTANTS = (
   # Kernels
   Mutant("the slot at the length is seen", "dspark_jax/nn/pallas_decode.py", "(place(1) < hi)", "(place(1) <= hi)",
          ("test_kernels.py::test_causal_blocks_over_a_cache",)),
+  Mutant("slots of the next part are taken twice", "dspark_jax/nn/triton_decode.py",
+         "end = jnp.minimum(begin + mine, first + steps)", "end = first + steps",
+         ("test_kernels.py::test_causal_blocks_over_a_cache",)),
   Mutant("a draft is computed by the reference all the same", f"{DRAFTERS}/backbone.py",
          "jnp.zeros_like(hi), hi, kernels=kernels)", "jnp.zeros_like(hi), hi, kernels=Kernels())",
-         ("test_kernels.py::test_texts_are_the_same[vanilla]",)),
+         ("test_kernels.py::test_texts_are_the_same[pallas-vanilla]",)),
   Mutant("each part's gradient by its own softmax", "dspark_jax/nn/splash.py",
          "    out, lse = share(lse) * out + share(near_lse) * near, merged\n",
          "    out = share(lse) * out + share(near_lse) * near\n",

@@ -159,7 +159,7 @@ def test_targets_by_their_published_sizes(tmp_path):
 @pytest.mark.skipif(not compilers.PLUGIN.exists(), reason="needs `make gpu-compiler`")
 @pytest.mark.parametrize("program, most", [("plain", 1.1), ("round", 1.5)])
 def test_a_gpu_reads_what_it_has_where_it_lies(program, most):
-  """Kills: layers that are sliced from a stack, keys of the context and of the block multiplied as one copy of both."""
+  """Kills: layers that are sliced from a stack, scores of all slots that go to the main memory and back."""
   found, floor = judged(program, 8, 2048, "greedy", "h100:1")
   assert compilers.chip_of(absent_devices("h100:1")[0]).name == "h100"
   assert floor <= moved(found) <= most * floor
@@ -203,7 +203,9 @@ class TestJudge:
     many times."""
     found, floor = judged("round", batch, capacity, sampling)
     assert 0.97 * floor <= moved(found) <= 1.2 * floor  # less: the sequential head's table may stay on the chip
-    assert found.module.unknown_loops == [] and cache_copies(found, batch, capacity) == [] and scatters(found) == []
+    assert cache_copies(found, batch, capacity) == [] and scatters(found) == []
+    # Of unknown length are the searches for cuts that lie below the candidates: one of the draft, one of verification.
+    assert len(found.module.unknown_loops) == (2 if sampling == "truncated" else 0)
 
   @pytest.mark.parametrize("batch, capacity, topology", [
     (1, 2048, "v5p:2x2x1"), (8, 2240, "v5p:2x2x1"), (32, 2048, "v5p:2x2x1"), (8, 2048, "v5e:2x2")])
@@ -212,6 +214,14 @@ class TestJudge:
     found, floor = judged("plain", batch, capacity, "greedy", topology)
     assert floor <= moved(found) <= 1.2 * floor
     assert cache_copies(found, batch, capacity) == [] and scatters(found) == []
+
+  @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:1x1"])
+  def test_top_k_and_top_p_cost_little(self, topology):
+    """Kills: two bisections over the whole vocabulary for every draft position and every verified one."""
+    # A round of Qwen3-8B takes 29 (v6e) and 33 (v5p) million cycles at temperature 1.
+    truncated, full = (sum(op.cycles for op in judged("round", 8, 2048, how, topology, words=151_936)[0].operations)
+                       for how in ("truncated", "full"))
+    assert full < truncated < full + 0.3 * 29e6
 
   def test_devices_that_share_rows_and_heads_write_in_place(self):
     """Kills: rows of a batch written one after another through a cache that devices share, and what they exchange."""

@@ -18,6 +18,7 @@ from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from infer import evaluate
 from infer.evaluate import Case, Models, Settings
@@ -91,6 +92,20 @@ def assert_same_record(a, b):
 def models(folder, **more) -> Models:
   tokenizer = chat.load_tokenizer(folder / "target")
   return Models(target(), dspark_jax.load_drafter(DSPARK, target()), tokenizer, chat.stop_ids(tokenizer), **more)
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_a_mesh(folder, whole, tmp_path):
+  """Kills: a program that leaves its mesh aside, samples or drafts that depend on it."""
+  with (mesh := MeshConfig(data=2, tensor=2)).use():
+    evaluate.main(settings(folder, tmp_path / "spread", mesh=mesh, batch=4))
+  files = sorted(path.name for path in (whole / "samples").iterdir())
+  assert files and files == sorted(path.name for path in (tmp_path / "spread" / "samples").iterdir())
+  for name in files:
+    by_id = [{record["id"]: record for record in lines(out / "samples" / name)} for out in (whole, tmp_path / "spread")]
+    assert by_id[0].keys() == by_id[1].keys()
+    for key, record in by_id[0].items():
+      assert_same_record(record, by_id[1][key])
 
 
 # Metrics

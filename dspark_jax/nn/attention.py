@@ -33,8 +33,8 @@ QUERY_BLOCK = 128  # a prompt or a training sequence is cut into causal blocks o
 class Kernels:
   """How attention is computed, by name; a target has it, and drafters follow. Nothing falls back: what a kernel does
   not accept it refuses. auto is what `chosen` names."""
-  decode: Literal["auto", "reference", "pallas"] = "reference"
-  """over caches; pallas, for TPUs: nn/pallas_decode.py"""
+  decode: Literal["auto", "reference", "pallas", "triton"] = "reference"
+  """over caches; pallas, for TPUs: nn/pallas_decode.py; triton, for GPUs: nn/triton_decode.py"""
   train: Literal["auto", "reference", "splash"] = "reference"
   """over sequences; splash, for TPUs: nn/splash.py"""
   interpret: bool = False
@@ -45,21 +45,30 @@ class Kernels:
 
   def chosen(self, platform: str, *, head_dim: int, layout: str) -> Kernels:
     """These, with a name for what is auto, for a platform as jax calls it."""
-    tpu, fits = platform == "tpu", head_dim % 128 == 0 and layout == "rows"
-    decode = "pallas" if tpu and fits else "reference"
+    decode = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(platform, "reference")
+    decode = "reference" if _unsuited(decode, head_dim, layout) else decode
+    train = "splash" if platform == "tpu" else "reference"
     return dataclasses.replace(self, decode=decode if self.decode == "auto" else self.decode,
-                               train=self.train if self.train != "auto" else "splash" if tpu else "reference")
+                               train=train if self.train == "auto" else self.train)
 
   def check(self, *, head_dim: int, layout: str) -> None:
     """ValueError where the names do not suit heads of this width and caches of this layout."""
-    problems = []
-    if self.decode == "pallas" and layout != "rows":
-      problems.append(f"pallas reads caches of rows, the model's are {layout}: stack its layers (scanned), or decode "
-                      f"by reference")
-    # A TPU would pad narrower rows to 128, and keep a second, padded cache.
-    if self.decode == "pallas" and head_dim % 128 and not self.interpret:
-      problems.append(f"pallas reads heads of a multiple of 128, the model's are {head_dim} wide: decode by reference")
-    raise_all("kernels", problems)
+    raise_all("kernels", _unsuited(self.decode, head_dim, layout, self.interpret))
+
+
+def _unsuited(decode, head_dim, layout, interpret=False):
+  """Why a kernel over caches does not suit heads of this width and caches of this layout: sentences."""
+  if decode == "reference":
+    return []
+  # A TPU would pad narrower rows to 128, and keep a second, padded cache; Triton has arrays of powers of two alone.
+  reads, unscanned, fits, widths = {
+      "pallas": ("rows", "stack its layers (scanned)", head_dim % 128 == 0, "a multiple of 128"),
+      "triton": ("columns", "leave its layers unrolled", head_dim >= 16 and head_dim & (head_dim - 1) == 0,
+                 "a power of two from 16 on")}[decode]
+  problems = [] if layout == reads else [f"{decode} reads caches of {reads}, the model's are {layout}: {unscanned}, or "
+                                         f"decode by reference"]
+  return problems + ([] if fits or interpret else [f"{decode} reads heads of {widths}, the model's are {head_dim} "
+                                                   f"wide: decode by reference"])
 
 
 @flax.struct.dataclass
@@ -142,8 +151,8 @@ def attend(q: Array, k: Array, v: Array, place: Place, context: Context) -> Arra
   kernels = place.kernels
   if context.layout == "sequence" and kernels.train == "splash":
     return _by_splash(q, k, v, place, context)
-  if context.layout != "sequence" and kernels.decode == "pallas":
-    return _by_pallas(q, k, v, place, context)
+  if context.layout != "sequence" and kernels.decode != "reference":
+    return _by_kernel(q, k, v, place, context)
   return _by_reference(q, k, v, place, context.alone())
 
 
@@ -186,26 +195,32 @@ def _by_reference(q, k, v, place, context):
   return jnp.moveaxis(out, 1, 3).reshape(shape).astype(v.dtype)
 
 
-def _by_pallas(q, k, v, place, context):
-  """nn/pallas_decode.py. There is no gradient: caches are read in decoding alone."""
-  from dspark_jax.nn.pallas_decode import cached_attention  # here, as whoever names no kernel needs no Pallas
-  if context.layout != "rows":
-    raise ValueError(f"pallas reads caches of rows, got {context.layout}")
+def _by_kernel(q, k, v, place, context):
+  """nn/pallas_decode.py, nn/triton_decode.py. There is no gradient: caches are read in decoding alone."""
+  name = place.kernels.decode
+  if context.layout != (reads := {"pallas": "rows", "triton": "columns"}[name]):
+    raise ValueError(f"{name} reads caches of {reads}, got {context.layout}")
   (batch, blocks, length), (heads, width) = place.hi.shape, context.v.shape[-3::2]
   # [B,K,A,T*g,h] and [B,K,A,N,h]: a program of the kernel multiplies all queries of a key head at once
   queries = jnp.moveaxis(q.reshape(batch, blocks, length, heads, -1, width), 3, 1)
   groups = queries.shape[4]
   k, v = (jnp.moveaxis(x.reshape(batch, blocks, -1, heads, width), 3, 1) for x in (k, v))
-  far, layer = (context.k, context.v), context.layer
-  if layer is None:
-    far, layer = (x[None] for x in far), jnp.int32(0)
-  kernel = functools.partial(cached_attention, interpret=place.kernels.interpret)
+  rows, mine = ("rows",), ("rows", "heads")
+  # Here, as whoever names no kernel needs no Pallas.
+  if name == "triton":
+    from dspark_jax.nn.triton_decode import cached_attention
+    cached, there = (context.k, context.v), (mine, mine)
+  else:
+    from dspark_jax.nn.pallas_decode import cached_attention
+    stack = (None, *mine)
+    cached, there = (context.k, context.v, context.layer), (stack, stack, ())
+    if context.layer is None:
+      cached = *(x[None] for x in cached[:2]), jnp.int32(0)
   _heads_divide(heads)
-  rows, mine, stack = ("rows",), ("rows", "heads"), (None, "rows", "heads")
-  out = each_its_part(
-      kernel, (mine, mine, mine, rows, stack, stack, (), rows, rows),
-      queries.reshape(batch, heads, blocks, length * groups, width), k, v, jnp.repeat(place.own, groups, axis=2), *far,
-      layer, place.lo[:, :, 0], place.hi[:, :, 0])
+  kernel = functools.partial(cached_attention, interpret=place.kernels.interpret)
+  out = each_its_part(kernel, (mine, mine, mine, rows, *there, rows, rows),
+                      queries.reshape(batch, heads, blocks, length * groups, width), k, v,
+                      jnp.repeat(place.own, groups, axis=2), *cached, place.lo[:, :, 0], place.hi[:, :, 0])
   return jnp.moveaxis(out.reshape(queries.shape), 1, 3).reshape(q.shape)
 
 

@@ -46,24 +46,27 @@ def _few_rows_on_tpu(weight, x):
   return _contract(x, weight, 1, 1).reshape(rows, 2, -1)[:, 0]
 
 
-def _contract(a, b, a_axis, b_axis):
+def _contract(a, b, a_axis, b_axis, dtype=jnp.float32):
   """Sum over one axis of each, accumulated in float32 whatever the inputs: bfloat16 in and out is slow on CPU."""
-  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(axes, weight, x):
-  """x @ weight.T in float32: f32[N,out], from weight f[out,in] and x f[N,in]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(axes, dtype, weight, x):
+  """x @ weight.T: dtype[N,out], summed in float32, from weight f[out,in] and x f[N,in]."""
   # Gathered where it is used: else a mesh would exchange the rows of all devices, and keep a weight's part each.
   weight = constrain(weight, *axes)
   if x.shape[0] <= SMALL_ROWS:
-    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.compile).
-    return jax.lax.platform_dependent(weight, x, cpu=_few_rows_on_cpu, tpu=_few_rows_on_tpu,
-                                      default=lambda w, x: _contract(x, w, 1, 1))
-  return _contract(x, weight, 1, 1)
+    # By the platform that is compiled for: a process on a CPU compiles for TPUs, too (infer.compile). A GPU rounds its
+    # sums before they leave the product: asked to round them afterwards, it writes and reads them in float32.
+    return jax.lax.platform_dependent(
+        weight, x, cpu=lambda w, x: _few_rows_on_cpu(w, x).astype(dtype),
+        tpu=lambda w, x: _few_rows_on_tpu(w, x).astype(dtype), cuda=lambda w, x: _contract(x, w, 1, 1, dtype),
+        default=lambda w, x: _contract(x, w, 1, 1).astype(dtype))
+  return _contract(x, weight, 1, 1).astype(dtype)
 
 
-def _product_backward(axes, saved, cotangent):
+def _product_backward(axes, dtype, saved, cotangent):
   # Written out so that bfloat16 products stay bfloat16 products: JAX would multiply by a float32 cotangent.
   weight, x = saved
   cotangent = cotangent.astype(x.dtype)
@@ -72,7 +75,7 @@ def _product_backward(axes, saved, cotangent):
   return d_weight, _contract(cotangent, constrain(weight, *axes), 1, 0).astype(x.dtype)
 
 
-_product.defvjp(lambda axes, weight, x: (_product(axes, weight, x), (weight, x)), _product_backward)
+_product.defvjp(lambda axes, dtype, weight, x: (_product(axes, dtype, weight, x), (weight, x)), _product_backward)
 
 
 def linear(weight: Array, x: Array, dtype=None, *, axes: tuple[str | None, str | None] = (None, "embed")) -> Array:
@@ -82,7 +85,7 @@ def linear(weight: Array, x: Array, dtype=None, *, axes: tuple[str | None, str |
   """
   rows = ("rows",) + (None,) * (x.ndim - 2) if x.ndim > 1 else ()
   x = constrain(x, *rows, axes[1])
-  y = _product(axes, weight, x.reshape(-1, x.shape[-1])).astype(dtype or x.dtype)
+  y = _product(axes, jnp.dtype(dtype or x.dtype), weight, x.reshape(-1, x.shape[-1]))
   return constrain(y.reshape(*x.shape[:-1], weight.shape[0]), *rows, axes[0])
 
 
