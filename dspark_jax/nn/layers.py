@@ -14,7 +14,7 @@ from flax import nnx
 from dspark_jax.config import Count, Range
 from dspark_jax.nn.attention import Place, attend
 from dspark_jax.nn.cache import Full, Layout, extend
-from dspark_jax.nn.sharding import constrain
+from dspark_jax.nn.sharding import ROWS, constrain
 from dspark_jax.types import Array
 
 # Below this many rows a matrix product is bound by reading its weight, and XLA's CPU backend is fast only when a
@@ -113,14 +113,31 @@ WORDS = ("vocab", "embed")  # the logical axes of a target's tables, which have 
 @flax.struct.dataclass
 class WordHead:
   """Logits over W words, f32[...,W], from f[...,D]: the one place where hidden states meet a vocabulary."""
-  weight: Array  # f[W,D]
+  weight: Array  # f[W,D], or copies of it, f[C,W,D], each for its part of the rows
   axes: tuple[str | None, str | None] = flax.struct.field(pytree_node=False, default=WORDS)  # logical, of the weight
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # logits stay within +-softcap
 
   def __call__(self, hidden: Array) -> Array:
     # Not rounded to bfloat16 on the way, which would make ties of the largest.
-    logits = linear(self.weight, hidden, jnp.float32, axes=self.axes)
+    if self.weight.ndim == 3:
+      # Of one device each, whose gradients are stored where they are: over tensor alone.
+      product = jax.vmap(functools.partial(_product, ("vocab", None), jnp.float32), spmd_axis_name=ROWS)
+      logits = product(self.weight, hidden.reshape(self.weight.shape[0], -1, hidden.shape[-1]))
+      logits = logits.reshape(*hidden.shape[:-1], -1)
+    else:
+      logits = linear(self.weight, hidden, jnp.float32, axes=self.axes)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+  def copies(self, count: int) -> WordHead:
+    """The same head with a weight [count,W,D], of which every device that has rows of its own has one: what gradients
+    are added up in without an exchange."""
+    weight = jnp.broadcast_to(self.weight, (count, *self.weight.shape))
+    return self.replace(weight=constrain(weight, "rows", *self.axes))
+
+  def joined(self, gradients: WordHead) -> WordHead:
+    """The gradient of this head from those of its copies: their sum, where the weight is stored."""
+    weight = constrain(gradients.weight.sum(0), *self.axes, stored=True)
+    return self.replace(weight=weight.astype(self.weight.dtype))
 
   def at(self, words: Array | None) -> WordHead:
     """The head over words i32[W] alone; itself for None, without a copy."""

@@ -154,18 +154,24 @@ def _sum_of_chunks(terms, weights, drafts, bias, fixed, chunk):
     return weighted_sum(weights, found), found
 
   def forward(drafts, bias):
+    # Devices that have rows of their own add up gradients of their own: a sum in every chunk would be an exchange in
+    # each.
+    batch = weights[0].shape[0]
+    apart = batch // local(batch, "rows") if bias is not None else 1
+    spread = bias.copies(apart) if apart > 1 else bias
+
     def one(part):
       drafts, weights, fixed = part
 
       def loss(drafts, bias):
         found = terms(drafts, bias, fixed)
         return weighted_sum(weights, found), found
-      # Of a chunk's loss the gradient alone: a sum in every chunk would be an exchange between devices in each.
-      (_, found), (d_drafts, d_bias) = jax.value_and_grad(loss, (0, 1), has_aux=True)(drafts, bias)
+      # Of a chunk's loss the gradient alone, for the same reason.
+      (_, found), (d_drafts, d_bias) = jax.value_and_grad(loss, (0, 1), has_aux=True)(drafts, spread)
       # Added up over chunks in float32: bfloat16 keeps 8 bits of a sum.
       return jax.tree.map(lambda x: x.astype(jnp.float32), d_bias), (found, d_drafts)
     d_bias, (found, d_drafts) = in_chunks(one, (drafts, weights, fixed), chunk)
-    d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias)
+    d_bias = bias.joined(d_bias) if apart > 1 else jax.tree.map(lambda d, x: d.astype(x.dtype), d_bias, bias)
     return (weighted_sum(weights, found), found), (d_drafts, d_bias)
 
   def backward(grads, cotangent):
