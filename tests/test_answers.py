@@ -245,14 +245,16 @@ def test_every_question_gets_its_own_answer(tmp_path):
 
 def test_a_conversation_is_asked_turn_by_turn(tmp_path):
   """Kills: the data set's own replies sent as history; a call of a tool answered by the next question; tools or
-  thinking that do not reach the server."""
-  calls = lambda body, number: (200, completion(body, "", "tool_calls", tool_calls=[{"type": "function", "function": {
-      "name": "f", "arguments": "{}"}}])) if body["messages"][-1]["content"] == "call" else None
+  thinking that do not reach the server; a cut reply's own note sent along, or lost."""
+  call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+  ways = {"call": lambda body: (200, completion(body, "", "tool_calls", tool_calls=[call])),
+          "a": lambda body: (200, completion(body, finish="length"))}
+  how = lambda body, number: ways.get(body["messages"][-1]["content"], lambda body: None)(body)
   say = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
   written(tmp_path / "q.jsonl", {"messages": say("a", "old", "b")}, {
       "messages": say("call", "old", "never"), "tools": [{"type": "function"}],
       "chat_template_kwargs": {"enable_thinking": True}})
-  with serving(calls) as server:
+  with serving(how) as server:
     asked(tmp_path / "a.jsonl", server.url, concurrency=1)
   first, second, third = server.asked
   seed = zlib.crc32(b"0/1")
@@ -260,6 +262,7 @@ def test_a_conversation_is_asked_turn_by_turn(tmp_path):
   assert third["tools"] == [{"type": "function"}] and third["chat_template_kwargs"] == {"enable_thinking": True}
   talk, tool = read(tmp_path / "a.jsonl")
   assert [m["content"] for m in talk["messages"]] == ["a", f"1 {seed} 0.0 a", "b", second_reply(second)]
+  assert talk["finish"] == ["length", "stop"] and talk["messages"][1]["finish_reason"] == "length"
   assert first["seed"] == seed != second["seed"] and len(tool["messages"]) == 2 and tool["tools"] == third["tools"]
 
 

@@ -7,15 +7,16 @@ return_token_ids, with which a reply comes in tokens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 
 from dspark_jax.data.prompts import Conversation
 from dspark_jax.programs import shell
@@ -44,20 +45,21 @@ class Server:
   def __init__(self, url: str):
     given = url if "://" in url else f"http://{url}"
     try:
-      parts = httpx.URL(given.rstrip("/"))
-    except httpx.InvalidURL as error:
+      parts = httpx2.URL(given.rstrip("/"))
+    except httpx2.InvalidURL as error:
       raise ValueError(f"servers has {url.rpartition('@')[2]!r:.80}, expected a URL such as "
                        f"http://localhost:8000/v1") from error
     if parts.scheme not in ("http", "https") or not parts.host or parts.query:
       raise ValueError(f"servers has {_public(parts)!r:.80}, expected a URL such as http://localhost:8000/v1")
     self.base = str(parts) if parts.path.rstrip("/").endswith("/v1") else f"{str(parts).rstrip('/')}/v1"
-    self.name = _public(httpx.URL(self.base))
+    self.name = _public(httpx2.URL(self.base))
     self.in_flight = self.faults = self.rests = 0
     self.until, self.said = 0.0, ""  # on the monotonic clock: set aside until then, and for what
     self.checked = self.answered = False
+    self.client: httpx2.AsyncClient | None = None
 
 
-def _public(url: httpx.URL) -> str:
+def _public(url: httpx2.URL) -> str:
   """A URL without the password that may be in it."""
   return str(url.copy_with(username=None, password=None))
 
@@ -74,17 +76,24 @@ class Fleet:
     self.key = os.environ.get(KEY, "").strip()
     self.last = time.monotonic()  # when one of them answered
 
-  def client(self) -> httpx.AsyncClient:
-    """To be closed by the caller: it belongs to an event loop."""
+  @contextlib.asynccontextmanager
+  async def connected(self) -> AsyncIterator[None]:
+    """With a client for each server: a shared one would look through the connections of all for every request."""
     headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-    return httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-                             timeout=httpx.Timeout(self.settings.timeout, connect=min(10, self.settings.timeout)))
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    limit = httpx2.Timeout(self.settings.timeout, connect=min(10, self.settings.timeout))
+    certificates = httpx2.create_ssl_context()  # once: reading them takes longer than a request
+    async with contextlib.AsyncExitStack() as stack:
+      for server in self.servers:
+        client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=limit, verify=certificates)
+        server.client = await stack.enter_async_context(client)
+      yield
 
   def find_model(self) -> str:
     """The model to ask for; ValueError unless the servers that answer now serve it."""
     async def all_of_them():
-      async with self.client() as client:
-        return await asyncio.gather(*(self._models(client, server) for server in self.servers))
+      async with self.connected():
+        return await asyncio.gather(*map(self._models, self.servers))
     found = dict(zip(self.servers, asyncio.run(all_of_them())))
     if all(isinstance(names, Fault) for names in found.values()):
       raise ValueError(f"no server answers ({self._complaints()}): start them, or check --servers")
@@ -111,29 +120,29 @@ class Fleet:
     """
     under_way = 0
 
-    async def worker(client):
+    async def worker():
       nonlocal under_way
       while more(under_way) and (conversation := next(conversations, None)):
         under_way += 1
-        found = await self._converse(client, conversation)
+        found = await self._converse(conversation)
         under_way -= 1
         finish([found])
 
     try:
-      async with self.client() as client, asyncio.TaskGroup() as tasks:
+      async with self.connected(), asyncio.TaskGroup() as tasks:
         for _ in range(self.settings.concurrency * len(self.servers)):
-          tasks.create_task(worker(client))
+          tasks.create_task(worker())
     except BaseExceptionGroup as group:
       raise group.exceptions[0] from None
 
-  async def _converse(self, client, conversation) -> Outcome:
+  async def _converse(self, conversation) -> Outcome:
     thinking = conversation.thinks(self.settings.thinking)
     messages, replies = [], []
     try:
       for turn, asked in enumerate(conversation.turns):
         messages += asked
         seed = zlib.crc32(seed_text(self.settings.seed, conversation.id, turn).encode())
-        reply = await self._ask(client, self._body(messages, conversation.tools, thinking, seed), thinking)
+        reply = await self._ask(self._body(messages, conversation.tools, thinking, seed), thinking)
         messages.append(reply.message)
         replies.append(reply)
         if reply.message.get("tool_calls"):
@@ -143,19 +152,20 @@ class Fleet:
     return outcome(conversation, replies, thinking)
 
   def _body(self, messages, tools, thinking, seed) -> dict[str, Any]:
-    asked = self.settings
+    asked, kept = self.settings, ("role", "content", "reasoning_content")
+    messages = [{key: message[key] for key in kept if key in message} for message in messages]
     # Said even where it is off: what is missing, servers take from the model's generation_config.json.
     return {"model": self.model, "messages": messages, "max_tokens": asked.max_new_tokens, "seed": seed,
             "temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k or -1, "min_p": 0.0,
             "repetition_penalty": 1.0, "chat_template_kwargs": {"enable_thinking": thinking}, "stream": False,
             **({"tools": tools} if tools else {}), **({"return_token_ids": True} if asked.token_ids else {})}
 
-  async def _ask(self, client, body, thinking) -> Reply:
+  async def _ask(self, body, thinking) -> Reply:
     """The reply of the first server that gives one."""
     for attempt in range(self.settings.retries + 1):
-      server = await self._take(client)
+      server = await self._take()
       try:
-        response = await self._send(client, server, "POST", "/chat/completions", json=body)
+        response = await self._send(server, "POST", "/chat/completions", json=body)
         reply = read_reply(self._opened(server, response), thinking)
         self._well(server)
         return reply
@@ -171,7 +181,7 @@ class Fleet:
         await asyncio.sleep(max(last.wait, min(BACKOFF * 2 ** attempt, MOST) * random.uniform(0.5, 1.5)))
     raise Unanswered("no answer", f"{self.settings.retries + 1} tries, of which the last: {last}")
 
-  async def _take(self, client) -> Server:
+  async def _take(self) -> Server:
     """A server with room, the one with the fewest requests; one that failed gets a single request at first."""
     while True:
       now = time.monotonic()
@@ -182,7 +192,7 @@ class Fleet:
         if server.checked:
           return server
         # It was away at the beginning, and SGLang answers for whatever model it is asked for.
-        names = await self._models(client, server)
+        names = await self._models(server)
         server.in_flight -= 1
         if isinstance(names, list):
           self._must_serve(server, names)
@@ -197,13 +207,13 @@ class Fleet:
                            f"give the same command again, which goes on")
       await asyncio.sleep(POLL * random.uniform(0.5, 1.5))
 
-  async def _models(self, client, server) -> list[str] | Fault | None:
+  async def _models(self, server) -> list[str] | Fault | None:
     """What it serves; None where it does not say."""
     for attempt in range(3):
       if attempt:
         await asyncio.sleep(BACKOFF)
       try:
-        response = await self._send(client, server, "GET", "/models")
+        response = await self._send(server, "GET", "/models")
         if response.status_code in (404, 405):
           server.checked = True
           return None
@@ -218,13 +228,13 @@ class Fleet:
         server.said = str(fault)
     return fault
 
-  async def _send(self, client, server, method, path, **what) -> httpx.Response:
+  async def _send(self, server, method, path, **what) -> httpx2.Response:
     try:
-      async with asyncio.timeout(self.settings.timeout):  # in all; httpx's own is between two bytes
-        return await client.request(method, server.base + path, **what)
+      async with asyncio.timeout(self.settings.timeout):  # in all; httpx2's own is between two bytes
+        return await server.client.request(method, server.base + path, **what)
     except TimeoutError as error:
       raise Fault(f"nothing within {self.settings.timeout:g} seconds") from error
-    except httpx.RequestError as error:
+    except httpx2.RequestError as error:
       raise Fault(self._short(f"{type(error).__name__} {error}")) from error
 
   def _opened(self, server, response) -> dict[str, Any]:
@@ -309,6 +319,8 @@ def read_reply(body: dict[str, Any], thinking: bool) -> Reply:
     raise Unanswered("thinks, though thinking is off", "give --thinking, or a server whose template can turn it off")
   if not content and not calls:
     raise Unanswered("an empty reply" if finish == "stop" else "cut before its reply began, raise --max-new-tokens")
+  if finish == "length":
+    said["finish_reason"] = finish  # for chat.encode_conversation: the template will write an end that was not said
   usage = body.get("usage")
   count = usage.get("completion_tokens") if isinstance(usage, dict) else 0
   return Reply(said | ({"tool_calls": list(map(_call, calls))} if calls else {}), "tool_calls" if calls else finish,
