@@ -43,6 +43,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if instead == "die":
       self.close_connection = True
       self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+    elif instead == "dribble":  # never silent for long, never done
+      self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+      with contextlib.suppress(OSError):
+        for _ in range(20):
+          self.wfile.write(b" ")
+          time.sleep(0.1)
     else:
       self.reply(*(instead or (200, completion(body))))
 
@@ -291,10 +297,10 @@ def tries(server) -> dict[str, int]:
 
 
 def test_servers_that_fail_at_times(tmp_path):
-  """Kills: one 500, lost connection, hang or page of HTML that ends the run, loses a question, or is taken for an
-  answer; a busy server (429) that is set aside; an answer asked for twice."""
+  """Kills: one 500, lost connection, hang, drip of bytes or page of HTML that ends the run, loses a question, or is
+  taken for an answer; a busy server (429) that is set aside; an answer asked for twice."""
   ways = [(500, {"error": {"message": "out of memory"}}), "die", "hang", (200, b"<html>"), (200, {"choices": []}), None,
-          (429, {"error": "slow down"}), (502, b"bad gateway"), (200, {"detail": "?"})]
+          (429, {"error": "slow down"}), (502, b"bad gateway"), "dribble"]
 
   def at_times(body, number):
     text = body["messages"][-1]["content"]
@@ -326,6 +332,7 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   assert result["answers"] == 150 and len({line["id"] for line in read(tmp_path / "a.jsonl")}) == 150
   assert f"{mortal.url}/v1 is left alone for" in capsys.readouterr().err
   assert len(mortal.asked) > 12, "it was never asked again"
+  assert steady.most <= 3, "it was given the other's requests on top of its own"
   assert len(mortal.asked) + len(steady.asked) == 159 and time.monotonic() - began < 10
 
 
@@ -399,6 +406,9 @@ def test_servers_of_other_models_and_none_at_all(tmp_path, capsys):
   settings = ("--out", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "--servers")
   _, err = called(capsys, answers.main, answers.Settings, *settings, server.url.replace("//", "//me:pass@"), code=2)
   assert "no server answers" in err and "ConnectError" in err and "pass" not in err and "Traceback" not in err
+  with serving() as one:
+    assert asked(tmp_path / "b.jsonl", server.url, one.url)["answers"] == 60  # the first is not there any more
+  assert f"{server.url}/v1 does not answer (ConnectError" in capsys.readouterr().err
   late = iter([(503, b"loading")] * 3)
   with serving() as one, serving(models=None) as two:
     two.RequestHandlerClass = type("Late", (Handler,), {"do_GET": lambda self: self.reply(
