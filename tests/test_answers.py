@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     elif instead == "dribble":  # never silent for long, never done
       self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
       with contextlib.suppress(OSError):
-        for _ in range(100):
+        for _ in range(200):
           self.wfile.write(b" ")
           time.sleep(0.1)
     else:
@@ -304,15 +304,15 @@ def test_servers_that_fail_at_times(tmp_path):
     text = body["messages"][-1]["content"]
     way = ways[int(text.split()[1]) % len(ways)] if tries(server)[text] <= 1 else None
     if way == "hang":
-      time.sleep(1)
+      time.sleep(2)
     return None if way == "hang" else way
   questions(tmp_path, 18)
   began = time.monotonic()
   with serving(at_times) as server, serving() as other:
-    result = asked(tmp_path / "a.jsonl", server.url, concurrency=2, timeout=0.4)
+    result = asked(tmp_path / "a.jsonl", server.url, concurrency=4, timeout=1.0)
     assert result["answers"] == 18 and result["failed"] == {}
     assert tries(server) == {f"question {i}": 1 if i % 9 == 5 else 2 for i in range(18)}
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 15
     (tmp_path / "b").mkdir()
     questions(tmp_path / "b", 18)
     asked(tmp_path / "b" / "a.jsonl", other.url)
@@ -325,15 +325,15 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   """Kills: questions that are lost with their server; a dead server asked as often as a living one; one that is never
   asked again."""
   began = time.monotonic()
-  dies = lambda body, number: ("die" if 3 < number <= 12 else time.sleep(0.005))
+  dies = lambda body, number: ("die" if 3 < number <= 9 else time.sleep(0.005))
   questions(tmp_path, 150)
   with serving(dies) as mortal, serving(lambda body, number: time.sleep(0.02)) as steady:
     result = asked(tmp_path / "a.jsonl", mortal.url, steady.url, concurrency=3)
   assert result["answers"] == 150 and len({line["id"] for line in read(tmp_path / "a.jsonl")}) == 150
   assert f"{mortal.url}/v1 is left alone for" in capsys.readouterr().err
-  assert len(mortal.asked) > 12, "it was never asked again"
+  assert len(mortal.asked) > 9, "it was never asked again"
   assert steady.most <= 3, "it was given the other's requests on top of its own"
-  assert len(mortal.asked) + len(steady.asked) == 159 and time.monotonic() - began < 10
+  assert len(mortal.asked) + len(steady.asked) == 156 and time.monotonic() - began < 10
 
 
 def test_questions_that_cannot_be_answered(tmp_path, capsys):
