@@ -147,6 +147,17 @@ def test_mask_is_the_replies(tokenizer):
   assert all(tokenizer.decode(tokens[:i]).endswith("<|im_start|>assistant\n") for i in starts)
 
 
+def test_the_end_of_a_cut_reply_is_not_learned(tokenizer):
+  """Kills: a drafter that learns that a target ends where its limit was."""
+  (ids, mask), = chat.encode_conversation(tokenizer, CHAT)
+  cut = [message | {"finish_reason": "length"} if number == 1 else message for number, message in enumerate(CHAT)]
+  (same, without), = chat.encode_conversation(tokenizer, cut)
+  gone = [k for k, (a, b) in enumerate(zip(mask, without)) if a != b]
+  assert same == ids and len(gone) == 1 and ids[gone[0]] == END and mask[gone[0]] and mask[gone[0] - 1]
+  (_, last), = chat.encode_conversation(tokenizer, CHAT[:1] + cut[1:2])
+  assert without[:len(last)] == last
+
+
 def test_rewritten_replies_are_documents_of_their_own(tokenizer, monkeypatch):
   """Kills: supervising a past reply without the thinking that the model wrote before it, or leaving it out."""
   monkeypatch.setattr(tokenizer, "chat_template", REWRITING)

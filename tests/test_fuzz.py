@@ -25,12 +25,12 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import dspark_jax
-from dspark_jax.data import benchmarks, chat, pipeline
+from dspark_jax.data import benchmarks, chat, pipeline, prompts
 from dspark_jax.data.gguf_metadata import open_gguf
 from dspark_jax.loading import stored_temperatures
 from dspark_jax.programs import results, run_folder
 from infer import generate
-from train import answers, calibrate, train
+from train import calibrate, train
 from folders import CHATML, DSPARK, GOLDEN, LLAMA, QWEN3, fresh_drafter, qwen3, sharded, target_of, with_tokenizer
 from mutations import ODD, TEMPLATES, spoil_bytes, spoil_json, spoil_lines, spoil_names, spoil_safetensors
 from test_gguf import model, write
@@ -138,7 +138,7 @@ def records(folder: Path) -> dict[str, Place]:
   """What users and our own programs write, a JSON object a line or a file."""
   tokenizer = chat.load_tokenizer(with_tokenizer(LLAMA, folder / "words"))
   settings = lambda **of: generate.Settings("", "none", **of)
-  asked = lambda path: answers.read_questions(answers.Settings("", folder / "out", questions=path))
+  asked = lambda path: list(prompts.read_prompts(path))
   data = lambda path: pipeline.read_conversations([path], tokenizer, max_len=64, vocab_size=len(tokenizer),
                                                   encode_conversation=chat.encode_conversation)
   rounds = dict(id="1", n_accept=[1], n_verify=[4], confidence=[[0.5] * 4])
@@ -149,7 +149,7 @@ def records(folder: Path) -> dict[str, Place]:
     "data": (lines(folder / "data.jsonl", {"messages": TALK}, MASKED, {"messages": TALK + TALK}), data),
     "prompts": (lines(folder / "prompts.jsonl", {"prompt": "w5"}, {"messages": TALK[:1]}),
                 lambda path: generate.read_prompts(settings(prompts=path), tokenizer)),
-    "questions": (lines(folder / "questions.jsonl", {"prompt": "w5"}, {"prompt": "w6"}), asked),
+    "questions": (lines(folder / "questions.jsonl", {"prompt": "w5"}, {"messages": TALK}), asked),
     "benchmark": (lines(folder / "gsm8k.jsonl", {"turns": ["w5", "w6"]}, {"turns": ["w7"]}), benchmarks.read_samples),
     "samples": (lines(folder / "samples.jsonl", DECODED), results.read_decoded),
     "rounds": (lines(folder / "rounds.jsonl", rounds), lambda path: calibrate.read_rounds(path, 4))}

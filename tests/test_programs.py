@@ -239,7 +239,7 @@ def test_answers_go_on(folder, capsys, tmp_path):
   args = ("--target", folder / "target", "--out", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "--batch",
           2, "--max-new-tokens", 4)
   first, _ = called(capsys, answers.main, answers.Settings, *args, "--count", 2)
-  assert set(first) == {"answers", "tokens", "tokens_per_second", "out"} and first["answers"] == 2
+  assert set(first) == {"answers", "tokens", "tokens_per_second", "out", "failed"} and first["answers"] == 2
   whole = (tmp_path / "a.jsonl").read_text()
   (tmp_path / "a.jsonl").write_text(whole + '{"id": "3", "tok')
   second, _ = called(capsys, answers.main, answers.Settings, *args)

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax.config import from_json, raise_all, to_json, wrong_choices
-from dspark_jax.data import chat
+from dspark_jax.data import chat, prompts
 from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import calibration
 from dspark_jax.decoding.generate import Generation
@@ -39,7 +39,6 @@ from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.sampling import make_sampling
-from train import answers
 
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
 # The first and the second of every two prompts: a user's file may be in some order, which both halves should see.
@@ -168,10 +167,14 @@ def check(settings: Settings) -> dict[str, float]:
 
 def read_questions(settings: Settings) -> list[tuple[str, str]]:
   """(id, text) per question, each text once: the same prompt in both halves would be measured by its own fit."""
+  questions = []
   if settings.questions is None:
     questions = [(q.id, q.question) for q in split(stdlib_questions())[1]]
   else:
-    questions = answers.read_questions(settings)
+    for c in prompts.read_prompts(settings.questions):
+      if [len(turn) for turn in c.turns] != [1] or c.tools or c.thinking:
+        raise ValueError(f'{settings.questions}, line {c.id} is no question: expected {{"prompt": TEXT}}, asked alone')
+      questions.append((c.id, c.turns[0][0]["content"]))
   first = {}
   for name, text in questions:
     first.setdefault(text, name)

@@ -169,7 +169,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   One document for all of them where the template leaves past replies as they were. Else (Qwen3 drops their thinking)
   one per reply: `encode_prompt` of what came before it, then the reply. A reply that the template never writes after
   its own prompt is in none. The conversation is tokenized once as a whole; only where a token would span the border of
-  a reply, which nobody could generate, is it cut there. Arguments as for `encode_prompt`.
+  a reply, which nobody could generate, is it cut there. The end that the template writes after a reply with
+  "finish_reason": "length" is not supervised: the limit cut it, its model did not end it. Arguments as for
+  `encode_prompt`.
   """
   how = _variables(tokenizer, messages, tools, variables)
   replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
@@ -177,13 +179,14 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   contents = _contents(tokenizer, messages, text, how)
   spans = _reply_spans(tokenizer, messages, text, replies, contents, how)
   if replies and None not in spans:
-    return [_document(tokenizer, text, spans, _spelled(tokenizer, messages, contents, allow_special))]
+    cut = [_is_cut(messages[i]) for i in replies]
+    return [_document(tokenizer, text, spans, _spelled(tokenizer, messages, contents, allow_special), cut)]
   documents = []
   for part in (messages[:i + 1] for i in replies):
     text, span = _generated(tokenizer, part, how)
     if span:
       hidden = _spelled(tokenizer, part, _contents(tokenizer, part, text, how), allow_special)
-      ids, mask = _document(tokenizer, text, [span], hidden)
+      ids, mask = _document(tokenizer, text, [span], hidden, [_is_cut(part[-1])])
       # What comes before it as generation has it, where the replies before were cut out of the text, too.
       begin, prompt = (mask + [True]).index(True), _prompt(tokenizer, part[:-1], False, allow_special, how)
       documents.append((prompt + ids[begin:], [False] * len(prompt) + mask[begin:]))
@@ -228,10 +231,15 @@ def dated(template: str, date: Any) -> str:
   return found
 
 
-def _document(tokenizer, text, spans, hidden):
+def _is_cut(reply):
+  return reply.get("finish_reason") == "length"
+
+
+def _document(tokenizer, text, spans, hidden, cut):
   ids, mask, stops = [], [], set(stop_ids(tokenizer))
   for number, piece in enumerate(_pieces(tokenizer, text, [at for span in spans for at in span], hidden)):
     learned = _learned(piece, stops) if number % 2 else 0
+    learned -= bool(learned and cut[number // 2] and piece[learned - 1] in stops)
     ids += piece
     mask += [True] * learned + [False] * (len(piece) - learned)
   return ids, mask

@@ -1,0 +1,454 @@
+"""train.answers: what is asked, who answers, and what becomes of servers that fail, which are real ones here."""
+
+import contextlib
+import http.server
+import json
+import sys
+import threading
+import time
+import types
+import zlib
+from pathlib import Path
+
+import pytest
+
+from dspark_jax.data import chat, pipeline, prompts
+from dspark_jax.data.prompts import Conversation
+from train import answers, replies, servers
+from train.replies import Reply
+from folders import LLAMA, called, complains, files, with_tokenizer
+
+MODEL = "tiny/model"
+KEY = "sk-very-secret"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """Answers as vLLM does, after what `server.how(body, number of the request)` wants to happen instead."""
+  protocol_version = "HTTP/1.1"
+
+  def do_GET(self):
+    self.reply(*self.server.models)
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    with self.server.lock:
+      self.server.asked.append(body)
+      self.server.keys.append(self.headers.get("Authorization"))
+      number = len(self.server.asked)
+      self.server.now += 1
+      self.server.most = max(self.server.most, self.server.now)
+    instead = self.server.how(body, number)
+    with self.server.lock:
+      self.server.now -= 1
+    if instead == "die":
+      self.close_connection = True
+      self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+    elif instead == "dribble":  # never silent for long, never done
+      self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+      with contextlib.suppress(OSError):
+        for _ in range(200):
+          self.wfile.write(b" ")
+          time.sleep(0.1)
+    else:
+      self.reply(*(instead or (200, completion(body))))
+
+  def reply(self, code, value, **headers):
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    self.send_response(code)
+    for name, text in headers.items():
+      self.send_header(name, text)
+    self.send_header("Content-Length", str(len(data)))
+    self.end_headers()
+    with contextlib.suppress(OSError):  # who asked may have hung up
+      self.wfile.write(data)
+
+  def log_message(self, *_):
+    pass
+
+
+def completion(body, content=None, finish="stop", **message):
+  """A response whose text is a function of what was asked, of its seed and of the sampling."""
+  said = f"{len(body['messages'])} {body['seed']} {body['temperature']} {body['messages'][-1]['content']}"
+  return {"object": "chat.completion", "choices": [{"index": 0, "finish_reason": finish, "message": {
+      "role": "assistant", "content": said if content is None else content, **message}}],
+      "usage": {"completion_tokens": 7}}
+
+
+@contextlib.contextmanager
+def serving(how=lambda body, number: None, models=(200, {"data": [{"id": MODEL}]})):
+  """A server on a port of its own; gives it, with its url."""
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  server.daemon_threads, server.lock = True, threading.Lock()
+  server.how, server.models, server.asked, server.keys, server.now, server.most = how, models, [], [], 0, 0
+  server.url = f"http://127.0.0.1:{server.server_port}"
+  thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+  thread.start()
+  try:
+    yield server
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  """No waits of seconds, no proxy and no key of whoever runs the tests."""
+  for name, seconds in (("BACKOFF", 0.01), ("ASIDE", 0.05), ("POLL", 0.01), ("GIVE_UP", 0.5)):
+    monkeypatch.setattr(servers, name, seconds)
+  for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", servers.KEY):
+    monkeypatch.delenv(name, raising=False)
+
+
+def written(path: Path, *records) -> Path:
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  return path
+
+
+def questions(folder: Path, count: int = 12) -> Path:
+  return written(folder / "q.jsonl", *({"prompt": f"question {i}"} for i in range(count)))
+
+
+def read(path: Path) -> list:
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def asked(out: Path, *urls, **changes) -> dict:
+  """What the program returns. Sorted lines are in out, failures beside it."""
+  how = dict(servers=urls, concurrency=4, retries=5, timeout=5.0, token_ids=False) | changes
+  return answers.main(answers.Settings(how.pop("target", None), out, how.pop("questions", out.parent / "q.jsonl"),
+                                       **how))
+
+
+# What is asked
+
+
+def test_replies_are_replaced():
+  """Kills: answers of another model that are learned, or fed back; a system message that is lost; a result of a tool
+  that answers a call which was never made; ShareGPT's words taken for roles."""
+  say = lambda role, text: {"role": role, "content": text}
+  talk = [say("system", "s"), say("user", "a"), say("assistant", "old") | {"weight": 1}, say("user", "b")]
+  got = prompts._conversation({"messages": talk, "id": "x"}, "1", "f")
+  assert got.turns == ((say("system", "s"), say("user", "a")), (say("user", "b"),)) and got.id == "1"
+  shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"}, {"from": "human", "value": "b"}]
+  assert prompts._conversation({"conversations": shared}, "1", "f").turns == ((say("user", "a"),), (say("user", "b"),))
+  tool = [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{}]}, say("tool", "3"),
+          say("user", "b")]
+  schema = [{"type": "function"}]
+  got = prompts._conversation({"messages": tool, "tools": schema, "chat_template_kwargs": {"enable_thinking": True}},
+                              "1", "f")
+  assert got == Conversation("1", ((say("user", "a"),),), schema, True)
+  assert prompts._conversation({"conversations": shared[1:]}, "1", "f").problem == prompts.BEGINS
+  assert prompts._conversation({"messages": talk[:1]}, "1", "f").problem == prompts.NO_USER
+
+
+@pytest.mark.parametrize("line, part", [
+  ({"prompt": " "}, "is no question"), ({"text": "a"}, "is no question"), ({"prompt": "a", "top_k": 3}, "has top_k"),
+  ({"prompt": "a", "messages": []}, "is no question"), ({"messages": []}, "must be a list that is not empty"),
+  ({"messages": [{"role": "king", "content": "a"}]}, "unknown role 'king'"), ({"prompt": "a", "tools": "x"}, "tools"),
+  ({"prompt": "a", "tools": [{"x": float("nan")}]}, "JSON compliant"),
+  ({"prompt": "a", "system": "be kind"}, '"system"')])
+def test_bad_lines(line, part, tmp_path):
+  """Kills: half a file asked before its mistake is seen; a setting of a line that is passed over."""
+  with complains("q.jsonl, line 2", part):
+    answers.read_questions(answers.Settings("x", questions=written(tmp_path / "q.jsonl", {"prompt": "a"}, line)))
+
+
+def test_datasets_of_the_hub(monkeypatch):
+  """Kills: an ImportError for who has no `datasets`; the network's own error; a split that is not the one asked for."""
+  settings = answers.Settings("x", dataset="owner/name", split="s")
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with complains("owner/name needs the library `datasets`", "--questions"):
+    answers.read_questions(settings)
+  rows = [{"conversations": [{"from": "human", "value": "a"}], "prompt": None}, {"prompt": "b", "conversations": None}]
+  load = lambda name, split: {("owner/name", "s"): rows}[name, split]
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+  found = answers.read_questions(settings)
+  assert [(c.id, c.turns[0][0]["content"]) for c in found] == [("1", "a"), ("2", "b")] and found.count == 2
+  with complains("the split 'x' of the dataset owner/name could not be fetched (KeyError)", "the network"):
+    answers.read_questions(answers.Settings("x", dataset="owner/name", split="x"))
+
+
+# Replies
+
+
+def test_lines_of_tokens():
+  """Kills: a turn supervised twice, prompts supervised, a second prompt glued to a first that it does not continue."""
+  talk = Conversation("7", (({},), ({},)))
+  lines = lambda *pairs: replies.outcome(talk, [Reply({}, "stop", *pair, 1) for pair in pairs], False).lines
+  assert lines(([1, 2], [3]), ([1, 2, 3, 4], [5, 6])) == [
+      {"id": "7", "tokens": [1, 2, 3, 4, 5, 6], "loss_mask": [0, 0, 1, 0, 1, 1], "finish": ["stop"] * 2}]
+  assert lines(([1, 2], [3]), ([1, 2, 4], [5])) == [
+      {"id": "7", "part": [1, 2], "tokens": [1, 2, 3], "loss_mask": [0, 0, 1], "finish": ["stop"]},
+      {"id": "7", "part": [2, 2], "tokens": [1, 2, 4, 5], "loss_mask": [0, 0, 0, 1], "finish": ["stop"]}]
+
+
+def test_half_a_conversation_is_asked_again(tmp_path):
+  """Kills: a conversation taken for answered whose second line a kill cut off; its first one kept and learned twice."""
+  part = lambda name, k: {"id": name, "part": [k, 3], "tokens": [k]}
+  whole = written(tmp_path / "a.jsonl", {"id": "1", "tokens": []}, part("2", 1), part("2", 2), part("2", 3)).read_text()
+  assert answers.answered(tmp_path / "a.jsonl") == {"1", "2"} and (tmp_path / "a.jsonl").read_text() == whole
+  (tmp_path / "a.jsonl").write_text(whole + json.dumps(part("3", 1)) + "\n" + json.dumps(part("3", 2)) + '\n{"id')
+  assert answers.answered(tmp_path / "a.jsonl") == {"1", "2"} and (tmp_path / "a.jsonl").read_text() == whole
+
+
+def read_reply(message, finish="stop", thinking=False, **more):
+  return servers.read_reply({"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}],
+                             **more}, thinking)
+
+
+def test_what_replies_hold():
+  """Kills: thinking that is thrown away, or kept under a name that templates do not read; arguments of a call left as a
+  text, which templates would quote; an answer learned that a template writes in another way than it was said."""
+  assert read_reply({"content": "a", "reasoning": "why"}, thinking=True).message == {
+      "role": "assistant", "content": "a", "reasoning_content": "why"}
+  call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+  got = read_reply({"content": None, "tool_calls": [call]}, "tool_calls")
+  assert got.finish == "tool_calls" and got.message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+  broken = {"content": None, "tool_calls": [call | {"function": {"name": "f", "arguments": "{x"}}]}
+  for message, how, reason in (
+      ({"content": "a", "reasoning_content": "why"}, {}, "thinks, though thinking is off"),
+      ({"content": ""}, {"finish": "length"}, "cut before its reply began"), ({"content": None}, {}, "an empty reply"),
+      (broken, {"finish": "tool_calls"}, "no JSON object"), ({"content": "a"}, {"finish": "filter"}, "in filter")):
+    with pytest.raises(replies.Unanswered) as caught:
+      read_reply(message, **how)
+    assert reason in caught.value.reason
+  for message, how in (({"content": 3}, {}), ({}, {"finish": None}), ({"content": "a"}, {"finish": "abort"})):
+    with pytest.raises(servers.Fault):
+      read_reply(message, **how)
+
+
+# Servers
+
+
+def test_every_question_gets_its_own_answer(tmp_path):
+  """Kills: seeds by order or by server; sampling that is not sent; fields that are left to a model's own
+  generation_config.json; a line that train.train does not read; more requests at once than were asked for."""
+  slow = lambda body, number: time.sleep(0.01 * (number % 3))
+  with serving(slow) as one, serving(slow) as two:
+    questions(tmp_path)
+    (tmp_path / "second").mkdir()
+    questions(tmp_path / "second")
+    how = dict(temperature=0.7, top_p=0.8, top_k=20)
+    result = asked(tmp_path / "a.jsonl", one.url, f"{two.url}/v1/", concurrency=3, **how)
+    assert set(result) == {"answers", "tokens", "tokens_per_second", "out", "failed"}
+    assert result["answers"] == 12 and result["tokens"] == 84 and result["failed"] == {}
+    assert one.asked and two.asked and one.most <= 3 and two.most <= 3
+    asked(tmp_path / "second" / "a.jsonl", two.url, concurrency=1, target=MODEL, **how)
+  by_id = lambda out: sorted(read(out), key=lambda line: int(line["id"]))
+  lines = by_id(tmp_path / "a.jsonl")
+  assert lines == by_id(tmp_path / "second" / "a.jsonl")
+  assert lines[4] == {"id": "5", "messages": [{"role": "user", "content": "question 4"}, {
+      "role": "assistant", "content": f"1 {zlib.crc32(b'0/5')} 0.7 question 4"}],
+      "chat_template_kwargs": {"enable_thinking": False}, "finish": ["stop"]}
+  body = one.asked[0]
+  assert (body["model"], body["top_p"], body["top_k"], body["max_tokens"]) == (MODEL, 0.8, 20, 128)
+  assert (body["min_p"], body["repetition_penalty"]) == (0.0, 1.0)
+  with_tokenizer(LLAMA, tmp_path / "target")
+  source = pipeline.read_conversations([tmp_path / "a.jsonl"], chat.load_tokenizer(tmp_path / "target"), max_len=64,
+                                       vocab_size=130, encode_conversation=chat.encode_conversation)
+  assert source.lost.too_short == 12 and source.lost.rewritten == 0
+
+
+def test_a_conversation_is_asked_turn_by_turn(tmp_path):
+  """Kills: the data set's own replies sent as history; a call of a tool answered by the next question; tools or
+  thinking that do not reach the server; a cut reply's own note sent along, or lost."""
+  call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+  ways = {"call": lambda body: (200, completion(body, "", "tool_calls", tool_calls=[call])),
+          "a": lambda body: (200, completion(body, finish="length"))}
+  how = lambda body, number: ways.get(body["messages"][-1]["content"], lambda body: None)(body)
+  say = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+  written(tmp_path / "q.jsonl", {"messages": say("a", "old", "b")}, {
+      "messages": say("call", "old", "never"), "tools": [{"type": "function"}],
+      "chat_template_kwargs": {"enable_thinking": True}})
+  with serving(how) as server:
+    asked(tmp_path / "a.jsonl", server.url, concurrency=1)
+  first, second, third = server.asked
+  seed = zlib.crc32(b"0/1")
+  assert second["messages"] == [*say("a", f"1 {seed} 0.0 a", "b")] and first["messages"] == say("a")
+  assert third["tools"] == [{"type": "function"}] and third["chat_template_kwargs"] == {"enable_thinking": True}
+  talk, tool = read(tmp_path / "a.jsonl")
+  assert [m["content"] for m in talk["messages"]] == ["a", f"1 {seed} 0.0 a", "b",
+                                                      f"3 {second['seed']} 0.0 b"]
+  assert talk["finish"] == ["length", "stop"] and talk["messages"][1]["finish_reason"] == "length"
+  assert first["seed"] == seed != second["seed"] and len(tool["messages"]) == 2 and tool["tools"] == third["tools"]
+
+
+def test_tokens_are_taken_where_servers_give_them(tmp_path):
+  """Kills: a text encoded again although its tokens are there."""
+  def tokens(body, number):
+    assert body["return_token_ids"] is True
+    found = completion(body)
+    found["choices"][0]["token_ids"] = [8, 9, 2]
+    return 200, found | {"prompt_token_ids": [5, 6, 7]}
+  questions(tmp_path, 1)
+  with serving(tokens) as server:
+    assert asked(tmp_path / "a.jsonl", server.url, token_ids=True)["tokens"] == 3
+  assert read(tmp_path / "a.jsonl") == [{"id": "1", "tokens": [5, 6, 7, 8, 9, 2], "loss_mask": [0, 0, 0, 1, 1, 1],
+                                         "finish": ["stop"]}]
+
+
+def tries(server) -> dict[str, int]:
+  """Requests by question."""
+  texts = [body["messages"][-1]["content"] for body in server.asked]
+  return {text: texts.count(text) for text in texts}
+
+
+def test_servers_that_fail_at_times(tmp_path):
+  """Kills: one 500, lost connection, hang, drip of bytes or page of HTML that ends the run, loses a question, or is
+  taken for an answer; a busy server (429) that is set aside; an answer asked for twice."""
+  ways = [(500, {"error": {"message": "out of memory"}}), "die", "hang", (200, b"<html>"), (200, {"choices": []}), None,
+          (429, {"error": "slow down"}), (502, b"bad gateway"), "dribble"]
+
+  def at_times(body, number):
+    text = body["messages"][-1]["content"]
+    way = ways[int(text.split()[1]) % len(ways)] if tries(server)[text] <= 1 else None
+    if way == "hang":
+      time.sleep(2)
+    return None if way == "hang" else way
+  questions(tmp_path, 18)
+  began = time.monotonic()
+  with serving(at_times) as server, serving() as other:
+    result = asked(tmp_path / "a.jsonl", server.url, concurrency=4, timeout=1.0)
+    assert result["answers"] == 18 and result["failed"] == {}
+    assert tries(server) == {f"question {i}": 1 if i % 9 == 5 else 2 for i in range(18)}
+    assert time.monotonic() - began < 15
+    (tmp_path / "b").mkdir()
+    questions(tmp_path / "b", 18)
+    asked(tmp_path / "b" / "a.jsonl", other.url)
+  key = lambda line: line["id"]
+  assert sorted(read(tmp_path / "a.jsonl"), key=key) == sorted(read(tmp_path / "b" / "a.jsonl"), key=key)
+  assert not (tmp_path / "a.failed.jsonl").exists()
+
+
+def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
+  """Kills: questions that are lost with their server; a dead server asked as often as a living one; one that is never
+  asked again."""
+  began = time.monotonic()
+  dies = lambda body, number: ("die" if 3 < number <= 9 else time.sleep(0.005))
+  questions(tmp_path, 150)
+  with serving(dies) as mortal, serving(lambda body, number: time.sleep(0.02)) as steady:
+    result = asked(tmp_path / "a.jsonl", mortal.url, steady.url, concurrency=3)
+  assert result["answers"] == 150 and len({line["id"] for line in read(tmp_path / "a.jsonl")}) == 150
+  assert f"{mortal.url}/v1 is left alone for" in capsys.readouterr().err
+  assert len(mortal.asked) > 9, "it was never asked again"
+  assert steady.most <= 3, "it was given the other's requests on top of its own"
+  assert len(mortal.asked) + len(steady.asked) == 156 and time.monotonic() - began < 10
+
+
+def test_questions_that_cannot_be_answered(tmp_path, capsys):
+  """Kills: one bad question that ends the run; failures that are lost, or counted as answers; ones that are never asked
+  again; more or fewer tries than were asked for."""
+  way = {"question 2": (400, {"error": {"message": "too long"}}), "question 3": (500, b"crash")}
+  questions(tmp_path, 5)
+  with serving(lambda body, number: way.get(body["messages"][-1]["content"])) as server:
+    result = asked(tmp_path / "a.jsonl", server.url, retries=3, concurrency=1)
+    assert result["answers"] == 3 and result["failed"] == {"refused by the server": 1, "no answer": 1}
+    assert tries(server) == {f"question {i}": 4 if i == 3 else 1 for i in range(5)}
+    assert "2 questions have no answer" in capsys.readouterr().err
+    failed = {line["id"]: line for line in read(tmp_path / "a.failed.jsonl")}
+    assert failed["3"] == {"id": "3", "reason": "refused by the server", "detail": "400: too long"}
+    assert "4 tries" in failed["4"]["detail"] and "500: crash" in failed["4"]["detail"]
+    way.clear(), server.asked.clear()
+    assert asked(tmp_path / "a.jsonl", server.url)["answers"] == 5 and len(server.asked) == 2
+  assert sorted(line["id"] for line in read(tmp_path / "a.jsonl")) == list("12345")
+  assert not (tmp_path / "a.failed.jsonl").exists()
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+  """Kills: questions asked again by a second command, or of a second fleet; another model's answers in one file; a
+  count that is passed."""
+  questions(tmp_path, 9)
+  with serving() as one, serving() as two, serving(models=(200, {"data": [{"id": "other"}]})) as other:
+    assert asked(tmp_path / "a.jsonl", one.url, count=4)["answers"] == 4 == len(read(tmp_path / "a.jsonl"))
+    whole = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(whole + '{"id": "9')
+    assert asked(tmp_path / "a.jsonl", two.url, target=MODEL)["answers"] == 9
+    assert len(one.asked) == 4 and len(two.asked) == 5 and (tmp_path / "a.jsonl").read_text().startswith(whole)
+    before = files(tmp_path)
+    with complains("(target was tiny/model, is other)"):
+      asked(tmp_path / "a.jsonl", other.url)
+    with complains("(thinking was None, is True)"):
+      asked(tmp_path / "a.jsonl", one.url, thinking=True)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("how, models, parts", [
+  ((401, {"error": {"message": f"bad key {KEY}"}}), None, ["refuses the key of OPENAI_API_KEY (401: bad key ...)"]),
+  ((404, {"error": {"message": "Not there."}}), None, ["does not know the model tiny/model", "--target"]),
+  ((500, b"boom"), None, ["no server gives an answer", "500: boom"]),
+  ((200, b"<html>hello"), None, ["no server gives an answer", "200 with what is no JSON object (<html>hello"]),
+  ((200, {"choices": [{}]}), None, ["no server gives an answer", "without a choice"]),
+  ((400, {"error": {"message": "unknown field"}}), None, ["none of 20 questions was answered", "400: unknown field"]),
+  (None, (500, b"down"), ["no server answers", "500: down"]),
+  (None, (200, b"<html>"), ["no server answers", "no JSON object"]),
+  (None, (200, {"data": [{"id": "a"}, {"id": "b"}]}), ["the servers serve a, b: choose one with --target"]),
+  (None, (403, b""), ["refuses the key"])])
+def test_what_concerns_every_question_ends_the_run(how, models, parts, tmp_path, monkeypatch):
+  """Kills: an hour of retries against a wrong key, model or address; a key in a message or a file."""
+  monkeypatch.setenv(servers.KEY, KEY)
+  questions(tmp_path, 40)
+  with serving(lambda body, number: how, models or (200, {"data": [{"id": MODEL}]})) as server:
+    with complains(*parts):
+      asked(tmp_path / "a.jsonl", server.url)
+    assert set(server.keys) <= {f"Bearer {KEY}"} and len(server.asked) <= 40
+  assert not any(KEY.encode() in data for data in files(tmp_path).values()) and not (tmp_path / "a.jsonl").exists()
+
+
+def test_servers_of_other_models_and_none_at_all(tmp_path, capsys):
+  """Kills: SGLang, which answers for whatever model it is asked for, taken for the target; a port without a server
+  that ends in a traceback; a password that is shown; a server that is not there at first, and then serves another
+  model."""
+  questions(tmp_path, 60)
+  with serving(models=(200, {"data": [{"id": "other"}]})) as server:
+    with complains("serves other, not tiny/model"):
+      asked(tmp_path / "a.jsonl", server.url, target=MODEL)
+  settings = ("--out", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl", "--servers")
+  _, err = called(capsys, answers.main, answers.Settings, *settings, server.url.replace("//", "//me:pass@"), code=2)
+  assert "no server answers" in err and "ConnectError" in err and "pass" not in err and "Traceback" not in err
+  with serving() as one:
+    assert asked(tmp_path / "b.jsonl", server.url, one.url)["answers"] == 60  # the first is not there any more
+  assert f"{server.url}/v1 does not answer (ConnectError" in capsys.readouterr().err
+  late = iter([(503, b"loading")] * 3)
+  with serving() as one, serving(models=None) as two:
+    two.RequestHandlerClass = type("Late", (Handler,), {"do_GET": lambda self: self.reply(
+        *next(late, (200, {"data": [{"id": "other"}]})))})
+    one.how = lambda body, number: time.sleep(0.02)
+    with complains("serves other, not tiny/model"):
+      asked(tmp_path / "a.jsonl", one.url, two.url, concurrency=1)
+    assert not two.asked
+  for url in ("ftp://x", "http://", "http://x:y:z"):
+    with complains("servers has", "expected a URL"):
+      asked(tmp_path / "a.jsonl", url)
+  with complains("expected each once"):
+    asked(tmp_path / "a.jsonl", "h:1", "http://h:1/v1")
+
+
+# Our own sessions
+
+
+def test_turns_by_our_own_sessions(tmp_path, capsys):
+  """Kills: a first answer that the second turn does not see, or whose text is encoded again; a turn that depends on the
+  batch; a conversation that outgrows the limit and takes its first turns with it; a failure that ends the run."""
+  target = with_tokenizer(LLAMA, tmp_path / "target")
+  talk = lambda *texts: {"conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]}
+  written(tmp_path / "q.jsonl", talk("w7", "w99", "w8"), talk("w9"), talk("w7 " * 70), talk("w7", "w99", "w8 " * 60),
+          {"conversations": [{"from": "gpt", "value": "w5"}]}, {"prompt": "w5", "tools": [{"type": "function"}]})
+  result, err = called(capsys, answers.main, answers.Settings, "--target", target, "--out", tmp_path / "a.jsonl",
+                       "--questions", tmp_path / "q.jsonl", "--batch", 2, "--max-new-tokens", 6)
+  lines = read(tmp_path / "a.jsonl")
+  assert [line["id"] for line in lines] == ["1", "2", "4"] and result["answers"] == 3
+  assert result["failed"] == {"a prompt longer than max_prompt_tokens": 1, prompts.BEGINS: 1,
+                              "refused by the chat template or the tokenizer": 1}  # it does not know tools
+  assert "1 turns were not asked" in err
+  tokenizer, (talked, _, alone) = chat.load_tokenizer(target), lines
+  first = chat.encode_prompt(tokenizer, [{"role": "user", "content": "w7"}])
+  reply = alone["tokens"][len(first):]
+  assert alone["tokens"][:len(first)] == first and alone["loss_mask"] == [0] * len(first) + [1] * len(reply)
+  second = chat.encode_prompt(tokenizer, [
+      {"role": "user", "content": "w7"}, {"role": "assistant", "content": tokenizer.decode(reply), "tokens": reply},
+      {"role": "user", "content": "w8"}])
+  assert talked["tokens"][:len(second)] == second and len(talked["finish"]) == 2
+  new = len(talked["tokens"]) - len(second)
+  assert 0 < new <= 6 and talked["loss_mask"] == alone["loss_mask"] + [0] * (
+      len(second) - len(alone["tokens"])) + [1] * new
