@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Cloud TPUs through xpk (https://github.com/AI-Hypercomputer/xpk), on a cluster that `xpk cluster create` made:
 #
-#   CLUSTER=my-cluster IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/dspark:1 TPU_TYPE=v5litepod-16 \
+#   CLUSTER=my-cluster IMAGE=REGISTRY/dspark:1 TPU_TYPE=v5litepod-16 \
 #     bash train/launch/xpk.sh qwen3-4b --config configs/qwen3_4b.py --data gs://BUCKET/rows --out gs://BUCKET/runs/q3
 #
 # IMAGE has this checkout as its working folder, with what `pip install .[programs] jax[tpu]` installs. The same command
