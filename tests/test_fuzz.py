@@ -25,7 +25,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import dspark_jax
-from dspark_jax.data import benchmarks, chat, pipeline
+from dspark_jax.data import benchmarks, chat, conversations
 from dspark_jax.data.gguf_metadata import open_gguf
 from dspark_jax.loading import stored_temperatures
 from dspark_jax.programs import results, run_folder
@@ -139,8 +139,9 @@ def records(folder: Path) -> dict[str, Place]:
   tokenizer = chat.load_tokenizer(with_tokenizer(LLAMA, folder / "words"))
   settings = lambda **of: generate.Settings("", "none", **of)
   asked = lambda path: answers.read_questions(answers.Settings("", folder / "out", questions=path))
-  data = lambda path: pipeline.read_conversations([path], tokenizer, max_len=64, vocab_size=len(tokenizer),
-                                                  encode_conversation=chat.encode_conversation)
+  data = lambda path: [conversations.read_conversations(
+    shard, tokenizer, max_len=64, vocab_size=len(tokenizer), encode_conversation=chat.encode_conversation)
+    for shard in conversations.shards(path, 100)]
   rounds = dict(id="1", n_accept=[1], n_verify=[4], confidence=[[0.5] * 4])
   shutil.copy(REPORTS / "sweep.json", folder / "results.json")
   run = {"program": train.PROGRAM, "config": {"steps": 2, "drafter": {"taps": [1]}}, "data": "abc", "total_steps": 2}

