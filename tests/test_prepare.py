@@ -214,7 +214,7 @@ def test_other_data(folder, whole, tmp_path):
   assert "a2.jsonl" in str(Rows(out).manifest.files)
   before = files(out)
   (moved / "a2.jsonl").write_text("".join(lines[21:]))
-  with complains(f"{out} holds rows of other data (their digest is {whole[0]['digest']}", "another --out"):
+  with complains(f"{out} holds rows of other data (their digest was {whole[0]['digest']}", "another --out"):
     prepare.main(settings(moved, out, names))
   assert files(out) == before
 

@@ -385,7 +385,7 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"steps": STEPS + 1}, "steps"), ({"seed": 1}, "seed"), ("data", "data"), ("target", "target")])
+    ({"steps": STEPS + 1}, "steps"), ({"seed": 1}, "seed"), ("data", "digest"), ("target", "target")])
 def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
   """Kills: going on with half of one experiment and half of another."""
   out = uninterrupted[0]
@@ -394,7 +394,7 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
     change = {"data": (folder / "data.jsonl",)}
   if change == "target":
     change = {"target": str(with_tokenizer(LLAMA, folder / "other"))}
-  holds = "rows of other data" if word == "data" else "a run with other settings"
+  holds = "rows of other data" if word == "digest" else "a run with other settings"
   with pytest.raises(ValueError, match=rf"holds {holds} \(.*{word}.*\): give the same "):
     train.main(experiment(folder, out, **change))
   assert losses(out) == before

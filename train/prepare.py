@@ -313,8 +313,8 @@ def pack_parts(out: Path, parts: list[Part], about: dict, before: Rows | None) -
     manifest = packed.write(scratch, read_parts(parts), sizes, sources, about | {"lost": dataclasses.asdict(lost)})
   if before and before.digest != manifest.digest:
     shutil.rmtree(out / PARTS)
-    raise ValueError(f"{out} holds rows of other data (their digest is {before.digest}, that of these files "
-                     f"{manifest.digest}): give the same files, or another --out")
+    raise ValueError(f"{out} holds rows of other data (their digest was {before.digest}, is {manifest.digest}): give "
+                     f"the same files, or another --out")
   for name in packed.ARRAYS:
     (scratch / f"{name}.npy").replace(out / f"{name}.npy")
   shell.write_json(out / packed.MANIFEST, packed.to_json(manifest))

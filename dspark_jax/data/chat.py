@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -130,11 +131,16 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
   """Tokens that end a reply: all that the tokenizer, the model's files and the end of a reply in its template name."""
   ids = {tokenizer.eos_token_id, *getattr(tokenizer, "ends_by_files", ())} - {None}
   if tokenizer.chat_template:
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "reply"}]
-    tail = _tokens(tokenizer, render(tokenizer, messages).rpartition("reply")[2])[0]
-    added = tokenizer.added_tokens_decoder
-    ids |= {token for token in tail[:1] if token in added and added[token].special}
+    ids |= _ends_in_template(tokenizer, str(tokenizer.chat_template))
   return tuple(sorted(ids))
+
+
+@functools.lru_cache(maxsize=4)  # every document asks for it
+def _ends_in_template(tokenizer, _template):
+  messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "reply"}]
+  tail = _tokens(tokenizer, render(tokenizer, messages).rpartition("reply")[2])[0]
+  added = tokenizer.added_tokens_decoder
+  return {token for token in tail[:1] if token in added and added[token].special}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -158,7 +164,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, too
 def _prompt(tokenizer, messages, goes_on, allow_special, how):
   ending = how | {"continue_final_message" if goes_on else "add_generation_prompt": True}
   text = render(tokenizer, messages, **ending)
-  contents = _contents(tokenizer, messages, text, ending)
+  contents = functools.cache(lambda: _contents(tokenizer, messages, text, ending))
   past = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i and i < len(messages) - goes_on]
   spans = [(i, s) for i, s in zip(past, _reply_spans(tokenizer, messages, text, past, contents, how)) if s]
   pieces = _pieces(tokenizer, text, [at for _, span in spans for at in span],
@@ -184,7 +190,8 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   how = _variables(tokenizer, messages, tools, variables)
   replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
   text = render(tokenizer, messages, **how)
-  contents = _contents(tokenizer, messages, text, how)
+  # Few conversations need it, and rendering is what takes the time.
+  contents = functools.cache(lambda: _contents(tokenizer, messages, text, how))
   spans = _reply_spans(tokenizer, messages, text, replies, contents, how)
   if replies and None not in spans:
     return [_document(tokenizer, text, spans, _spelled(tokenizer, messages, contents, allow_special))]
@@ -192,7 +199,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   for part in (messages[:i + 1] for i in replies):
     text, span = _generated(tokenizer, part, how)
     if span:
-      hidden = _spelled(tokenizer, part, _contents(tokenizer, part, text, how), allow_special)
+      hidden = _spelled(tokenizer, part, lambda: _contents(tokenizer, part, text, how), allow_special)
       ids, mask = _document(tokenizer, text, [span], hidden)
       # What comes before it as generation has it, where the replies before were cut out of the text, too.
       begin, prompt = (mask + [True]).index(True), _prompt(tokenizer, part[:-1], False, allow_special, how)
@@ -252,26 +259,26 @@ def _learned(reply, stops):
   return max((k + 1 for k, token in enumerate(reply) if token in stops), default=len(reply))
 
 
-def _generated(tokenizer, messages, how):
+def _generated(tokenizer, messages, how, text=None):
   """(the rendered messages, where the last one, a reply, begins and ends in them, None if not after its own prompt)"""
   before = render(tokenizer, messages[:-1], add_generation_prompt=True, **how)
-  text = render(tokenizer, messages, **how)
+  text = text or render(tokenizer, messages, **how)
   return text, (len(before), len(text)) if text.startswith(before) else None
 
 
 def _reply_spans(tokenizer, messages, text, replies, contents, how) -> list[Span | None]:
   """Where in `text` each reply begins and ends; None for one that the template rewrites once it is history."""
   def exact(i):
-    rendered, span = _generated(tokenizer, messages[:i + 1], how)
+    rendered, span = _generated(tokenizer, messages[:i + 1], how, text if i + 1 == len(messages) else None)
     return span if span and text.startswith(rendered) else None
 
   # All prefixes are rendered, few templates mark replies; that is quadratic, so of hundreds of replies these alone.
-  found = {i: exact(i) for n, i in enumerate(replies) if n < EXACT or n & (n - 1) == 0 or contents is None}
+  found = {i: exact(i) for n, i in enumerate(replies) if n < EXACT or n & (n - 1) == 0 or contents() is None}
   if len(found) < len(replies):
-    (begin, end), (first, last) = found[replies[0]] or (0, 0), contents[replies[0]]
-    header, tail = text[:begin][contents[replies[0] - 1][1]:], text[last:end]
+    (begin, end), (first, last) = found[replies[0]] or (0, 0), contents()[replies[0]]
+    header, tail = text[:begin][contents()[replies[0] - 1][1]:], text[last:end]
     for i in (i for i in replies if i not in found):  # the others, by what stands around the first one's content
-      at, to = contents[i]
+      at, to = contents()[i]
       alike = begin == first and text[:at].endswith(header) and text.startswith(tail, to)
       found[i] = (at, to + len(tail)) if alike else exact(i)
   return [found[i] for i in replies]
@@ -306,10 +313,10 @@ def _spelled(tokenizer, messages, contents, allow_special) -> list[Span]:
   spells = [any(token in message["content"] for token in special) for message in messages]
   if allow_special or not any(spells):
     return []
-  if contents is None:
+  if contents() is None:
     raise ValueError("a message spells a control token, and the chat template rewrites messages, so they cannot be "
                      "told apart: remove it from the message, or allow control tokens in messages")
-  return [span for span, spelled in zip(contents, spells) if spelled]
+  return [span for span, spelled in zip(contents(), spells) if spelled]
 
 
 def _pieces(tokenizer, text, cuts, hidden) -> list[list[int]]:
