@@ -260,6 +260,7 @@ JOB = []  # of this process, if it is one of the pool: a tokenizer takes long to
 def begin(job: Callable[[Part], int]) -> None:
   """The first thing that a process of the pool does."""
   JOB.append(job)
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
   # Killed by -9, the parent cannot end its pool, which would wait for work for ever.
   threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

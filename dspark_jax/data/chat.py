@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -11,15 +9,14 @@ import json
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dspark_jax.config import error_shown, raise_all, shown
+from dspark_jax.config import raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
+from dspark_jax.data.limits import guarded, limited
 from dspark_jax.data.conversations import Encoded
 from dspark_jax.text import read_json
 
@@ -30,8 +27,6 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of a rendered text
 
 EXACT = 16           # replies whose place is found by rendering all that is before; of more, these and ever fewer
-TEMPLATE_SECONDS = 10  # a template takes milliseconds; one that loops would take for ever
-TEMPLATE_BYTES = 2 * 10 ** 9  # and a few times its text; {{ 'x' * 10 ** 10 }} would take all there is
 
 # `tokenizer.ggml.pre` -> how text is cut before merging. ByteLevel cuts by GPT-2's pattern.
 PRE_TOKENIZERS = {
@@ -47,7 +42,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   if os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer.json")):
     raise ValueError(f"{path} has no tokenizer.json: put the model's there, or give prompts as token ids")
   # Not AutoTokenizer: the class that tokenizer_config.json names may overrule tokenizer.json.
-  tokenizer = _guarded(lambda: fast_tokenizer().from_pretrained(path), f"{path} has no tokenizer that can be read",
+  tokenizer = guarded(lambda: fast_tokenizer().from_pretrained(path), f"{path} has no tokenizer that can be read",
                        "download it again")
   tokenizer.ends_by_files = _ends(os.fspath(path))
   return tokenizer
@@ -84,7 +79,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     return fast_tokenizer()(
         tokenizer_object=backend, name_or_path=os.fspath(path), chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
-  return _guarded(build, f"{path} has no tokenizer that can be read", "download it again")
+  return guarded(build, f"{path} has no tokenizer that can be read", "download it again")
 
 
 def _gguf_words(path, metadata):
@@ -145,7 +140,7 @@ def _ends_in_template(tokenizer, _template):
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
   """Tokens of a text as its tokenizer begins one: for base models, which have no chat template."""
-  return _guarded(lambda: tokenizer(text)["input_ids"], f"the tokenizer{_whose(tokenizer)} cannot read this text")
+  return guarded(lambda: tokenizer(text)["input_ids"], f"the tokenizer{_whose(tokenizer)} cannot read this text")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, tools: list | None = None,
@@ -231,7 +226,7 @@ def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> s
   # Templates know three keys of a message; tokens, which stand beside them here, are none of their business.
   messages = [{k: v for k, v in message.items() if k != "tokens"} for message in messages]
   run = lambda: tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **variables})
-  return _guarded(lambda: _limited(run), f"the chat template{whose} refuses these messages", "change the messages")
+  return guarded(lambda: limited(run), f"the chat template{whose} refuses these messages", "change the messages")
 
 
 def dated(template: str, date: Any) -> str:
@@ -366,7 +361,7 @@ def _tokens(tokenizer, text, hidden=()) -> tuple[list[int], list[Span]]:
     found = list(parts())
     return ([token for _, ids, _ in found for token in ids],
             [(at + a, at + b) for at, _, spans in found for a, b in spans])
-  return _guarded(run, f"the tokenizer{_whose(tokenizer)} cannot read this text")
+  return guarded(run, f"the tokenizer{_whose(tokenizer)} cannot read this text")
 
 
 def _whose(tokenizer):
@@ -384,64 +379,3 @@ def _ends(folder: str) -> list[int]:
       raise ValueError(f"{path} has the eos_token_id {str(ids)[:60]}, expected token ids: correct it")
     found += ids
   return found
-
-
-def _guarded(function: Callable, what: str, remedy: str = "change the text, or download the tokenizer again"):
-  """function(), which runs other people's code on other people's files; ValueError for whatever goes wrong in it."""
-  try:
-    return function()
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  except BaseException as error:  # a panic in Rust is no Exception
-    said = error_shown(error)
-    raise ValueError(f"{what} ({type(error).__name__}{': ' if said else ''}{said}): {remedy}") from error
-
-
-class _Slow(Exception):
-  pass
-
-
-def _limited(function: Callable):
-  """function(), ended after TEMPLATE_SECONDS, in any thread: a template is a program of whoever made the model. Its
-  memory is limited, too, where the system can do that."""
-  thread, over, lock = threading.get_ident(), False, threading.Lock()
-
-  def stop():
-    with lock:
-      if not over:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Slow))
-
-  timer = threading.Timer(TEMPLATE_SECONDS, stop)
-  timer.daemon = True
-  timer.start()
-  try:
-    with _few_bytes():
-      return function()
-  except _Slow as error:
-    raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds") from error
-  finally:
-    with lock:
-      over = True
-    timer.cancel()
-
-
-_BYTES = threading.Lock()  # the limit is the process's own: two threads would put back each other's
-
-
-@contextlib.contextmanager
-def _few_bytes():
-  """Allocations that would take TEMPLATE_BYTES more than the process has now end in a MemoryError (Linux)."""
-  try:
-    import resource  # not on Windows
-    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack, which RLIMIT_DATA counts
-  except (ImportError, OSError):
-    yield
-    return
-  with _BYTES:
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = pages * resource.getpagesize() + TEMPLATE_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
-    try:
-      yield
-    finally:
-      resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

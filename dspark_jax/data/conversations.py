@@ -142,8 +142,8 @@ def _read_jsonl(shard: Shard, tokenizer: Any, encode_conversation: Callable, los
       if "tokens" in record:
         found = [_tokens(record)]
       else:
-        messages = _messages(record)
-        found = encode_conversation(tokenizer, messages, **_variables(record))
+        messages = messages_of(record)
+        found = encode_conversation(tokenizer, messages, **variables_of(record))
         replies = sum(message["role"] == "assistant" for message in messages[1:])  # the first answers nothing
         lost.rewritten += replies - sum(_n_runs(mask) for _, mask in found)
         found = found if replies else [([], [])]
@@ -157,7 +157,7 @@ def _n_runs(mask: list[bool]) -> int:
   return sum(now and not before for before, now in zip([False, *mask], mask))
 
 
-def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
   """The messages of a conversation, with our names for keys and roles."""
   name = "messages" if "messages" in record else "conversations"
   if not isinstance(record[name], list) or not record[name]:
@@ -178,7 +178,7 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
   return messages
 
 
-def _variables(record: dict[str, Any]) -> dict[str, Any]:
+def variables_of(record: dict[str, Any]) -> dict[str, Any]:
   """What a line says to the chat template beside its messages."""
   _refuse(record, "it", SETTINGS)
   tools, given = record.get("tools"), record.get("chat_template_kwargs") or {}
