@@ -74,6 +74,25 @@ def test_hosts_share_the_global_batch(n, rows):
       assert np.array_equal(np.concatenate([getattr(part, name) for _, _, part in of_hosts]), getattr(batch, name))
 
 
+def test_lengths(tmp_path):
+  """Kills: rows cut at a shorter length, a length that depends on the part of one process, one that never saves."""
+  sizes = np.random.default_rng(0).choice([13, 15, 18, 22], 60, p=[0.7, 0.2, 0.07, 0.03])  # one document a row
+  rows = packed_rows(tmp_path / "rows", [Document(np.full(n, n, np.int32), np.ones(n, bool)) for n in sizes], 24)
+  parts = [steps_of(rows, 20, process_index=p, process_count=4, lengths=(19, 16)) for p in range(4)]
+  widths = []
+  for step, *of_hosts in zip(range(20), *parts):
+    whole = pipeline.batch_at(rows, step, 8, seed=7)
+    (width,) = {batch.tokens.shape[1] for _, _, batch in of_hosts}
+    widths.append(width)
+    assert width == {13: 16, 15: 16, 18: 19, 22: 24}[(whole.segments > 0).sum(1).max()]
+    for name in FIELDS:
+      parts_of = np.concatenate([getattr(batch, name) for _, _, batch in of_hosts])
+      assert np.array_equal(parts_of, getattr(whole, name)[:, :width]) and not getattr(whole, name)[:, width:].any()
+  assert len(set(widths)) == 3
+  with complains("lengths are (25,), expected numbers up to 24"):
+    pipeline.Feed(rows, 8, seed=7, lengths=(25,))
+
+
 @pytest.mark.parametrize("batch, count, said", [
   (2, 4, "there are 4 processes for batches of 2 out of"), (64, 64, "there are 64 processes for batches of 64 out of"),
   (6, 4, "batch is 6, expected a multiple of the 4 processes")])
@@ -109,7 +128,7 @@ def test_a_feed_reads_ahead_and_says_how_long_it_waited(rows, monkeypatch):
 
 def test_a_source_can_be_pickled(rows):
   """Kills: a source that Grain's own worker processes could not be given."""
-  source = pipeline.Parts(rows, 8, 7, 1, 2)
+  source = pipeline.Parts(rows, 8, 7, 1, 2, (24,))
   step, indices, batch = pickle.loads(pickle.dumps(source))[3]
   assert step == 3
   assert_same(batch, source[3][2])

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from dspark_jax.config import error_shown
 
@@ -82,7 +81,8 @@ def _few_bytes():
   """Allocations that would take BYTES more than the process has now end in a MemoryError (Linux)."""
   try:
     import resource  # not on Windows
-    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack, which RLIMIT_DATA counts
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+      pages = int(file.read().split()[5])  # of data and stack, which RLIMIT_DATA counts
   except (ImportError, OSError):
     yield
     return

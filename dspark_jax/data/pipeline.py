@@ -23,19 +23,24 @@ class Feed:
 
   The global batch of a step is that of `batch_at`, whatever the number of processes: process p of n has the rows
   [p * B/n : (p+1) * B/n] of it. Threads read ahead, so that a step need not wait; `waited` is how many seconds it
-  did. ValueError where B rows cannot be divided among the processes.
+  did. lengths: shorter T than that of the rows, of which a step takes the least into which all rows of its global
+  batch fit; each is a shape more to compile, and pays where documents are long and leave rows half empty. ValueError
+  where B rows cannot be divided among the processes.
   """
 
   def __init__(self, rows: Rows, batch: int, *, seed: int, start: int = 0, process_index: int = 0,
-               process_count: int = 1):
+               process_count: int = 1, lengths: tuple[int, ...] = ()):
     if process_count > min(batch, len(rows)):
       raise ValueError(f"there are {process_count} processes for batches of {batch} out of {len(rows)} rows, expected "
                        f"at least a row for each: run fewer processes, or give a larger --batch and more data")
     if batch % process_count:
       raise ValueError(f"batch is {batch}, expected a multiple of the {process_count} processes: every one reads as "
                        f"many rows of a step")
+    whole = rows.manifest.row_length
+    if not all(0 < length <= whole for length in lengths):
+      raise ValueError(f"lengths are {lengths}, expected numbers up to {whole}, for which the rows were packed")
     import grain  # takes more than a second, and most of the library needs none
-    source = Parts(rows, batch, seed, process_index, process_count)
+    source = Parts(rows, batch, seed, process_index, process_count, (*sorted(lengths), whole))
     data = grain.MapDataset.source(source)[start:]
     self._steps = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
     self.waited = 0.0
@@ -58,8 +63,9 @@ class Feed:
 class Parts:
   """The random access source behind a Feed: one process's part of the batch of any step. It can be pickled."""
 
-  def __init__(self, rows: Rows, batch: int, seed: int, process_index: int, process_count: int):
-    self.rows, self.batch, self.seed = rows, batch, seed
+  def __init__(self, rows: Rows, batch: int, seed: int, process_index: int, process_count: int,
+               lengths: tuple[int, ...]):
+    self.rows, self.batch, self.seed, self.lengths = rows, batch, seed, lengths
     part = batch // process_count
     self.part = slice(process_index * part, (process_index + 1) * part)
 
@@ -67,5 +73,8 @@ class Parts:
     return 2 ** 40  # epochs follow one another without an end
 
   def __getitem__(self, step: int) -> tuple[int, np.ndarray, Batch]:
-    indices = row_indices(len(self.rows), step, self.batch, seed=self.seed)[self.part]
-    return int(step), indices, self.rows.take(indices)
+    indices = row_indices(len(self.rows), step, self.batch, seed=self.seed)
+    # Of the global batch: all processes must run the same program.
+    longest = self.rows.lengths(indices).max() if len(self.lengths) > 1 else self.lengths[-1]
+    length = next(length for length in self.lengths if length >= longest)
+    return int(step), indices[self.part], self.rows.take(indices[self.part], length)

@@ -99,9 +99,10 @@ class Rows:
     """Share of the places that hold a token, 0..1."""
     return self.manifest.tokens / (len(self) * self.manifest.row_length)
 
-  def take(self, indices: np.ndarray) -> Batch:
-    """The rows i64[B], in this order, as numpy arrays [B,T]."""
-    shape = (len(indices), self.manifest.row_length)
+  def take(self, indices: np.ndarray, length: int | None = None) -> Batch:
+    """The rows i64[B], in this order, as numpy arrays [B,T]. T: the length that rows were packed for, or another one
+    that none of these exceeds."""
+    shape = (len(indices), length or self.manifest.row_length)
     batch = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, bool, np.int32, np.int32)))
     for i, begins in enumerate(map(self._begins, indices)):
       first, last = begins[0], begins[-1]
