@@ -77,7 +77,7 @@ def test_rows_of_all_kinds_of_files(folder, whole):
   assert from_a > 20
 
 
-@pytest.mark.parametrize("processes, part_mb", [(1, 0.002), (3, 0.005)])
+@pytest.mark.parametrize("processes, part_mb", [(1, 0.002), (2, 0.005)])
 def test_the_rows_do_not_depend_on_processes_nor_on_parts(processes, part_mb, folder, whole, tmp_path):
   """Kills: documents in the order in which processes finish; a line on a border that is read twice, or by nobody."""
   prepare.main(settings(folder, tmp_path / "rows", part_mb=part_mb, processes=processes))

@@ -243,7 +243,8 @@ def workers(processes: int, job: Callable[[Part], int]) -> Iterator[Callable[[Pa
   # Not copies of this process: JAX may have threads here, which a copy would lack.
   ways = multiprocessing.get_all_start_methods()
   context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")  # all but Windows
-  context.set_forkserver_preload([PROGRAM, chat.fast_tokenizer().__module__])  # imported once for all
+  # Imported once for all; not this file, which runpy would find there and warn of.
+  context.set_forkserver_preload([shell.__name__, chat.__name__, chat.fast_tokenizer().__module__])
   pool = ProcessPoolExecutor(processes, context, begin, (job,))
   try:
     yield functools.partial(pool.submit, work)

@@ -34,6 +34,10 @@ PRE_TOKENIZERS = {
   "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
 }
 
+# At import transformers advises to install PyTorch, which nothing here wants; here, as a process that is sent a
+# tokenizer imports it unasked.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   """The tokenizer of a Hugging Face folder or hub name, or of a GGUF file (byte-level BPE only)."""
@@ -50,8 +54,6 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 def fast_tokenizer() -> type[PreTrainedTokenizerFast]:
   """transformers' tokenizer class. Imported on first use: it takes a second, and most of the library needs none."""
-  # At import transformers advises to install PyTorch, which nothing here wants.
-  logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
   from transformers import PreTrainedTokenizerFast
   return PreTrainedTokenizerFast
 
