@@ -29,7 +29,7 @@ MANIFEST, FORMAT = "manifest.json", "dspark_jax rows 1"
 ARRAYS = {"tokens": ("uint16", "int32"), "loss_mask": ("bool",), "documents": ("int64",), "rows": ("int64",),
           "sources": ("int32",)}
 OPEN_ROWS = 1024     # rows that packing looks at for each document
-CHUNK = 2 ** 22      # tokens that are in memory at once where all are gone through
+CHUNK = 2 ** 20      # tokens that are in memory at once where all are gone through
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def pack(sizes: np.ndarray, length: int, open_rows: int = OPEN_ROWS) -> np.ndarr
   # The open rows in the order in which they were opened; one place more than may stay.
   room, number = np.zeros(open_rows + 1, np.int32), np.zeros(open_rows + 1, np.int64)
   where = np.empty(len(sizes), np.int64)
-  for document, size in enumerate(sizes.tolist()):
+  for document, size in enumerate(map(int, sizes)):
     fits = room[:n_open] >= size
     at = int(fits.argmax()) if n_open else 0
     if not n_open or not fits[at]:
