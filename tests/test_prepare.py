@@ -122,6 +122,18 @@ def test_a_killed_preparation_goes_on(stop, folder, whole, monkeypatch, tmp_path
   assert prepare.main(settings(folder, out))["digest"] == whole[0]["digest"]
 
 
+def test_other_settings_after_a_kill(folder, monkeypatch, tmp_path):
+  """Kills: parts of a preparation that was killed, taken for those of one with other settings."""
+  monkeypatch.setattr(prepare, "pack_parts", lambda *_: None)  # as if killed before
+  with pytest.raises(AttributeError):
+    prepare.main(settings(folder, tmp_path / "rows"))
+  monkeypatch.undo()
+  assert list((tmp_path / "rows" / "parts").iterdir())
+  for out in ("rows", "fresh"):
+    prepare.main(settings(folder, tmp_path / out, row_length=64))
+  assert arrays(tmp_path / "rows") == arrays(tmp_path / "fresh")
+
+
 def descendants(pid) -> list[str]:
   children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
   return children + [below for child in children for below in descendants(child)]

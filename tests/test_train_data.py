@@ -153,6 +153,7 @@ def test_a_run_has_one_day(dated, monkeypatch, tmp_path):
     go_on()
   shutil.rmtree(config.out / "rows")
   assert go_on()["steps"] == 2
+  assert go_on(data=(config.out / "rows",))["steps"] == 2  # a prepared folder is the same data as its files
   record.write_text(json.dumps(run | {"date": "yesterday"}))
   with complains("has the date 'yesterday', expected YYYY-MM-DD"):
     go_on()
