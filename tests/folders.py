@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dspark_jax
 from dspark_jax.checkpoints import dialects
-from dspark_jax.data import chat
+from dspark_jax.data import chat, rows
+from dspark_jax.data.rows import Rows
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
@@ -174,3 +175,19 @@ def compilation_cache(folder: Path):
   yield {name.upper(): str(value) for name, value in cache.items()}
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+def packed_rows(folder: Path, documents, length: int, vocab_size: int = 2 ** 16) -> Rows:
+  """Documents as rows on disk, in two parts; sources are their numbers, from 1, as lines of a file."""
+  sizes = np.array([len(document.tokens) for document in documents], np.int32)
+  half = len(documents) // 2 or 1
+  parts = [rows.Documents(np.concatenate([d.tokens for d in part]), np.concatenate([d.loss_mask for d in part]),
+                          np.array([len(d.tokens) for d in part]))
+           for part in (documents[:half], documents[half:]) if part]
+  sources = np.array([[0, number + 1] for number in range(len(documents))], np.int32).reshape(-1, 2)
+  about = dict(tokenizer="t", template="c", vocab_size=vocab_size, row_length=length, thinking=False,
+               allow_special=False, date="2026-07-15", files=(("a.jsonl", 1, 1),), lost={})
+  folder.mkdir(parents=True)
+  manifest = rows.write(folder, parts, sizes, sources, about)
+  (folder / rows.MANIFEST).write_text(json.dumps(rows.to_json(manifest)))
+  return Rows(folder)

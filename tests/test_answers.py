@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dspark_jax.data import chat, pipeline, prompts
+from dspark_jax.data import chat, conversations, prompts
 from dspark_jax.data.prompts import Conversation
 from train import answers, replies, servers
 from train.replies import Reply
@@ -245,8 +245,9 @@ def test_every_question_gets_its_own_answer(tmp_path):
   assert (body["model"], body["top_p"], body["top_k"], body["max_tokens"]) == (MODEL, 0.8, 20, 128)
   assert (body["min_p"], body["repetition_penalty"]) == (0.0, 1.0)
   with_tokenizer(LLAMA, tmp_path / "target")
-  source = pipeline.read_conversations([tmp_path / "a.jsonl"], chat.load_tokenizer(tmp_path / "target"), max_len=64,
-                                       vocab_size=130, encode_conversation=chat.encode_conversation)
+  (shard,) = conversations.shards(tmp_path / "a.jsonl", 2 ** 20)
+  source = conversations.read_conversations(shard, chat.load_tokenizer(tmp_path / "target"), max_len=64,
+                                            vocab_size=130, encode_conversation=chat.encode_conversation)
   assert source.lost.too_short == 12 and source.lost.rewritten == 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from dspark_jax.data import chat
+from dspark_jax.data import chat, limits
 from folders import complains
 
 FOLDER = Path(__file__).parent
@@ -275,7 +275,7 @@ def test_templates_are_programs_of_others(template, part, tokenizer, monkeypatch
   """Kills: a traceback, a hang, or all memory taken, by a template that is wrong or means harm."""
   before = resource.getrlimit(resource.RLIMIT_DATA)
   monkeypatch.setattr(tokenizer, "chat_template", template)
-  monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.5)
+  monkeypatch.setattr(limits, "SECONDS", 0.5)
   with complains("the chat template", "refuses these messages", part):
     chat.encode_prompt(tokenizer, CHAT[:1])
   assert resource.getrlimit(resource.RLIMIT_DATA) == before

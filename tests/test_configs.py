@@ -195,8 +195,7 @@ def test_a_run_of_before_goes_on(kind, tmp_path):
   before = dict(taps=[0, 1], mask_token_id=0, kind=kind, num_layers=1, block_size=3, markov_head="vanilla",
                 markov_rank=8 if kind == "dspark" else 0, confidence="markov", sample_from_anchor=True, lens=False,
                 draft_vocab_size=64, from_target=True, from_bigrams=False)  # one form for every kind
-  packed = types.SimpleNamespace(rows=types.SimpleNamespace(tokens=np.arange(3), loss_mask=np.ones(3)))
-  record = train.describe(TrainConfig("t", DRAFTERS[kind].Settings(**mine), tmp_path, steps=4), packed)
+  record = train.describe(TrainConfig("t", DRAFTERS[kind].Settings(**mine), tmp_path, steps=4)) | {"data": "abc"}
 
   def known(drafter):
     run = record | {"config": record["config"] | {"drafter": drafter}, "total_steps": 4}

@@ -21,17 +21,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
 import dspark_jax
-from dspark_jax.data import benchmarks, chat, pipeline, prompts
+from dspark_jax.data import benchmarks, chat, conversations, prompts
+from dspark_jax.data.conversations import Document
 from dspark_jax.data.gguf_metadata import open_gguf
+from dspark_jax.data.rows import Rows
 from dspark_jax.loading import stored_temperatures
 from dspark_jax.programs import results, run_folder
 from infer import generate
 from train import calibrate, train
-from folders import CHATML, DSPARK, GOLDEN, LLAMA, QWEN3, fresh_drafter, qwen3, sharded, target_of, with_tokenizer
+from folders import (CHATML, DSPARK, GOLDEN, LLAMA, QWEN3, fresh_drafter, packed_rows, qwen3, sharded, target_of,
+                     with_tokenizer)
 from mutations import ODD, TEMPLATES, spoil_bytes, spoil_json, spoil_lines, spoil_names, spoil_safetensors
 from test_gguf import model, write
 from test_results import DECODED, REPORTS
@@ -139,8 +143,9 @@ def records(folder: Path) -> dict[str, Place]:
   tokenizer = chat.load_tokenizer(with_tokenizer(LLAMA, folder / "words"))
   settings = lambda **of: generate.Settings("", "none", **of)
   asked = lambda path: list(prompts.read_prompts(path))
-  data = lambda path: pipeline.read_conversations([path], tokenizer, max_len=64, vocab_size=len(tokenizer),
-                                                  encode_conversation=chat.encode_conversation)
+  data = lambda path: [conversations.read_conversations(
+    shard, tokenizer, max_len=64, vocab_size=len(tokenizer), encode_conversation=chat.encode_conversation)
+    for shard in conversations.shards(path, 100)]
   rounds = dict(id="1", n_accept=[1], n_verify=[4], confidence=[[0.5] * 4])
   shutil.copy(REPORTS / "sweep.json", folder / "results.json")
   run = {"program": train.PROGRAM, "config": {"steps": 2, "drafter": {"taps": [1]}}, "data": "abc", "total_steps": 2}
@@ -157,6 +162,8 @@ def records(folder: Path) -> dict[str, Place]:
     "prompt tokens": (lines(folder / "tokens.json", [[1, 2], [3]]),
                       lambda path: generate.read_prompts(settings(prompt_tokens=path), None)),
     "results": (folder / "results.json", results.read),
+    "manifest": (packed_rows(folder / "rows", [Document(np.ones(9, np.int32), np.ones(9, bool))], 16).folder /
+                 "manifest.json", lambda path: Rows(path.parent)),
     "run.json": (folder / "run" / "run.json", lambda path: run_folder.resumed(path.parent, run, shrunk=("drafter",)))}
   return {name: Place(path, read, (spoil,) * 4 + (spoil_bytes,)) for of, spoil in (
     (of_lines, spoil_lines), (of_files, spoil_json)) for name, (path, read) in of.items()}

@@ -25,6 +25,7 @@ ORDER = [["types"], ["config"], ["text"], ["metrics"], ["sampling"], ["nn"], ["t
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NOWHERE = {"argparse", "click", "pickle", "torch", "infer", "train", "configs", "tests"}  # also not for programs/
 PURE = NOWHERE | {"time", "datetime", "tyro", "rich", "matplotlib", "tensorboardX"}  # command lines, clocks, output
+CLOCKS = {"dspark_jax/data/pipeline.py": {"time"}}  # says how long a step waited for its batch, and decides nothing
 
 
 def name_of(path: Path) -> str:
@@ -94,7 +95,8 @@ def test_programs_import_one_way():
 def test_the_library_keeps_to_itself(path):
   """Kills: a library that prints, parses a command line, reads the clock or the environment, or keeps globals."""
   tree, program = ast.parse(path.read_text()), path.parent.name == "programs"  # the one folder that talks to people
-  assert not (NOWHERE if program else PURE) & {module.split(".")[0] for module in imports(tree)}
+  unwanted = NOWHERE if program else PURE - CLOCKS.get(name_of(path), set())
+  assert not unwanted & {module.split(".")[0] for module in imports(tree)}
   spoken, outside = ((), ()) if program else (("print", "input"), ("environ", "getenv", "putenv"))
   for node in ast.walk(tree):
     assert not (isinstance(node, ast.Name) and node.id in spoken), f"line {node.lineno}: {node.id}"

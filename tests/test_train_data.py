@@ -2,12 +2,16 @@
 
 import datetime
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dspark_jax.data import chat
+from dspark_jax.data.conversations import Lost
 from dspark_jax.drafters import DSpark
 from dspark_jax.programs import run_folder
 from train import train
@@ -49,11 +53,21 @@ def thinker():
   return tokenizer
 
 
+def read(tokenizer, data, **changes):
+  """(tokens, loss mask) of every document, and what was lost"""
+  with tempfile.TemporaryDirectory() as folder:
+    config = experiment(data, folder, row_length=512, **changes)
+    rows = train.read_data(config, 49152, tokenizer)
+    batch = rows.take(np.arange(len(rows)))
+  documents = [(batch.tokens[row][own], batch.loss_mask[row][own]) for row in range(len(rows))
+               for number in range(1, batch.segments[row].max() + 1) for own in [batch.segments[row] == number]]
+  return documents, Lost(**rows.manifest.lost)
+
+
 def learned(tokenizer, data, **changes):
   """(the supervised text of every document, what was lost)"""
-  config = experiment(data, "nowhere", row_length=512, **changes)
-  source, _ = train.read_data(config, 49152, tokenizer, datetime.date(2026, 7, 15))
-  return [tokenizer.decode(d.tokens[d.loss_mask]) for d in source.documents], source.lost
+  documents, lost = read(tokenizer, data, **changes)
+  return [tokenizer.decode(tokens[mask]) for tokens, mask in documents], lost
 
 
 def test_replies_that_think(thinker, capsys, tmp_path):
@@ -82,11 +96,10 @@ def test_every_reply_of_a_conversation_is_learned(thinker, tmp_path):
 def test_tools_of_a_line(thinker, tmp_path):
   """Kills: tools that reach the prompt of one rendering and not of another, or none."""
   data = lines(tmp_path / "a.jsonl", talk("weather in X?", LONG) | {"tools": TOOLS})
-  source, _ = train.read_data(experiment(data, "nowhere", row_length=512), 49152, thinker, datetime.date.today())
-  (document,) = source.documents
+  ((tokens, mask),), _ = read(thinker, data)
   prompt = chat.render(thinker, talk("weather in X?")["messages"], tools=TOOLS, add_generation_prompt=True)
-  assert thinker.decode(document.tokens).startswith(prompt + LONG) and "of a city" in prompt
-  assert thinker.decode(document.tokens[document.loss_mask]) == LONG + "<|im_end|>"
+  assert thinker.decode(tokens).startswith(prompt + LONG) and "of a city" in prompt
+  assert thinker.decode(tokens[mask]) == LONG + "<|im_end|>"
 
 
 def test_ids_of_another_tokenizer(thinker, tmp_path):
@@ -132,10 +145,15 @@ def test_a_run_has_one_day(dated, monkeypatch, tmp_path):
   settings = {k: v for k, v in run["config"].items() if k not in ("thinking", "allow_special")}
   old = {k: v for k, v in run.items() if k not in ("date", "lost")} | {"config": settings}
   record.write_text(json.dumps(old))
+  shutil.rmtree(config.out / "rows")  # which it had not
   with complains("data has changed"):  # as it was: of the day before, nobody knows
     go_on()
   today(monkeypatch, 15)
+  with complains("rows was prepared with other settings (date was 2026-07-16, is 2026-07-15)"):
+    go_on()
+  shutil.rmtree(config.out / "rows")
   assert go_on()["steps"] == 2
+  assert go_on(data=(config.out / "rows",))["steps"] == 2  # a prepared folder is the same data as its files
   record.write_text(json.dumps(run | {"date": "yesterday"}))
   with complains("has the date 'yesterday', expected YYYY-MM-DD"):
     go_on()

@@ -7,9 +7,10 @@ same command is given again.
     python -m train.compare --config configs/compare.py --data runs/demo/answers.jsonl
     python -m train.compare --config configs/compare.py --data answers.jsonl --seeds 0 1 2 --out runs/compare3
 
-The output folder holds a training run per drafter and seed (NAME-seedN), evaluation/ (infer.evaluate, of each of them),
-results.json (the same, with the seeds of a drafter taken together), figures/ (infer.plots) and report.md. More seeds
-may be given later. The last line of stdout is a JSON object with the keys report, results and differences.
+The output folder holds a training run per drafter and seed (NAME-seedN; the first one's rows/ are what all learn from),
+evaluation/ (infer.evaluate, of each of them), results.json (the same, with the seeds of a drafter taken together),
+figures/ (infer.plots) and report.md. More seeds may be given later. The last line of stdout is a JSON object with the
+keys report, results and differences.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Settings:
   config: str
   """an experiment file that defines `config` as a train.config.CompareConfig"""
   data: tuple[Path, ...]
-  """JSONL of conversations or of tokens (train.answers), the same for every drafter"""
+  """JSONL of conversations or of tokens (train.answers), or a folder of train.prepare; the same for every drafter"""
   out: Path = Path("runs/compare")
   seeds: tuple[int, ...] = (0,)
   """one training run per drafter and seed; a seed changes the start, the anchors and the order of the data"""
@@ -96,6 +97,9 @@ def train_all(out: Path, runs: list) -> dict[str, dict]:
     train.drafter_config(run.drafter, target.config)  # what does not fit the target is seen before anything is trained
   # What else could differ is in the records of the trainings and of the evaluation.
   run_folder.claim(out, {"program": "train.compare", "config": {"target": runs[0].target, "steps": runs[0].steps}})
+  # All see the same rows, which are prepared once.
+  rows = train.read_data(runs[0], target.config.vocab_size, tokenizer)
+  runs = [dataclasses.replace(run, data=(rows.folder,)) for run in runs]
   trained = {}
   for run in runs:  # also those that are done: train returns their last numbers without compiling anything
     shell.say(f"[{run.out.name}]")

@@ -30,6 +30,7 @@ class TrainConfig:
   drafter: AnyDrafter
   out: Path
   data: tuple[Path, ...] = ()
+  """files, or one folder that train.prepare made of them"""
   steps: int | None = None
   """optimizer steps; they win over minutes"""
   minutes: float | None = None

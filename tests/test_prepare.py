@@ -1,0 +1,257 @@
+"""train.prepare: the same rows whatever the processes and wherever it was killed; what is refused, and how."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dspark_jax.data import chat
+from dspark_jax.data.rows import Rows
+from dspark_jax.programs import run_folder
+from train import prepare
+from folders import LLAMA, called, complains, files, with_tokenizer
+
+ROOT = Path(prepare.__file__).parents[1]
+KEYS = {"documents", "rows", "tokens", "supervised", "fill", "lost", "digest", "out"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A target's tokenizer, and data of every kind."""
+  folder = tmp_path_factory.mktemp("prepare")
+  with_tokenizer(LLAMA, folder / "target")
+  rng = np.random.default_rng(0)
+  words = lambda n: " ".join(f"w{i}" for i in rng.integers(5, 130, n))
+  records = [{"messages": [{"role": "user", "content": words(3)}, {"role": "assistant", "content": words(n)}]}
+             for n in rng.integers(5, 40, 60)]
+  records += [{"tokens": rng.integers(5, 130, n).tolist(), "loss_mask": [0] * 4 + [1] * (n - 4)}
+              for n in rng.integers(10, 60, 60).tolist()]
+  (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records[:70])) + "\n\n")
+  (folder / "b.jsonl").write_text("\n".join(map(json.dumps, records[70:])))
+  (folder / "c.txt").write_text(words(100))
+  return folder
+
+
+def settings(folder, out, names=("a.jsonl", "b.jsonl", "c.txt"), **changes) -> prepare.Settings:
+  return prepare.Settings(**{**dict(target=str(folder / "target"), data=tuple(folder / name for name in names), out=out,
+                                    row_length=48, part_mb=0.002, processes=1), **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  """What one process makes of all in one piece."""
+  out = folder / "whole"
+  return prepare.main(settings(folder, out, part_mb=8)), out
+
+
+def arrays(out):
+  return {name: content for name, content in files(out).items() if name.endswith(".npy")}
+
+
+def test_rows_of_all_kinds_of_files(folder, whole):
+  """Kills: counts that are not those of the rows; a scratch folder left behind; documents without their line."""
+  result, out = whole
+  rows = Rows(out)
+  batch = rows.take(np.arange(len(rows)))
+  assert set(result) == KEYS and result["rows"] == len(rows) and result["fill"] == (batch.segments > 0).mean()
+  assert result["supervised"] == batch.loss_mask.sum() and result["documents"] == batch.segments.max(1).sum()
+  assert result["lost"]["too_short"] > 3 and result["lost"]["cut"] > 3 and result["digest"] == rows.digest
+  names = ["documents.npy", "loss_mask.npy", "manifest.json", "rows.npy", "run.json", "sources.npy", "tokens.npy"]
+  assert sorted(files(out)) == names
+  tokenizer, lines = chat.load_tokenizer(folder / "target"), (folder / "a.jsonl").read_text().split("\n")
+  from_a = 0
+  for row, samples in enumerate(rows.samples(np.arange(len(rows)))):
+    for segment, sample in enumerate(samples, 1):
+      file, _, line = sample.partition(":")
+      if Path(file).name == "a.jsonl" and "messages" in (record := json.loads(lines[int(line) - 1])):
+        from_a += 1
+        told = tokenizer.decode(batch.tokens[row][batch.segments[row] == segment])
+        assert told.startswith(f"<|im_start|> user {record['messages'][0]['content']} <|im_end|>")
+  assert from_a > 20
+
+
+@pytest.mark.parametrize("processes, part_mb", [(1, 0.002), (2, 0.005)])
+def test_the_rows_do_not_depend_on_processes_nor_on_parts(processes, part_mb, folder, whole, tmp_path):
+  """Kills: documents in the order in which processes finish; a line on a border that is read twice, or by nobody."""
+  prepare.main(settings(folder, tmp_path / "rows", part_mb=part_mb, processes=processes))
+  assert arrays(tmp_path / "rows") == arrays(whole[1])
+  assert Rows(tmp_path / "rows").manifest == Rows(whole[1]).manifest
+
+
+@pytest.mark.parametrize("stop", [0, 5, "packing", "moving"])
+def test_a_killed_preparation_goes_on(stop, folder, whole, monkeypatch, tmp_path):
+  """Kills: parts that are made again; half a part, or half of the arrays, taken for whole ones; another result."""
+  out, real, made = tmp_path / "rows", prepare.make_part, []
+  class Killed(BaseException):
+    pass
+  def killing(where):
+    def replaced(*args):
+      raise Killed
+    monkeypatch.setattr(*where, replaced)
+  def make_part(tokenizer, how, part):
+    if len(made) == stop:
+      (out / "parts" / "torn").write_bytes(b"half")
+      raise Killed
+    made.append(part.path)
+    return real(tokenizer, how, part)
+  monkeypatch.setattr(prepare, "make_part", make_part)
+  if stop in ("packing", "moving"):
+    killing((prepare.packed, "write") if stop == "packing" else (prepare.shell, "write_json"))
+    monkeypatch.setattr(run_folder, "write_record", lambda out, record: (out / "run.json").write_text(
+        json.dumps(record)))
+  with pytest.raises(Killed):
+    prepare.main(settings(folder, out))
+  with complains("has no manifest.json"):
+    Rows(out)
+  before = made.copy()
+  monkeypatch.undo()
+  monkeypatch.setattr(prepare, "make_part", lambda *args: made.append(args[-1].path) or real(*args))
+  if before:
+    before[0].write_bytes(before[0].read_bytes()[:100])  # as a machine that goes down leaves it
+  assert prepare.main(settings(folder, out)) == {**whole[0], "out": str(out)}
+  assert arrays(out) == arrays(whole[1]) and not (out / "parts").exists()
+  assert len(made) == len(set(made)) + len(before[:1]) and (stop != "packing" or len(made) == len(before) + 1)
+  monkeypatch.setattr(prepare.conversations, "shards", lambda *_: pytest.fail("read again what was prepared"))
+  assert prepare.main(settings(folder, out))["digest"] == whole[0]["digest"]
+
+
+def test_other_settings_after_a_kill(folder, monkeypatch, tmp_path):
+  """Kills: parts of a preparation that was killed, taken for those of one with other settings."""
+  monkeypatch.setattr(prepare, "pack_parts", lambda *_: None)  # as if killed before
+  with pytest.raises(AttributeError):
+    prepare.main(settings(folder, tmp_path / "rows"))
+  monkeypatch.undo()
+  assert list((tmp_path / "rows" / "parts").iterdir())
+  for out in ("rows", "fresh"):
+    prepare.main(settings(folder, tmp_path / out, row_length=64))
+  assert arrays(tmp_path / "rows") == arrays(tmp_path / "fresh")
+
+
+def descendants(pid) -> list[str]:
+  children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+  return children + [below for child in children for below in descendants(child)]
+
+
+@pytest.mark.slow
+def test_kill_9(folder, whole, tmp_path):
+  """Kills: processes that outlive their parent, a lock that does; parts that only an orderly end keeps."""
+  many = tmp_path / "many.jsonl"
+  many.write_text(((folder / "a.jsonl").read_text() + (folder / "b.jsonl").read_text() + "\n") * 40)
+  how = dict(names=(), data=(many,), part_mb=0.05)
+  wanted = prepare.main(settings(folder, tmp_path / "wanted", **how))
+  out = tmp_path / "rows"
+  command = [sys.executable, "-m", "train.prepare", "--target", folder / "target", "--data", many, "--out", out,
+             "--row-length", 48, "--part-mb", 0.05, "--processes", 2]
+  start = lambda: subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  run = start()
+  while run.poll() is None and len(list(out.glob("parts/*.npz"))) < 4:
+    time.sleep(0.02)
+  children = descendants(run.pid)
+  run.send_signal(signal.SIGKILL)
+  run.communicate()
+  kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
+  assert len(kept) >= 4 and len(children) >= 3
+  for _ in range(200):
+    if not any(Path(f"/proc/{child}").exists() for child in children):
+      break
+    time.sleep(0.05)
+  assert not any(Path(f"/proc/{child}").exists() for child in children)
+  run = start()
+  while run.poll() is None and (out / "parts").exists():
+    now = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz") if path.exists()}
+    assert kept.items() <= now.items() or not (out / "parts").exists()
+    time.sleep(0.02)
+  printed, err = run.communicate()
+  assert run.returncode == 0, err
+  assert json.loads(printed.splitlines()[-1]) == {**wanted, "out": str(out)}
+  assert arrays(out) == arrays(tmp_path / "wanted")
+
+
+def test_the_program(folder, whole, capsys, tmp_path):
+  """Kills: flags that do not reach the settings; counts of what was left out that nobody is told of; a mistake that
+  leaves a folder behind."""
+  args = ("--target", folder / "target", "--out", tmp_path / "rows", "--row-length", 48, "--data")
+  data = (folder / name for name in ("a.jsonl", "b.jsonl", "c.txt"))
+  result, err = called(capsys, prepare.main, prepare.Settings, *args, *data)
+  assert result == {**whole[0], "out": str(tmp_path / "rows")} and "documents that are too short" in err
+  for more, said in (((tmp_path / "none.jsonl",), "none.jsonl is missing"), ((folder,), "is a folder, expected a file"),
+                     ((folder / "a.jsonl", "--row-length", 0), "row_length is 0, expected at least 1"),
+                     ((folder / "a.jsonl", "--part-mb", 0), "part_mb is 0.0, expected more than 0")):
+    words = (*args[:2], "--out", tmp_path / "no", "--data", *more)
+    _, err = called(capsys, prepare.main, prepare.Settings, *words, code=2)
+    assert said in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("change, said", [
+  ({"row_length": 64}, "(row_length was 48, is 64)"), ({"thinking": True}, "(thinking was False, is True)"),
+  ({"allow_special": True}, "(allow_special was False, is True)"), ({"target": "other"}, "(tokenizer was "),
+  ({"target": "template"}, "(template was ")])
+def test_rows_of_other_settings(change, said, folder, whole, tmp_path):
+  """Kills: rows of another tokenizer, template or length trained on, or replaced; a refusal that does not say both."""
+  if name := change.get("target"):
+    home = shutil.copytree(folder / "target", tmp_path / "target")
+    edited = home / ("tokenizer.json" if name == "other" else "chat_template.jinja")
+    swap = ('"w5"', '"v5"') if name == "other" else ("im_start", "im_begin")
+    assert swap[0] in edited.read_text()
+    edited.write_text(edited.read_text().replace(*swap))
+    change = {"target": str(home)}
+  before = files(whole[1])
+  with complains(f"{whole[1]} was prepared with other settings", said, "is ", "another --out"):
+    prepare.main(settings(folder, whole[1], **change))
+  asked = settings(folder, tmp_path / "run" / "rows", **change)
+  tokenizer = chat.load_tokenizer(prepare.locate_tokenizer(asked.target))
+  asked.data = (whole[1],)
+  with complains(f"{whole[1]} was prepared with other settings", said, "another --data"):
+    prepare.rows_of(asked, tokenizer, 131)
+  assert files(whole[1]) == before
+
+
+def test_other_data(folder, whole, tmp_path):
+  """Kills: rows of yesterday's files for today's; a run that is another's because a file was moved or split."""
+  moved = shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("whole"))
+  out = shutil.copytree(whole[1], tmp_path / "rows")
+  lines = (moved / "a.jsonl").read_text().splitlines(keepends=True)
+  (moved / "a.jsonl").write_text("".join(lines[:20]))
+  (moved / "a2.jsonl").write_text("".join(lines[20:]))
+  names = ("a.jsonl", "a2.jsonl", "b.jsonl", "c.txt")
+  assert prepare.main(settings(moved, out, names))["digest"] == whole[0]["digest"]
+  assert "a2.jsonl" in str(Rows(out).manifest.files)
+  before = files(out)
+  (moved / "a2.jsonl").write_text("".join(lines[21:]))
+  with complains(f"{out} holds rows of other data (their digest was {whole[0]['digest']}", "another --out"):
+    prepare.main(settings(moved, out, names))
+  assert files(out) == before
+
+
+def test_what_cannot_be_prepared(folder, whole, tmp_path):
+  """Kills: a bad line that is skipped, or whose number is that in its part; a folder that a mistake spoils for other
+  data; tokens of two tokenizers in one row; half of a prepared folder and half of something else."""
+  (tmp_path / "bad.jsonl").write_text((folder / "a.jsonl").read_text() + '{"tokens": [130], "loss_mask": [1]}\n')
+  with complains("bad.jsonl, line 72: token 130 is beyond the target's vocabulary, which has 130"):
+    prepare.main(settings(tmp_path, tmp_path / "rows", ("bad.jsonl",), target=str(folder / "target")))
+  (tmp_path / "none.jsonl").write_text('{"tokens": [7, 8, 9], "loss_mask": [0, 0, 0]}\n' * 3)
+  with complains("the data hold nothing to learn (left out: 3 conversations without a reply)"):
+    prepare.main(settings(tmp_path, tmp_path / "rows", ("none.jsonl",), target=str(folder / "target")))
+  assert prepare.main(settings(folder, tmp_path / "rows"))["digest"] == whole[0]["digest"]
+  shutil.copy(folder / "b.jsonl", tmp_path)
+  (tmp_path / "b.jsonl.run.json").write_text('{"program": "train.answers", "tokenizer": "another"}')
+  with complains("b.jsonl was written with tokenizer another, the target has "):
+    prepare.main(settings(tmp_path, tmp_path / "mixed", ("b.jsonl",), target=str(folder / "target")))
+  tokenizer = chat.load_tokenizer(folder / "target")
+  for data, said in (((whole[1], folder / "a.jsonl"), "expected one prepared folder, or files alone"),
+                     ((folder / "target",), "has no manifest.json, so it holds no prepared rows")):
+    with complains(said):
+      prepare.rows_of(settings(folder, tmp_path / "run", data=data), tokenizer, 130)
+  with complains("(vocab_size was 130, is 100)"):
+    prepare.rows_of(settings(folder, tmp_path / "run", data=(whole[1],)), tokenizer, 100)
+  run_folder.write_record(tmp_path / "train", {"program": "train.train"})
+  with complains("is of 'train.train', not of train.prepare"):
+    prepare.main(settings(folder, tmp_path / "train"))
