@@ -30,6 +30,8 @@ class TrainConfig:
   drafter: AnyDrafter
   out: Path
   data: tuple[Path, ...] = ()
+  features: str | None = None
+  """folder or URL of a hidden-state store (train.cache_hidden) that is read in the place of running the target"""
   steps: int | None = None
   """optimizer steps; they win over minutes"""
   minutes: float | None = None

@@ -13,6 +13,7 @@ SETTINGS, which would change what is learned, are refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,6 +73,12 @@ class Packed:
 
   def __len__(self) -> int:
     return len(self.rows.tokens)
+
+  @property
+  def digest(self) -> str:
+    """What tells these rows from others."""
+    parts = (self.rows.tokens, self.rows.loss_mask, self.rows.segments)
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
   def take(self, indices: np.ndarray) -> Batch:
     """The rows i64[B], in this order."""
