@@ -6,7 +6,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +34,7 @@ from train.config import TrainConfig
 from folders import LLAMA, called, compilation_cache, complains, copied, files, with_tokenizer
 from test_training import CONFIG, LENGTH, SPEC, VOCABULARY, step_of, target_of
 
+ROOT = Path(dspark_jax.__file__).parents[1]
 TAPS, ROWS, BATCH, SHARD, CHUNK = (-1, 1), 7, 2, 12, 4
 
 
@@ -424,6 +429,30 @@ def test_programs_two_writers(folder, once, capsys, tmp_path):
   for writer, missing in ((1, 2), (0, 0)):
     assert cached(folder, tmp_path / "two", capsys, "--writers", 2, "--writer", writer)[0]["missing"] == missing
   assert files(tmp_path / "two") == files(once)
+
+
+@pytest.mark.slow
+def test_programs_killed(folder, tmp_path):
+  """Kills: what only a real kill -9 leaves: half a shard, a lock that keeps the next run away, other bytes."""
+  rng = np.random.default_rng(0)
+  (tmp_path / "data.jsonl").write_text("".join(json.dumps(
+      {"tokens": rng.integers(5, 130, 48).tolist(), "loss_mask": [1] * 48}) + "\n" for _ in range(400)))
+  command = [sys.executable, "-m", "train.cache_hidden", "--target", folder / "target", "--data",
+             tmp_path / "data.jsonl", "--taps", "0", "1", "--row-length", "48", "--batch", "2", "--shard-tokens", "480",
+             "--chunk-tokens", "32"]
+  start = lambda out, *args: subprocess.Popen([*map(str, command), "--out", tmp_path / out, *args], cwd=ROOT,
+                                              env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
+  writers = [start("two", "--writers", "2", "--writer", str(writer)) for writer in (0, 1)]
+  while not (tmp_path / "two" / "features" / "c" / "1").exists():
+    assert writers[0].poll() is None
+    time.sleep(0.01)
+  writers[0].kill()
+  assert writers[0].wait() == -signal.SIGKILL and writers[1].wait() == 0
+  missing = Store(tmp_path / "two").missing()
+  assert missing and max(missing) < 20 and min(missing) > 0
+  assert start("two", "--writers", "2", "--writer", "0").wait() == start("once").wait() == 0
+  two = files(tmp_path / "two")
+  assert two == files(tmp_path / "once") and len(two) == 2 * 40 + 4
 
 
 @pytest.mark.slow

@@ -148,12 +148,14 @@ def owned(settings: Settings):
   if "://" in settings.out:
     yield
     return
+  lock = Path(settings.out) / f".writer-{settings.writer}-of-{settings.writers}"
   try:
-    with run_folder.owned(Path(settings.out) / f".writer-{settings.writer}-of-{settings.writers}"):
+    with run_folder.owned(lock):
       yield
   finally:
-    with contextlib.suppress(OSError):
-      os.rmdir(settings.out)  # only when empty: a mistake that was seen before anything was written
+    for folder in (lock, settings.out):  # of a writer that was killed; of a mistake seen before anything was written
+      with contextlib.suppress(OSError):
+        os.rmdir(folder)  # only when empty
 
 
 def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, tokenizer) -> dict:
