@@ -72,7 +72,7 @@ def offsets():
 def manifest_of(dtype, **changes) -> Manifest:
   return Manifest(**{**dict(
       target="t", target_dtype="float32", taps=TAPS, tokenizer="a", template="b", rows=rows().digest, date="2026-07-15",
-      dtype=dtype, n_rows=len(rows()), n_tokens=int(offsets()[-1]), width=16, feature_width=32, offsets=0,
+      batch=BATCH, dtype=dtype, n_rows=len(rows()), n_tokens=int(offsets()[-1]), width=16, feature_width=32, offsets=0,
       shard_tokens=SHARD, chunk_tokens=CHUNK), **changes})
 
 
@@ -120,11 +120,12 @@ def test_padding_is_not_stored(tmp_path):
 
 
 def test_zeros_are_stored(tmp_path):
-  """Kills: a shard that is never finished, since zarr leaves out what is zero."""
+  """Kills: a shard of zeros that is never finished, since zarr leaves out what is the value of missing ones."""
   store, said = begun(tmp_path / "s"), say_of("float32")
   for _ in fill(store, store.missing(), BATCH, lambda *rows: jax.tree.map(np.zeros_like, said(*rows))):
     pass
   store.check_whole()
+  assert not store.take(np.arange(2), rows().rows.segments[:2])["hidden"].any()
 
 
 def test_any_order_of_rows(tmp_path):
@@ -256,10 +257,10 @@ def flip(path: Path):
   path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["hidden", "features"])
-def test_unreadable_shards(name, tmp_path):
+@pytest.mark.parametrize("name, dtype", [("hidden", "float32"), ("features", "int8"), ("features_scales", "int8")])
+def test_unreadable_shards(name, dtype, tmp_path):
   """Kills: a flipped bit that is trained on, a missing shard read as zeros, a truncated one found after days."""
-  store = written(tmp_path / "s")
+  store = written(tmp_path / "s", dtype)
   path, take = tmp_path / "s" / name / "c" / "2" / "0", lambda: Store(store.place).take(
       np.arange(len(rows())), rows().rows.segments)
   whole, before = path.read_bytes(), take()
@@ -273,7 +274,9 @@ def test_unreadable_shards(name, tmp_path):
   path.unlink()
   with complains(f"lacks 1 of {store.manifest.n_shards} shards, the first is 2"):
     Store(store.place).check_whole()
-  written(tmp_path / "s")
+  with complains(f"shard 2 of {name} cannot be read", "gone, or holds NaN"):  # deleted while somebody trains
+    take()
+  written(tmp_path / "s", dtype)
   assert path.read_bytes() == whole
   np.testing.assert_array_equal(take()[name], before[name])
 

@@ -201,9 +201,10 @@ def begin(settings: Settings, config: TrainConfig, rows, target, tokenizer, date
   offsets = np.concatenate([[0], np.cumsum(sizes)])
   taps = config.drafter.taps
   manifest = stores.Manifest(
-      **of_run(config, rows, target, tokenizer), date=str(date), dtype=settings.dtype, n_rows=len(rows),
-      n_tokens=int(offsets[-1]), width=target.config.spec.hidden_size, feature_width=target.feature_width(taps),
-      offsets=0, shard_tokens=settings.shard_tokens, chunk_tokens=settings.chunk_tokens)
+      **of_run(config, rows, target, tokenizer), date=str(date), batch=config.batch, dtype=settings.dtype,
+      n_rows=len(rows), n_tokens=int(offsets[-1]), width=target.config.spec.hidden_size,
+      feature_width=target.feature_width(taps), offsets=0, shard_tokens=settings.shard_tokens,
+      chunk_tokens=settings.chunk_tokens)
   return stores.Store.begun(settings.out, manifest, offsets)
 
 

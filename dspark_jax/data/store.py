@@ -11,8 +11,8 @@ Tokens are numbered through the rows: padding (segment 0, at the end of a row) i
 file, c/I/0, of `shard_tokens` tokens (the last one: of the rest) in chunks of `chunk_tokens`, by zarr3's codec
 sharding_indexed; chunks are raw little-endian numbers, each followed by its CRC-32C. A shard appears whole or not at
 all, and is finished when it is there in every array: nothing else records progress, so parallel writers need no common
-state, but must own whole shards. int8 numbers are x / scale, rounded, where scale = max |x| / 127 of what a token has
-from one tap (or of its hidden state).
+state, but must own whole shards. What is missing reads as NaN, or as -128 in int8 arrays, whose numbers are x / scale,
+rounded, where scale = max |x| / 127 of what a token has from one tap (or of its hidden state).
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Manifest:
   rows: str                # digest of the rows: which tokens are where
   date: str                # the day that chat templates were told
   dtype: Literal["float32", "bfloat16", "int8"]
+  batch: Count             # rows that the target ran at once: in other batches their last bits may differ
   n_rows: Count            # R
   n_tokens: Tokens         # N
   width: Count             # D
@@ -139,7 +140,7 @@ def kvstore(place: str | os.PathLike) -> dict[str, Any]:
 
 def is_begun(place: str | os.PathLike) -> bool:
   """Whether there is a store, complete or not."""
-  return _opened(kvstore(place)).read(MANIFEST).result().state != "missing"
+  return _file(_opened(kvstore(place)), MANIFEST, place) is not None
 
 
 class Store:
@@ -148,7 +149,7 @@ class Store:
   def __init__(self, place: str | os.PathLike):
     """Opens what is there. ValueError when that is no store, or damaged."""
     self.place, self._files = os.fspath(place), _opened(kvstore(place))
-    told = self._read(MANIFEST)
+    told = _file(self._files, MANIFEST, place)
     if told is None:
       raise ValueError(f"{self.place} holds no hidden-state store: write it with train.cache_hidden, or give another "
                        f"place")
@@ -158,7 +159,7 @@ class Store:
       raise ValueError(f"{where} has the format {str(found.get('format'))[:40]!r}, this version reads {FORMAT!r}: "
                        f"write the store with this version")
     self.manifest = from_json(Manifest, found, f"{where} is damaged, restore it")
-    offsets = self._read(OFFSETS) or b""
+    offsets = _file(self._files, OFFSETS, place) or b""
     if zlib.crc32(offsets) != self.manifest.offsets or len(offsets) != 8 * (self.manifest.n_rows + 1):
       raise ValueError(f"{self.place}/{OFFSETS} is not what was written: restore it, or write the store again "
                        f"elsewhere")
@@ -223,20 +224,24 @@ class Store:
     if not np.array_equal(segments > 0, np.arange(length) < sizes[:, None]):
       raise ValueError(f"rows {indices.tolist()} have {(segments > 0).sum(1).tolist()} tokens, in the hidden store "
                        f"{self.place} {sizes.tolist()}: it is of other rows, write another one with train.cache_hidden")
-    out, reads = {}, []
+    out, reads, per_shard = {}, [], self.manifest.shard_tokens
     for name, (width, dtype) in self.manifest.arrays.items():
       out[name] = np.zeros((rows, length, width), jnp.dtype(dtype))
       for i, start in enumerate(self.offsets[indices].tolist()):
         stored = self._arrays[name][start:start + int(sizes[i])]
         # Into the batch itself: as an array of its own, every row would be copied once more.
-        reads.append((name, start, ts.array(out[name][i, :sizes[i]]).write(stored)))
-    for name, start, read in reads:
+        row = out[name][i, :sizes[i]]
+        reads.append((name, start, row, ts.array(row).write(stored)))
+    for name, start, row, read in reads:
       try:
         read.result()
       except Exception as error:  # TensorStore's are those of its drivers
         found = re.search(r"/c/(\d+)/0", str(error))
-        raise self._unreadable(name, int(found[1]) if found else start // self.manifest.shard_tokens,
+        raise self._unreadable(name, int(found[1]) if found else start // per_shard,
                                re.split(r"[:/] (?=[A-Z])", str(error))[-1]) from error
+      first = row[:, 0]
+      if (lost := first == _fill(row.dtype) if row.dtype == np.int8 else np.isnan(first)).any():
+        raise self._unreadable(name, (start + int(lost.argmax())) // per_shard, "it is gone, or holds NaN")
     return out
 
   def write(self, shard: int, arrays: dict[str, np.ndarray]) -> Callable[[], None]:
@@ -273,19 +278,16 @@ class Store:
       sharding = {"name": "sharding_indexed", "configuration": {
           "chunk_shape": [m.chunk_tokens, width], "codecs": checked, "index_codecs": table, "index_location": "end"}}
       spec = {"driver": "zarr3", "kvstore": {**base, "path": f"{base['path']}{name}/"},
-              # Otherwise chunks of zeros would not be stored, and one that is lost would be read as zeros.
+              # By default chunks of one value are not stored, and nobody could tell them from lost ones.
               "store_data_equal_to_fill_value": True,
-              "metadata": {"shape": [m.n_tokens, width], "data_type": dtype, "chunk_grid": grid, "codecs": [sharding]}}
+              "metadata": {"shape": [m.n_tokens, width], "data_type": dtype, "chunk_grid": grid, "codecs": [sharding],
+                           "fill_value": _fill(dtype)}}
       try:
         arrays[name] = ts.open(spec, open=True, create=True).result()
       except Exception as error:  # TensorStore's are those of its drivers
         raise ValueError(f"{self.place}/{name} cannot be opened ({error_shown(error)}): restore {name}/zarr.json, or "
                          f"write the store again elsewhere") from error
     return arrays
-
-  def _read(self, key):
-    found = self._files.read(key).result()
-    return None if found.state == "missing" else found.value
 
   def _unreadable(self, name, shard, why):
     return ValueError(f"hidden store {self.place}: shard {shard} of {name} cannot be read ({why[:200]}): delete "
@@ -307,7 +309,7 @@ def fill(store: Store, shards: list[int], batch: int, say: Callable[[int, int], 
     for shard in shards:
       start, stop = store.manifest.bounds(shard)
       parts = [(at, part) for at, part in parts if at + len(part["hidden"]) > start]
-      if not parts or parts[0][0] > start:
+      if not parts:
         next_row = (int(np.searchsorted(offsets, start, "right")) - 1) // batch * batch
       while offsets[next_row] < stop and next_row < n_rows:
         first, next_row = next_row, min(next_row + batch, n_rows)
@@ -326,6 +328,19 @@ def fill(store: Store, shards: list[int], batch: int, say: Callable[[int, int], 
 
 def _opened(spec):
   return ts.KvStore.open(spec).result()
+
+
+def _file(files, key, place):
+  """The bytes of a small file, None where there is none."""
+  try:
+    found = files.read(key).result()
+  except Exception as error:  # TensorStore's are those of its drivers
+    raise ValueError(f"{place} cannot be read ({error_shown(error)}): check the place, and the rights to it") from error
+  return None if found.state == "missing" else found.value
+
+
+def _fill(dtype):
+  return -128 if dtype == "int8" else "NaN"
 
 
 def _differences(manifest, wanted, names):
