@@ -167,20 +167,21 @@ def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, 
   date = datetime.date.fromisoformat(stores.Store(settings.out).manifest.date) if begun else datetime.date.today()
   rows = train.read_data(config, target.config.vocab_size, tokenizer, date)[1]
   train.drafter_config(config.drafter, target.config)  # what is wrong with the taps
-  store = begin(settings, config, rows, target, tokenizer, date)
-  manifest, missing = store.manifest, store.missing()
-  check_room(store, missing)
+  planned = plan(settings, config, rows, target, tokenizer, date)
+  manifest = planned[0]
+  missing = stores.Store.begun(settings.out, *planned).missing() if begun else list(range(manifest.n_shards))
+  # Before anything is written: what is refused here may be tried again with other settings.
+  check_room(settings.out, manifest, missing)
   ours = owned_shards(manifest.n_shards, settings.writer, settings.writers)
   todo = [shard for shard in missing if shard in ours]
-  say = Target(config, rows, target, manifest) if cache is None else Copy(cache, rows)
-  cost = None
+  say, cost = Target(config, rows, target, manifest), None
   if cache:
-    say.check(Target(config, rows, target, manifest), settings.from_deepspec)
+    say = Copy(cache, rows, say)
   elif manifest.dtype == "int8" and todo:
     cost = cost_of(settings, config, rows, target, manifest)
+  store = stores.Store.begun(settings.out, *planned)
   began, said, written = time.monotonic(), 0, 0
   with shell.bar() as bar:
-    # In GB, which is what the disk and the time left are about.
     size = sum(manifest.file_bytes(name, shard) for name in manifest.arrays for shard in todo)
     task = bar.add_task("MB of hidden states", total=size // 10**6, note="the first batch, with its compilation")
     for said, written in stores.fill(store, todo, config.batch, say):
@@ -194,18 +195,18 @@ def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, 
               out=settings.out)
 
 
-def begin(settings: Settings, config: TrainConfig, rows, target, tokenizer, date: datetime.date) -> stores.Store:
-  """The store that these settings make, begun or gone on with."""
+def plan(settings: Settings, config: TrainConfig, rows, target, tokenizer, date: datetime.date
+         ) -> tuple[stores.Manifest, np.ndarray]:
+  """(manifest, offsets) of the store that these settings make."""
   sizes = np.concatenate([(rows.take(part).segments > 0).sum(1) for part in
                           np.array_split(np.arange(len(rows)), -(-len(rows) // 1024))])
   offsets = np.concatenate([[0], np.cumsum(sizes)])
   taps = config.drafter.taps
-  manifest = stores.Manifest(
+  return stores.Manifest(
       **of_run(config, rows, target, tokenizer), date=str(date), batch=config.batch, dtype=settings.dtype,
       n_rows=len(rows), n_tokens=int(offsets[-1]), width=target.config.spec.hidden_size,
       feature_width=target.feature_width(taps), offsets=0, shard_tokens=settings.shard_tokens,
-      chunk_tokens=settings.chunk_tokens)
-  return stores.Store.begun(settings.out, manifest, offsets)
+      chunk_tokens=settings.chunk_tokens), offsets
 
 
 def owned_shards(count: int, writer: int, writers: int) -> range:
@@ -213,19 +214,19 @@ def owned_shards(count: int, writer: int, writers: int) -> range:
   return range(count * writer // writers, count * (writer + 1) // writers)
 
 
-def check_room(store: stores.Store, missing: list[int]) -> None:
+def check_room(place: str, manifest: stores.Manifest, missing: list[int]) -> None:
   """Says how large the store is. OSError when the disk has no room for the shards that are missing."""
-  manifest, gb = store.manifest, lambda size: f"{size / 1e9:,.2f} GB"
+  gb = lambda size: f"{size / 1e9:,.2f} GB"
   size = lambda shards: sum(manifest.file_bytes(name, shard) for name in manifest.arrays for shard in shards)
   need = size(missing)
   shell.say(f"store: {manifest.n_tokens:,} tokens of {manifest.bytes_per_token:,} bytes, "
             f"{gb(size(range(manifest.n_shards)))} in {manifest.n_shards} shards; {len(missing)} of them, {gb(need)}, "
             f"are missing")
-  if "://" in store.place:
+  if "://" in place:
     return
-  free = shutil.disk_usage(store.place).free
+  free = shutil.disk_usage(place).free
   if need > free:
-    raise OSError(f"the store needs {gb(need)} more, and the disk of {store.place} has {gb(free)} free: free some, "
+    raise OSError(f"the store needs {gb(need)} more, and the disk of {place} has {gb(free)} free: free some, "
                   f"choose another --out, or a smaller --dtype")
 
 
@@ -249,11 +250,16 @@ class Target:
 class Copy:
   """Says what a reference's cache holds of rows: of each of their documents, found by its tokens."""
 
-  def __init__(self, cache: Cache, rows):
+  def __init__(self, cache: Cache, rows, target: Target):
+    """ValueError when the target says something else of the first row."""
     self._cache, self._rows = cache, rows
     length = rows.take(np.arange(1)).tokens.shape[1]
     # By their tokens, however rows are packed: the same tokens again have the same states.
     self._where = {_key(tokens[:length]): sample for sample, (tokens, _) in enumerate(cache.documents())}
+    errors = relative_errors(target(0, 1), self(0, 1))
+    if not max(errors.values()) < SAME:  # also of NaN
+      raise ValueError(f"{cache.folder} is not of this target, which says other things of the first row (relative "
+                       f"errors {errors}, up to {SAME} is rounding): give the --target that it was made with")
 
   def __call__(self, first: int, last: int) -> dict[str, np.ndarray]:
     batch, parts = self._rows.take(np.arange(first, last)), []
@@ -266,13 +272,6 @@ class Copy:
         said = self._cache.said(sample)
         parts.append({name: x[:len(own)] for name, x in said.items()})  # causal: what is cut off changed nothing before
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-  def check(self, target: Target, folder: Path) -> None:
-    """ValueError when the target says something else of the first row."""
-    errors = relative_errors(target(0, 1), self(0, 1))
-    if not max(errors.values()) < SAME:  # also of NaN
-      raise ValueError(f"{folder} is not of this target, which says other things of the first row (relative errors "
-                       f"{errors}, up to {SAME} is rounding): give the --target that it was made with")
 
 
 def _key(tokens):
