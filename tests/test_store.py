@@ -441,6 +441,17 @@ def test_programs_full_disk(folder, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_programs_fit_a_lens(folder, capsys, tmp_path):
+  """Kills: a lens fitted to what the target says when a store was given, or a run that does not go on from one."""
+  cached(folder, tmp_path / "s", capsys, "--dtype", "float32")
+  drafter = dataclasses.replace(experiment(folder, tmp_path).drafter, lens=True)
+  run = lambda name, **changes: trained(experiment(folder, tmp_path / name, drafter=drafter, **changes))
+  online, stored = run("online"), run("stored", features=str(tmp_path / "s"))
+  np.testing.assert_allclose(stored, online, rtol=1e-4)
+  assert run("stored", features=str(tmp_path / "s")) == stored
+
+
+@pytest.mark.slow
 def test_programs_killed(folder, tmp_path):
   """Kills: what only a real kill -9 leaves: half a shard, a lock that keeps the next run away, other bytes."""
   rng = np.random.default_rng(0)
