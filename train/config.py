@@ -31,6 +31,8 @@ class TrainConfig:
   out: Path
   data: tuple[Path, ...] = ()
   """files, or one folder that train.prepare made of them"""
+  features: str | None = None
+  """folder or URL of a hidden-state store (train.cache_hidden) that is read in the place of running the target"""
   steps: int | None = None
   """optimizer steps; they win over minutes"""
   minutes: float | None = None

@@ -1,4 +1,4 @@
-"""Train a drafter on a frozen target, which runs inside the training step: no hidden-state files.
+"""Train a drafter on a frozen target, which runs inside the training step, or whose hidden states were stored.
 
 When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and data of your own. A run that is killed,
 or stopped by SIGTERM, goes on exactly where it was when the same command is given again.
@@ -11,8 +11,9 @@ drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.ta
 
 Data: a folder of train.prepare, or files: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations":
 [...]}; with "tools") or of tokens (train.answers), or .txt, .md and .py; what of it is left out is counted by reason.
-The run folder holds run.json (resolved configuration, those counts, the day that chat templates are told),
-metrics.jsonl, rows/ (what was prepared of files), steps/ (Orbax) and drafter/ (what load_drafter reads).
+--features STORE reads what train.cache_hidden wrote for the same data and settings. The run folder holds run.json
+(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl, rows/ (what was prepared of
+files), steps/ (Orbax) and drafter/ (what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
 and checkpoint.
 """
@@ -34,17 +35,19 @@ import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat, pipeline
+from dspark_jax.data.features import Features, Memory
 from dspark_jax.data.rows import Rows
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
-from dspark_jax.nn.sharding import made, place_rows, shardings
+from dspark_jax.nn.sharding import made, shardings
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train import prepare
 from train.config import TrainConfig, experiment, read_config
+from train.features import check_early, features_of, given, stored_date, stored_dtype
 
 PROGRAM = "train.train"
 LOG = "metrics.jsonl"
@@ -59,6 +62,7 @@ def main(config: TrainConfig) -> dict:
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
+  check_early(config)
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 
@@ -77,8 +81,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   rows = read_data(config, target.config.vocab_size, tokenizer)
   record = describe(config) | {"data": rows.digest}
   run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
+  features = features_of(config, rows, target)
   drafter = build_drafter(config, target, rows, chat.stop_ids(tokenizer))
-  batch_of = lambda step: place_rows(pipeline.batch_at(rows, step, config.batch, seed=config.seed))
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
@@ -91,23 +95,26 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
   step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0, out_shardings=(shardings(state), None))
+  batch_of = lambda index: given(config, rows, features, index)
   with shell.stderr.status("compiling the training step"):
-    compiled = step.lower(state, target, batch_of(0)).compile()
+    batch, encoded = batch_of(0)
+    compiled = step.lower(state, target, batch, encoded=encoded).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
-  said, began = {}, time.monotonic()
+  began, known = time.monotonic(), 0
   if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
-    drafter, said = fit_lens(config, state.drafter, target, batch_of, len(rows))
-    state = state.replace(drafter=drafter)
+    drafter, features = fit_lens(config, state.drafter, target, batch_of, features, len(rows))
+    state, known = state.replace(drafter=drafter), len(features)
 
   def advance(state, index):
-    if index in said:  # the target has run on this batch, for the lens
-      return step(state, target, batch_of(index), encoded=said[index])
-    return compiled(state, target, batch_of(index))
+    batch, encoded = batch_of(index)
+    # In memory is what was said for the lens: those few steps are others than the one compiled above.
+    run = compiled if config.features or encoded is None else step
+    return run(state, target, batch, encoded=encoded)
 
   if run is None:
     left = (config.minutes or 0) * 60 - (time.monotonic() - began)
     run = new_run(config, {**record, "date": rows.manifest.date, "lost": rows.manifest.lost},
-                  config.steps or steps_in(left, state, advance, len(said)))
+                  config.steps or steps_in(left, state, advance, known))
   state = state.replace(span=span(config.optimizer, run["total_steps"]))
   restored = checkpoints.restore(saved, state)
   if restored is not None:
@@ -126,7 +133,7 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
   settings = prepare.Settings(config.target, config.data, config.out / "rows", row_length=config.row_length,
                               thinking=config.thinking, allow_special=config.allow_special)
   if not run_folder.is_begun(config.out):
-    return prepare.rows_of(settings, tokenizer, vocab_size, replace=True)
+    return prepare.rows_of(settings, tokenizer, vocab_size, stored_date(config), replace=True)
   run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
   run_folder.resumed(config.out, describe(config), shrunk=("drafter",))
   return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
@@ -163,8 +170,9 @@ def describe(config: TrainConfig) -> dict:
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
-  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh", "kernels")
+  elsewhere = ("out", "data", "features", "save_every", "log_every", "minutes", "mesh", "kernels")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
+  settings["features"] = stored_dtype(config)  # not where they are: a store may be moved
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
   return {"program": PROGRAM, "config": settings}
@@ -182,24 +190,24 @@ def is_stopped(config: TrainConfig, result: dict) -> bool:
   return result["steps"] < run_folder.read_record(config.out, PROGRAM, {"total_steps": int})["total_steps"]
 
 
-def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
-  """(the drafter with its lens fitted to the first batches, in at most half of the minutes; what the target said of
-  them by index of the batch, up to SAID_BYTES: the first steps of training need not ask it again)."""
+def fit_lens(config: TrainConfig, drafter, target, batch_of, features: Features, rows: int):
+  """(the drafter with its lens fitted to the first batches, in at most half of the minutes; the features, with what the
+  target said of them in memory, up to SAID_BYTES: the first steps of training need not ask it again)."""
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
-  observe, moments, said = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter), {}
+  observe, moments = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter)
+  memory = Memory(0 if config.features else SAID_BYTES, features)
   began = time.monotonic()
   with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
       # Blocked on, or the clock below would be that of the queue.
-      moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch_of(index)))
-      if (len(said) + 1) * sum(x.nbytes for x in jax.tree.leaves(encoded)) <= SAID_BYTES:
-        said[index] = encoded
+      moments, encoded = jax.block_until_ready(observe(moments, drafter, target, *batch_of(index)))
+      memory.keep(index, encoded)
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
       if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
-  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), said
+  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), memory
 
 
 def steps_in(left: float, state, advance, known: int) -> int:

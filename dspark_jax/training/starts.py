@@ -83,10 +83,11 @@ def no_moments(drafter: DSpark) -> Moments:
   return Moments(jnp.zeros((inputs + 1, inputs + 1)), jnp.zeros((inputs + 1, outputs)), jnp.zeros(()), jnp.zeros(()))
 
 
-def observe(moments: Moments, drafter: DSpark, target: Target, batch: Batch) -> tuple[Moments, TargetOutput]:
-  """(the moments with those of a batch, what the target said of it). A block counts at every t where t - 1, t, ...,
-  t + T - 1 are of one document."""
-  ahead, encoded = drafter.lens.positions, target.encode(batch, drafter.taps)
+def observe(moments: Moments, drafter: DSpark, target: Target, batch: Batch, encoded: TargetOutput | None = None
+            ) -> tuple[Moments, TargetOutput]:
+  """(the moments with those of a batch, what the target said of it: `encoded`, where that is stored). A block counts at
+  every t where t - 1, t, ..., t + T - 1 are of one document."""
+  ahead, encoded = drafter.lens.positions, target.encode(batch, drafter.taps) if encoded is None else encoded
   length = batch.tokens.shape[1] - ahead
   inside = (batch.segments[:, :length] == batch.segments[:, ahead:]) & (batch.segments[:, :length] > 0)
   features = encoded.features[:, :length]

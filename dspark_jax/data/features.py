@@ -1,0 +1,74 @@
+"""What the target says of a training batch, by whoever knows it: the step itself, memory, or a store.
+
+One protocol, `Features`; None stands for "nobody knows: run the target in the step".
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from dspark_jax.data.store import Store, decoded
+from dspark_jax.nn.sharding import place_rows
+from dspark_jax.types import Batch, TargetOutput
+
+
+class Features(Protocol):
+  """Asked by step, with the numbers i64[B] of the batch's rows and the batch itself, on the host."""
+
+  def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput | None: ...  # [B,T,...], placed
+  def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None: ...  # it will be asked for soon
+
+
+class Online:
+  """The target runs in the step."""
+
+  def at(self, step: int, indices: np.ndarray, batch: Batch) -> None:
+    return None
+
+  def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None:
+    pass
+
+
+class Memory:
+  """What the target has said of some steps, up to `limit` bytes of it; another one's answer for all others."""
+
+  def __init__(self, limit: int, others: Features = Online()):
+    self._left, self._others, self._kept = limit, others, {}
+
+  def __len__(self) -> int:
+    return len(self._kept)
+
+  def keep(self, step: int, encoded: TargetOutput) -> None:
+    """Keeps it, where there is room."""
+    size = sum(x.nbytes for x in jax.tree.leaves(encoded))
+    if size <= self._left:
+      self._left, self._kept[step] = self._left - size, encoded
+
+  def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput | None:
+    return self._kept[step] if step in self._kept else self._others.at(step, indices, batch)
+
+  def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None:
+    if step not in self._kept:
+      self._others.ask(step, indices, batch)
+
+
+class Stored:
+  """Reads a hidden-state store, in threads where it is asked early."""
+
+  def __init__(self, store: Store, dtype: str, threads: int = 2):
+    """dtype: the target's, in which it would have spoken."""
+    self.store, self._decoded = store, jax.jit(functools.partial(decoded, dtype=dtype))
+    self._threads, self._asked = ThreadPoolExecutor(threads, thread_name_prefix="hidden-store"), {}
+
+  def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None:
+    if step not in self._asked:
+      self._asked[step] = self._threads.submit(self.store.take, indices, np.asarray(batch.segments))
+
+  def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput:
+    self.ask(step, indices, batch)
+    return self._decoded(place_rows(self._asked.pop(step).result()))
