@@ -46,7 +46,7 @@ SCRATCH = tempfile.TemporaryDirectory()  # for as long as the tests run
 def models():
   """(target, drafter of one layer); weights so large that context matters."""
   config = DSparkConfig(spec=SPEC, num_layers=1, vocab_size=VOCABULARY, num_target_layers=3, taps=TAPS,
-                        mask_token_id=VOCABULARY - 1, block_size=2)
+                        mask_token_id=VOCABULARY - 1, block_size=2, markov_rank=0, confidence="hidden")
   grow = lambda model: jax.tree.map(lambda x: 8 * x if x.ndim == 2 else x, model)
   return jax.jit(lambda: (grow(target_of()), grow(DSpark(config, rngs=nnx.Rngs(1)))))()
 
@@ -114,7 +114,10 @@ def test_stored_equals_online(dtype, off, tmp_path):
   """Kills: a token's states at another token, hidden for features, taps in another order, a scale of another tap."""
   store = written(tmp_path / "s", dtype)
   store.check_whole()
-  np.testing.assert_allclose(losses(Stored(store, "float32")), losses(), rtol=off, atol=0)
+  stored, online = losses(Stored(store, "float32")), losses()
+  assert off or stored == online
+  # Of the losses alone: Adam's first step takes the sign of a gradient for its size, and so of its rounding.
+  np.testing.assert_allclose(stored[::2], online[::2], rtol=off, atol=0)
 
 
 def test_padding_is_not_stored(tmp_path):

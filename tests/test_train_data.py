@@ -1,5 +1,6 @@
 """What train.train makes of a data file: which replies it learns, what it tells of the others, the day of a run."""
 
+import dataclasses
 import datetime
 import json
 import shutil
@@ -153,7 +154,8 @@ def test_a_run_has_one_day(dated, monkeypatch, tmp_path):
     go_on()
   shutil.rmtree(config.out / "rows")
   assert go_on()["steps"] == 2
-  assert go_on(data=(config.out / "rows",))["steps"] == 2  # a prepared folder is the same data as its files
+  prepared = dataclasses.replace(config, data=(config.out / "rows",))  # the same data as its files
+  assert train.train(prepared, llama(), dated)["steps"] == 2
   record.write_text(json.dumps(run | {"date": "yesterday"}))
   with complains("has the date 'yesterday', expected YYYY-MM-DD"):
     go_on()
