@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import dspark_jax
-from dspark_jax.data import chat, pipeline
+from dspark_jax.data import chat
 from dspark_jax.drafters import DSpark
 from dspark_jax.nn.sharding import MeshConfig
-from dspark_jax.programs import run_folder, shell
+from dspark_jax.programs import hosts, run_folder, shell
 from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
@@ -309,15 +309,14 @@ def test_training_leaves_what_it_promises(folder, uninterrupted):
 
 
 def at_step(step: int, action, monkeypatch):
-  """Runs `action` when the batch of a step (from 0) is made for the training loop, once."""
-  real, seen = pipeline.batch_at, []
-  def batch_at(packed, index, *args, **kwargs):
-    seen.append(index)
-    if index == step and len(seen) > 1:
-      monkeypatch.setattr(pipeline, "batch_at", real)
+  """Runs `action` when the training loop has begun the step of that index (from 0), once."""
+  real = hosts.beat
+  def beat(done):
+    real(done)
+    if done == step + 1:
+      monkeypatch.setattr(hosts, "beat", real)
       action()
-    return real(packed, index, *args, **kwargs)
-  monkeypatch.setattr(pipeline, "batch_at", batch_at)
+  monkeypatch.setattr(hosts, "beat", beat)
 
 
 def test_sigterm_saves_and_the_run_goes_on(folder, uninterrupted, monkeypatch, tmp_path):
@@ -367,6 +366,7 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
                     f"from dspark_jax.training.step import OptimizerConfig\n"
                     f"from dspark_jax.drafters.dspark import DSparkSettings\n"
                     "from dspark_jax.nn.attention import Kernels\nfrom dspark_jax.nn.sharding import MeshConfig\n"
+                    "from dspark_jax.programs.hosts import HostsConfig\n"
                     f"from train.config import TrainConfig\nconfig = {experiment(folder, out)!r}\n")
   assert read_config(str(config)) == experiment(folder, out)
   run = spawn(compiled_once, "train.train", "--config", config)

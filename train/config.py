@@ -15,6 +15,7 @@ from dspark_jax.drafters import DRAFTERS
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
+from dspark_jax.programs.hosts import HostsConfig
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig
 
@@ -50,11 +51,17 @@ class TrainConfig:
   kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to train on; the numbers are those of one device"""
+  hosts: HostsConfig = HostsConfig()
+  """processes that train together, one per host; the run folder is one that all of them see"""
   seed: int = 0
   compute_dtype: Dtype = "float32"
   target_dtype: Dtype = "float32"
   save_every: int = 200
   log_every: int = 10
+  diverged_at: float = 1e4
+  """a loss or a gradient norm beyond this ends the run, like one that is not finite"""
+  use_older: bool = False
+  """go on from the checkpoint before where the newest is damaged (it is deleted, and its steps are run again)"""
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
 

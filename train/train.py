@@ -6,6 +6,11 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b --mesh.fsdp -1
 
+On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI and TPU pods
+say who they are, elsewhere --hosts.coordinator HOST:PORT --hosts.processes N --hosts.process I does. Process 0 speaks and
+writes; SIGTERM to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds with its
+name and exit code 75, and the same command goes on, also with another number of hosts.
+
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
@@ -23,7 +28,6 @@ import dataclasses
 import datetime
 import functools
 import math
-import signal
 import sys
 import time
 
@@ -32,20 +36,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import dspark_jax
-from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
-from dspark_jax.nn.sharding import made, place_rows, shardings
-from dspark_jax.programs import run_folder, shell
+from dspark_jax.nn.sharding import everywhere, made, place, place_rows, rows_share, shardings
+from dspark_jax.programs import hosts, run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train.config import TrainConfig, experiment, read_config
+from train.loop import LOG, loop, summarise_saved
 
 PROGRAM = "train.train"
-LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 TIMED = 4             # steps whose median says how long one takes: the first of them may compile
 FEWEST = 8            # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
@@ -72,12 +75,14 @@ def check_rows(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
-  date = run_folder.date_of(config.out)
+  date = datetime.date.fromisoformat(hosts.agree(lambda: run_folder.date_of(config.out).isoformat()))
   source, packed = read_data(config, target.config.vocab_size, tokenizer, date)
   record = describe(config, packed)
-  run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
+  hosts.check_same("run", record)
+  run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
+                    if run_folder.is_begun(config.out) else None)
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
-  batch_of = lambda step: place_rows(pipeline.batch_at(packed, step, config.batch, seed=config.seed))
+  batch_of = functools.partial(batch_at, config, packed)
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
@@ -85,11 +90,14 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
-  if run and not fresh and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
+  if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
+                              and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
-  step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0, out_shardings=(shardings(state), None))
+  # The metrics whole everywhere, so that any process can read them.
+  step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0,
+                 out_shardings=(shardings(state), everywhere()))
   with shell.stderr.status("compiling the training step"):
     compiled = step.lower(state, target, batch_of(0)).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
@@ -105,15 +113,17 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 
   if run is None:
     left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-    run = new_run(config, {**record, "date": str(date), "lost": dataclasses.asdict(source.lost)},
-                  config.steps or steps_in(left, state, advance, len(said)))
-  state = state.replace(span=span(config.optimizer, run["total_steps"]))
-  restored = checkpoints.restore(saved, state)
+    steps = config.steps or steps_in(left, state, advance, len(said))
+    run = hosts.agree(lambda: new_run(config, {**record, "date": str(date), "lost": dataclasses.asdict(source.lost)},
+                                      steps))
+  state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
+  restored = checkpoints.restore(saved, state, use_older=config.use_older)
   if restored is not None:
     state = restored
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
-  run_folder.forget_after(config.out / LOG, int(state.step))
-  state, last = loop(config, advance, state, saved, run["total_steps"])
+  if hosts.first():
+    run_folder.forget_after(config.out / LOG, int(state.step))
+  state, last = loop(config, advance, state, saved, run["total_steps"], len(packed))
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
@@ -131,6 +141,14 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer, date: datetime.da
   shell.say(f"data: {len(source.documents)} documents, {len(packed.rows.tokens)} rows of {config.row_length}, "
             f"{packed.fill:.0%} full; left out: {source.lost}")
   return source, packed
+
+
+def batch_at(config: TrainConfig, packed, step: int):
+  """The batch of a step on the mesh; of its rows this process reads those of its own devices."""
+  part, count = rows_share()
+  rows = pipeline.row_indices(len(packed), step, config.batch, seed=config.seed)
+  size = config.batch // count
+  return place_rows(packed.take(rows[part * size:(part + 1) * size]))
 
 
 def build_drafter(config: TrainConfig, target, documents, stops):
@@ -164,7 +182,8 @@ def describe(config: TrainConfig, packed) -> dict:
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
-  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh", "kernels")
+  elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh", "kernels", "hosts", "diverged_at",
+               "use_older")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   for name in ("thinking", "allow_special"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
@@ -188,7 +207,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
   """(the drafter with its lens fitted to the first batches, in at most half of the minutes; what the target said of
   them by index of the batch, up to SAID_BYTES: the first steps of training need not ask it again)."""
   total = math.ceil(min(config.lens_rows, rows) / config.batch)
-  observe, moments, said = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter), {}
+  observe, moments, said = jax.jit(starts.observe, donate_argnums=0), made(starts.no_moments, drafter), {}
   began = time.monotonic()
   with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
@@ -198,7 +217,7 @@ def fit_lens(config: TrainConfig, drafter, target, batch_of, rows: int):
       if (len(said) + 1) * sum(x.nbytes for x in jax.tree.leaves(encoded)) <= SAID_BYTES:
         said[index] = encoded
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
-      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
+      if config.steps is None and hosts.agree(lambda: time.monotonic() - began > config.minutes * 60 / 2):
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
   return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), said
@@ -220,53 +239,7 @@ def steps_in(left: float, state, advance, known: int) -> int:
 
   slow = seconds(known)
   quick = seconds(0) if known else slow
-  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST)
-
-
-def loop(config: TrainConfig, advance, state, saved, total_steps: int):
-  """Runs the remaining steps; SIGTERM ends them early, after a save."""
-  stop = []  # a handler may run in the middle of a step: it leaves a note, and the loop ends the run
-  previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-  first, window, result, began = int(state.step), [], {}, time.perf_counter()
-  try:
-    with shell.bar() as bar:
-      task = bar.add_task("training", total=total_steps, completed=first, note="")
-      for index in range(first, total_steps):
-        state, metrics = advance(state, index)
-        window.append(metrics)
-        finished = bool(stop) or index + 1 == total_steps
-        # Also when it saves: a run that goes on from there must not lack a line for the steps before.
-        if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
-          result = summarise(window)
-          window = []
-          if result["loss"] is None or result["grad_norm"] is None:  # before a broken state could be saved
-            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last "
-                             f"checkpoint is whole")
-          rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
-          run_folder.append(config.out / LOG, [{"step": index + 1, **result, "tokens_per_second": rate}])
-          bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
-                     f"{rate:.0f} tokens/s")
-          result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
-        saved.save_checkpointables(index + 1, {"state": state}, force=finished)
-        if finished and stop:
-          shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
-          break
-  finally:
-    signal.signal(signal.SIGTERM, previous)  # train.demo and train.compare go on after this
-  return state, result or summarise_saved(config)
-
-
-def summarise(window: list) -> dict:
-  """Means over a window of steps, as plain numbers; None where nothing was observed, or a number is not finite."""
-  total = functools.reduce(means.add, jax.device_get(window))
-  plain = lambda pair: np.asarray(means.mean(pair)).tolist()
-  return {name: jax.tree.map(lambda x: x if np.isfinite(x) else None, plain(pair)) for name, pair in total.items()}
-
-
-def summarise_saved(config: TrainConfig) -> dict:
-  """The last logged numbers of a run that had nothing left to do."""
-  last = run_folder.read_lines(config.out / LOG)[-1]
-  return {k: last[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
+  return hosts.agree(lambda: max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST))
 
 
 if __name__ == "__main__":
