@@ -91,3 +91,114 @@ def wait_for(out: Path, steps: int, running) -> None:
   until = time.monotonic() + 200
   while len(log_of(out)) < steps and time.monotonic() < until and all(p.poll() is None for p in running):
     time.sleep(0.01)
+
+
+def test_flags_that_mean_nothing():
+  """Kills: a process that waits for others which cannot come."""
+  for flags, part in ((dict(processes=2, process=2), "process is 2, expected 0 to 1"), (dict(silence=1), "silence is 1"),
+                      (dict(coordinator="here"), "expected HOST:PORT")):
+    with complains(part):
+      hosts.HostsConfig(**flags)
+
+
+@pytest.mark.parametrize("told, count", [
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 4), ({"SLURM_NTASKS": "4"}, 1), ({"SLURM_NTASKS": "1"}, 1),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3), ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 2), ({}, 1)])
+def test_what_launchers_say(told, count, monkeypatch):
+  """Kills: a program for one process that a launcher starts four times; a single process that waits for a cluster (a
+  Slurm job's own shell has the number of tasks, and is none of them)."""
+  for name in (*hosts.TOLD, "SLURM_PROCID"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in told.items():
+    monkeypatch.setenv(name, value)
+  if count == 1:
+    hosts.refuse("infer.generate")
+  else:
+    with complains("infer.generate runs in one process", "start it once"):
+      hosts.refuse("infer.generate")
+
+
+class OtherDevice:
+  def __init__(self, process):
+    self.process_index = process
+
+
+@pytest.mark.parametrize("sizes, process, share", [((4, 1, 2), 0, (0, 2)), ((4, 1, 2), 1, (1, 2)), ((2, 2, 2), 1, (1, 2)),
+                                                   ((1, 1, 8), 1, (0, 1)), ((2, 1, 4), 1, (1, 2))])
+def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
+  """Kills: rows by the number of the process where `tensor` reaches over several, which then read different ones."""
+  with jax.set_mesh(MeshConfig(*sizes).build()):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    real = jax.sharding.get_mesh()
+    class Spread:
+      empty, axis_names, shape = False, real.axis_names, real.shape
+      devices = np.array([OtherDevice(i // 4) for i in range(8)]).reshape(real.devices.shape)
+    monkeypatch.setattr(jax.sharding, "get_mesh", lambda: Spread)
+    assert rows_share() == share
+
+
+def test_nobody_comes(folder):
+  """Kills: an abort with pages of text, or a process that waits for ever, where process 0 was not started."""
+  (code, out, err), = ended(started(folder, "nobody", 2, "--hosts.timeout", 2, alone=1), 60)
+  assert code == 2 and "process 1 found nobody at localhost:" in err and "Traceback" not in err and not out
+
+
+MEMBER = """
+import sys, time
+from dspark_jax.programs import hosts, shell
+config = hosts.HostsConfig({at!r}, 2, {process}, 30, 4)
+class Settings:
+  hosts = config
+shell.tyro.cli = lambda *_, **__: Settings
+def main(_):
+  assert hosts.agree(lambda: [hosts.here.process, None, "a"]) == [0, None, "a"]
+  print("together", file=sys.stderr, flush=True)
+  if {wrong} == hosts.here.process:
+    raise ValueError("this file is not there: bring it")
+  time.sleep({seconds})
+  return {{"process": hosts.here.process}}
+shell.run(main, object)
+"""
+
+
+def members(wrong=None, seconds: float = 40, which=(0, 1), at: str | None = None):
+  """Two processes that do nothing but belong together."""
+  at = at or f"localhost:{free_port()}"
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+  return [subprocess.Popen([sys.executable, "-c", MEMBER.format(at=at, process=i, wrong=wrong, seconds=seconds)], text=True,
+                           cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in which]
+
+
+def until_together(running):
+  for p in running:
+    while "together" not in (line := p.stderr.readline()):
+      assert line, "it ended before"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_is_named(victim):
+  """Kills: a process that waits for ever for one that is gone, or ends without saying which."""
+  running = members()
+  until_together(running)
+  began = time.monotonic()
+  running[victim].kill()
+  code, _, err = ended(running, 60)[1 - victim]
+  assert time.monotonic() - began < 60 and code != 0
+  assert f"error: process {victim} on {socket.gethostname()} " in err and "goes on from the newest checkpoint" in err
+  assert code == hosts.AGAIN or victim == 0  # JAX aborts without its process 0
+
+
+def test_one_speaks_and_all_end():
+  """Kills: two results, a process that is left behind at the end."""
+  (code, out, err), (other, silent, _) = ended(members(seconds=0), 60)
+  assert code == other == 0, err
+  assert json.loads(out) == {"process": 0} and not silent
+
+
+def test_a_mistake_ends_all():
+  """Kills: a mistake on one host (a file that is not there) that the others wait for."""
+  (code, _, err), (other, _, its) = ended(members(wrong=1), 60)
+  assert code == other == 2
+  assert "error: this file is not there: bring it" in its
+  assert f"error: process 1 on {socket.gethostname()} ended: this file is not there" in err and "Traceback" not in err

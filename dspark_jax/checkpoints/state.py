@@ -38,12 +38,10 @@ CHUNK = 2 ** 20  # bytes
 
 
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
-  """Writes a drafter folder; it appears whole or not at all. Of several processes all must call it; the first writes.
+  """Writes a drafter folder; it appears whole or not at all. Of several processes all must call it.
   """
   # As host arrays: a stored device layout would have to exist on the machine that loads them.
-  weights = on_host(weights)
-  if jax.process_index() == 0:
-    _save(Path(folder), DRAFTER, sidecar, weights)
+  _save(Path(folder), DRAFTER, sidecar, on_host(weights))
 
 
 def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -137,12 +135,13 @@ def _save(folder, name, sidecar, weights, carry=lambda folder: None):
     # Nobody changes them meanwhile, and a target's copies would not fit beside it: one array on its way at a time.
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = 1 + max(x.nbytes for x in weights.values())
-    context.multiprocessing.active_processes = {0}  # the others are not asked
     try:
       with context:
         ocp.save((new / "weights").absolute(), weights)
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
       raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
+    if jax.process_index():
+      return
     carry(new)
     (new / name).write_text(json.dumps({"format": FORMAT, **sidecar, "digests": digests(weights)}, indent=2) + "\n")
 

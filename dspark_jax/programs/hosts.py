@@ -258,7 +258,8 @@ def _watch():
     for process, sign in signs.items():
       who, old = f"process {process} on {sign['host']}", seen.get(process)
       since = now if old is None or old[0] != sign["sign"] else old[1]
-      moved = now if old is None or old[2] != sign["step"] else old[3]
+      # Counted from when it fell behind: none moves while all compile.
+      moved = now if old is None or old[2] != sign["step"] or sign["step"] == newest else old[3]
       seen[process] = (sign["sign"], since, sign["step"], moved)
       if process == here.process or sign["state"] == "done":
         continue
