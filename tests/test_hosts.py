@@ -26,9 +26,10 @@ CONFIG = """
 from pathlib import Path
 from dspark_jax.drafters import DSpark
 from train.config import TrainConfig
-config = TrainConfig(target={target!r}, out=Path({out!r}), data=(Path({data!r}),), steps={steps}, batch=4, row_length=48,
-                     anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
-                         taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8, draft_vocab_size=64))
+config = TrainConfig(target={target!r}, out=Path({out!r}), data=(Path({data!r}),), steps={steps}, batch=4,
+                     row_length=48, anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
+                         taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8,
+                         draft_vocab_size=64))
 """
 
 
@@ -95,7 +96,8 @@ def wait_for(out: Path, steps: int, running) -> None:
 
 def test_flags_that_mean_nothing():
   """Kills: a process that waits for others which cannot come."""
-  for flags, part in ((dict(processes=2, process=2), "process is 2, expected 0 to 1"), (dict(silence=1), "silence is 1"),
+  for flags, part in ((dict(processes=2, process=2), "process is 2, expected 0 to 1"),
+                      (dict(silence=1), "silence is 1"),
                       (dict(coordinator="here"), "expected HOST:PORT")):
     with complains(part):
       hosts.HostsConfig(**flags)
@@ -103,8 +105,8 @@ def test_flags_that_mean_nothing():
 
 @pytest.mark.parametrize("told, count", [
     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 4), ({"SLURM_NTASKS": "4"}, 1), ({"SLURM_NTASKS": "1"}, 1),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3), ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
-    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 2), ({}, 1)])
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1), ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 2), ({}, 1)])
 def test_what_launchers_say(told, count, monkeypatch):
   """Kills: a program for one process that a launcher starts four times; a single process that waits for a cluster (a
   Slurm job's own shell has the number of tasks, and is none of them)."""
@@ -124,8 +126,9 @@ class OtherDevice:
     self.process_index = process
 
 
-@pytest.mark.parametrize("sizes, process, share", [((4, 1, 2), 0, (0, 2)), ((4, 1, 2), 1, (1, 2)), ((2, 2, 2), 1, (1, 2)),
-                                                   ((1, 1, 8), 1, (0, 1)), ((2, 1, 4), 1, (1, 2))])
+@pytest.mark.parametrize("sizes, process, share", [
+    ((4, 1, 2), 0, (0, 2)), ((4, 1, 2), 1, (1, 2)), ((2, 2, 2), 1, (1, 2)), ((1, 1, 8), 1, (0, 1)),
+    ((2, 1, 4), 1, (1, 2))])
 def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
   """Kills: rows by the number of the process where `tensor` reaches over several, which then read different ones."""
   with jax.set_mesh(MeshConfig(*sizes).build()):
@@ -158,7 +161,7 @@ def main(_):
     raise ValueError("this file is not there: bring it")
   time.sleep({seconds})
   return {{"process": hosts.here.process}}
-shell.run(main, object)
+shell.run(main, object, mesh=False)
 """
 
 
@@ -166,8 +169,9 @@ def members(wrong=None, seconds: float = 40, which=(0, 1), at: str | None = None
   """Two processes that do nothing but belong together."""
   at = at or f"localhost:{free_port()}"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-  return [subprocess.Popen([sys.executable, "-c", MEMBER.format(at=at, process=i, wrong=wrong, seconds=seconds)], text=True,
-                           cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in which]
+  return [subprocess.Popen([sys.executable, "-c", MEMBER.format(at=at, process=i, wrong=wrong, seconds=seconds)],
+                           text=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+          for i in which]
 
 
 def until_together(running):
@@ -202,3 +206,70 @@ def test_a_mistake_ends_all():
   assert code == other == 2
   assert "error: this file is not there: bring it" in its
   assert f"error: process 1 on {socket.gethostname()} ended: this file is not there" in err and "Traceback" not in err
+
+
+# Trainings
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+  """(run folder, its losses) of two processes of two devices."""
+  for code, _, err in ended(started(folder, "undisturbed", 2)):
+    assert code == 0, err
+  return folder / "undisturbed", losses(folder / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_same_numbers_on_any_number_of_hosts(processes, folder, undisturbed):
+  """Kills: batches that depend on the number of processes, a mean of the processes' means, a drafter of which a part is
+  stored; more than one that speaks."""
+  results = ended(started(folder, f"on{processes}", processes))
+  assert [code for code, _, _ in results] == [0] * processes, results
+  assert json.loads(results[0][1].splitlines()[-1])["steps"] == STEPS
+  assert not any('"steps"' in out or "data:" in err for _, out, err in results[1:])
+  for step, numbers in losses(folder / f"on{processes}").items():
+    np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))
+  drafters = [dspark_jax.load_drafter(out, llama()) for out in (folder / f"on{processes}", undisturbed[0])]
+  one, two = (jax.tree.leaves(drafter) for drafter in drafters)
+  for a, b in zip(one, two, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_kill_one_and_the_run_goes_on(victim, folder, undisturbed):
+  """Kills: a state that one process saved without the other; a batch, an anchor or a moment that a restart changes; a
+  process that waits for the dead one."""
+  out = folder / f"killed{victim}"
+  running = started(folder, out.name, 2)
+  wait_for(out, 4, running)
+  began = time.monotonic()
+  running[victim].kill()
+  _, _, err = ended(running)[1 - victim]
+  assert time.monotonic() - began < 60
+  assert 4 <= len(log_of(out)) < STEPS or not (out / "drafter").exists()
+  assert f"process {victim} on {socket.gethostname()}" in err, err
+  for code, _, err in ended(started(folder, out.name, 2)):
+    assert code == 0, err
+  assert losses(out) == undisturbed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_stops_all(told, folder, undisturbed):
+  """Kills: processes that stop at different steps, or do not hear of it; a restart by one process of what two saved,
+  unchecked or not at all."""
+  out = folder / f"stopped{told}"
+  running = started(folder, out.name, 2, steps=STEPS)
+  wait_for(out, 2, running)
+  running[told].send_signal(signal.SIGTERM)
+  results = ended(running)
+  assert [code for code, _, _ in results] == [0, 0], results
+  stopped = json.loads(results[0][1].splitlines()[-1])["steps"]
+  assert 2 <= stopped < STEPS and len(log_of(out)) == stopped
+  assert sorted(int(p.name) for p in (out / "steps").iterdir())[-1] == stopped
+  (code, _, err), = ended(started(folder, out.name, 1))
+  assert code == 0, err
+  for step, numbers in losses(out).items():
+    np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))

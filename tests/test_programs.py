@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,14 @@ import numpy as np
 import pytest
 
 import dspark_jax
-from dspark_jax.data import chat
+from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DSpark
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import hosts, run_folder, shell
 from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains,
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains, cut,
                      files, llama, with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -356,6 +357,31 @@ def test_a_run_goes_on_on_another_mesh(folder, uninterrupted, monkeypatch, capsy
   assert "there are 8 devices" in err
   with MeshConfig(fsdp=4).use(), complains("expected a multiple of 4"):
     train.main(experiment(folder, tmp_path / "other", batch=2))
+
+
+def test_a_run_that_diverges(folder, tmp_path):
+  """Kills: a broken state among the checkpoints; a sentence that does not say which rows to look at."""
+  config = experiment(folder, tmp_path / "run", diverged_at=1.0)
+  rows = pipeline.row_indices(14, 0, config.batch, seed=config.seed)
+  with complains("step 1 diverged (loss 2.", f"on the rows {rows[0]}, {rows[1]} of the data", "is whole"):
+    train.main(config)
+  assert not list((tmp_path / "run" / "steps").iterdir()) and (tmp_path / "run" / "diverged" / "1").exists()
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+  assert train.main(experiment(folder, tmp_path / "run"))["steps"] == STEPS
+
+
+def test_a_damaged_checkpoint(folder, uninterrupted, tmp_path):
+  """Kills: going on from other numbers than were saved; from an older state without being asked; a damaged one that
+  stays in the way."""
+  shutil.copytree(uninterrupted[0], tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "drafter")
+  newest = tmp_path / "run" / "steps" / str(STEPS)
+  cut(max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
+  with complains(f"the state of step {STEPS} cannot be restored", "give --use-older"):
+    train.main(experiment(folder, tmp_path / "run"))
+  assert train.main(experiment(folder, tmp_path / "run", use_older=True))["steps"] == STEPS
+  assert losses(tmp_path / "run") == losses(uninterrupted[0])
+  assert train.main(experiment(folder, tmp_path / "run"))["steps"] == STEPS
 
 
 def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path):

@@ -2,54 +2,60 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import time
 
 import jax
-import numpy as np
 
 from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
-from dspark_jax.data import pipeline
 from dspark_jax.programs import hosts, run_folder, shell
 from train.config import TrainConfig
+from train.watch import LOG, Journal, Pace, Profile, summarise
 
-LOG = "metrics.jsonl"
-
-
-def loop(config: TrainConfig, advance, state, saved, total_steps: int, n_rows: int):
+def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, pace: Pace, measures: dict):
   """(the state after the remaining steps, the numbers that the program prints). SIGTERM ends them early, after a save.
 
-  advance: (state, index) -> (state, metrics). n_rows: of the data, to name those of a step.
+  advance: (state, index) -> (state, metrics). batches: `rows(index)`, the rows of the data in a step, and `waited`, the
+  seconds spent for them. measures: by name (every so many steps, a function of the state that gives numbers).
   """
   first, window, result, began = int(state.step), [], {}, time.perf_counter()
-  with hosts.stops() as stop, shell.bar() as bar:
+  journal, profile = Journal(config, first), Profile(config)
+  with hosts.stops() as stop, shell.bar() as bar, contextlib.closing(journal), contextlib.ExitStack() as end:
+    end.callback(profile.stop)
     task = bar.add_task("training", total=total_steps, completed=first, note="")
+    pace.lap(1, batches.waited)
     for index in range(first, total_steps):
+      profile.before(index + 1)
       state, metrics = advance(state, index)
+      profile.after(index + 1, state)
       window.append(metrics)
       hosts.beat(index + 1)
       stopped = stop(index + 1)
       finished = stopped or index + 1 == total_steps
+      due = [name for name, (every, _) in measures.items() if (index + 1) % every == 0]
       # Also when it saves: a run that goes on from there must not lack a line for the steps before.
-      if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
+      if finished or due or any((index + 1) % every == 0 for every in (config.log_every, config.save_every)):
         window = jax.device_get(window)  # the only place where the host waits for the device
-        check_finite(config, state, window, index, n_rows)
+        speed = pace.lap(len(window), batches.waited)
+        check_finite(config, state, window, index, batches)
         result, window = summarise(window), []
         rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
-        if hosts.first():
-          run_folder.append(config.out / LOG, [{"step": index + 1, **result, "tokens_per_second": rate}])
+        with pace.aside():
+          found = {name: measures[name][1](state) for name in due}
+        journal.write(index + 1, {**result, "tokens_per_second": rate, **speed, **found})
         bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
                    f"{rate:.0f} tokens/s")
         result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
-      saved.save_checkpointables_async(index + 1, {"state": state}, force=finished)
+      with pace.aside():
+        saved.save_checkpointables_async(index + 1, {"state": state}, force=finished)
       if stopped:
         shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
         break
   return state, result or summarise_saved(config)
 
 
-def check_finite(config: TrainConfig, state, window: list, index: int, n_rows: int) -> None:
+def check_finite(config: TrainConfig, state, window: list, index: int, batches) -> None:
   """ValueError, with the rows of the data that it saw, where a step diverged. `state` is then saved apart: what is in
   steps/ stays whole. window: the metrics of the steps that end with the one of `index`, from 0."""
   for step, metrics in enumerate(window, index + 1 - len(window)):
@@ -59,17 +65,10 @@ def check_finite(config: TrainConfig, state, window: list, index: int, n_rows: i
       apart = checkpoints.checkpointer(config.out / "diverged", every=1)
       apart.save_checkpointables_async(index + 1, {"state": state}, force=True, overwrite=True)
       apart.close()
-      rows = pipeline.row_indices(n_rows, step, config.batch, seed=config.seed)
+      rows = ", ".join(map(str, batches.rows(step)))
       raise ValueError(f"step {step + 1} diverged ({', '.join(bad)}, expected at most {config.diverged_at:g}) on the "
-                       f"rows {', '.join(map(str, rows))} of the data: look at these, or lower the learning rate; the "
-                       f"state after step {index + 1} is in {config.out / 'diverged'}, the last checkpoint is whole")
-
-
-def summarise(window: list) -> dict:
-  """Means over a window of steps, as plain numbers; None where nothing was observed, or a number is not finite."""
-  total = functools.reduce(means.add, window)
-  plain = lambda pair: np.asarray(means.mean(pair)).tolist()
-  return {name: jax.tree.map(lambda x: x if np.isfinite(x) else None, plain(pair)) for name, pair in total.items()}
+                       f"rows {rows} of the data: look at these, or lower the learning rate; the state after step "
+                       f"{index + 1} is in {config.out / 'diverged'}, the last checkpoint is whole")
 
 
 def summarise_saved(config: TrainConfig) -> dict:

@@ -7,17 +7,17 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b --mesh.fsdp -1
 
 On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI and TPU pods
-say who they are, elsewhere --hosts.coordinator HOST:PORT --hosts.processes N --hosts.process I does. Process 0 speaks and
-writes; SIGTERM to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds with its
-name and exit code 75, and the same command goes on, also with another number of hosts.
+say who they are, elsewhere --hosts.coordinator HOST:PORT --hosts.processes N --hosts.process I does. Process 0 speaks
+and writes; SIGTERM to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds
+with its name, and the same command goes on, also with another number of hosts.
 
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
 Data: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations": [...]}; with "tools") or of tokens
 (train.answers), or .txt, .md and .py files; what of it is left out is counted by reason. The run folder holds run.json
-(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl, steps/ (Orbax) and drafter/
-(what load_drafter reads).
+(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl and tensorboard/ (what
+train.report draws), steps/ (Orbax) and drafter/ (what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
 and checkpoint.
 """
@@ -46,7 +46,8 @@ from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train.config import TrainConfig, experiment, read_config
-from train.loop import LOG, loop, summarise_saved
+from train.loop import loop, summarise_saved
+from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
 PROGRAM = "train.train"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
@@ -60,6 +61,8 @@ def main(config: TrainConfig) -> dict:
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
+  if config.decode_every and hosts.here.processes > 1:
+    raise ValueError("decode_every works in one process: leave it out, and decode a checkpoint with infer.evaluate")
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 
@@ -75,6 +78,7 @@ def check_rows(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
+  started = time.monotonic()
   date = datetime.date.fromisoformat(hosts.agree(lambda: run_folder.date_of(config.out).isoformat()))
   source, packed = read_data(config, target.config.vocab_size, tokenizer, date)
   record = describe(config, packed)
@@ -82,7 +86,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
                     if run_folder.is_begun(config.out) else None)
   drafter = build_drafter(config, target, source.documents, chat.stop_ids(tokenizer))
-  batch_of = functools.partial(batch_at, config, packed)
+  data, apart = pipeline.held_out(packed, config.eval_rows, seed=config.seed)
+  batch_of = Batches(config, data)
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
@@ -103,7 +108,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   shell.say(f"step: {shell.memory_report(compiled)}")
   said, began = {}, time.monotonic()
   if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
-    drafter, said = fit_lens(config, state.drafter, target, batch_of, len(packed.rows.tokens))
+    drafter, said = fit_lens(config, state.drafter, target, batch_of, len(data))
     state = state.replace(drafter=drafter)
 
   def advance(state, index):
@@ -121,9 +126,9 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   if restored is not None:
     state = restored
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
-  if hosts.first():
-    run_folder.forget_after(config.out / LOG, int(state.step))
-  state, last = loop(config, advance, state, saved, run["total_steps"], len(packed))
+  measures = measured(config, static, target, apart, chat.stop_ids(tokenizer))
+  pace = Pace(config, useful_flops(config, target, state.drafter), started)
+  state, last = loop(config, advance, state, saved, run["total_steps"], batch_of, pace, measures)
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
@@ -143,12 +148,22 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer, date: datetime.da
   return source, packed
 
 
-def batch_at(config: TrainConfig, packed, step: int):
-  """The batch of a step on the mesh; of its rows this process reads those of its own devices."""
-  part, count = rows_share()
-  rows = pipeline.row_indices(len(packed), step, config.batch, seed=config.seed)
-  size = config.batch // count
-  return place_rows(packed.take(rows[part * size:(part + 1) * size]))
+class Batches:
+  """The batch of any step, on the mesh; of its rows this process reads those of its own devices."""
+
+  def __init__(self, config: TrainConfig, data: pipeline.Some):
+    self.config, self.data, self.waited = config, data, 0.0  # seconds, of all batches so far
+
+  def rows(self, step: int) -> np.ndarray:
+    """Which rows of the data it has, in all processes: i64[B]."""
+    return self.data.kept[pipeline.row_indices(len(self.data), step, self.config.batch, seed=self.config.seed)]
+
+  def __call__(self, step: int):
+    began, (part, count) = time.monotonic(), rows_share()
+    size = self.config.batch // count
+    batch = self.data.rows.take(self.rows(step)[part * size:(part + 1) * size])
+    self.waited += time.monotonic() - began
+    return place_rows(batch)
 
 
 def build_drafter(config: TrainConfig, target, documents, stops):
@@ -177,15 +192,25 @@ def step_config(config: TrainConfig) -> StepConfig:
                     loss=config.loss, optimizer=config.optimizer)
 
 
+def measured(config: TrainConfig, static: StepConfig, target, apart, stops) -> dict:
+  """What is measured every so many steps, by name, on the rows that are held out."""
+  found = {}
+  if config.eval_every:
+    found["held_out"] = (config.eval_every, HeldOut(config, static, target, apart))
+  if config.decode_every:
+    found["drafted"] = (config.decode_every, Drafted(config, target, apart, stops))
+  return found
+
+
 def describe(config: TrainConfig, packed) -> dict:
   """What must be the same for a run to go on: settings that matter to the result, and the data."""
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
   elsewhere = ("out", "data", "save_every", "log_every", "minutes", "mesh", "kernels", "hosts", "diverged_at",
-               "use_older")
+               "use_older", "eval_every", "decode_every", "decode_prompts", "profile_steps")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
-  for name in ("thinking", "allow_special"):
+  for name in ("thinking", "allow_special", "eval_rows"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
   return {"program": PROGRAM, "config": settings,
           "data": run_folder.digest(packed.rows.tokens.tobytes(), packed.rows.loss_mask.tobytes())}

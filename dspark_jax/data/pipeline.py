@@ -143,6 +143,29 @@ def pack(documents: Sequence[Document], length: int) -> Packed:
   return Packed(rows, fill=sum(sizes) / tokens.size, n_cut=n_cut)
 
 
+@dataclass(frozen=True)
+class Some:
+  """Some of the rows of a data set, as one of their own."""
+  rows: Packed
+  kept: np.ndarray  # i64[R]  their places in it
+
+  def __len__(self) -> int:
+    return len(self.kept)
+
+  def take(self, indices: np.ndarray) -> Batch:
+    """The rows i64[B] of these, in this order."""
+    return self.rows.take(self.kept[indices])
+
+
+def held_out(rows: Packed, count: int, *, seed: int) -> tuple[Some, Some]:
+  """(rows to train on, `count` others), drawn by the seed, each in the order of the data. ValueError: none are left."""
+  if count >= len(rows):
+    raise ValueError(f"{count} of {len(rows)} rows are held out, expected fewer: give more data, or smaller "
+                     f"--eval-rows")
+  order = np.random.default_rng((seed, len(rows), count)).permutation(len(rows))
+  return Some(rows, np.sort(order[count:])), Some(rows, np.sort(order[:count]))
+
+
 def batch_at(packed: Packed, step: int, batch_size: int, *, seed: int) -> Batch:
   """The batch of a step, from 0: numpy arrays [batch_size,T]."""
   return packed.take(row_indices(len(packed), step, batch_size, seed=seed))

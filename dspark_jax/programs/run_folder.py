@@ -24,7 +24,7 @@ RECORD = "run.json"
 SHOWN = 60  # characters of a setting that fit a sentence
 # What the programs leave in their folders: where any of it lies without a record, nobody knows whose it is.
 WORK = ("calibration.json", "drafter", "drafter.json", "metrics.jsonl", "report.md", "results.json", "rounds-*.jsonl",
-        "samples/*.jsonl", "steps/*")
+        "samples/*.jsonl", "steps/*", "tensorboard/*")
 
 
 def record_path(out: Path) -> Path:
