@@ -28,7 +28,8 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
     for index in range(first, total_steps):
       profile.before(index + 1)
       state, metrics = advance(state, index)
-      profile.after(index + 1, state)
+      with pace.aside():
+        profile.after(index + 1, state)
       window.append(metrics)
       hosts.beat(index + 1)
       stopped = stop(index + 1)

@@ -101,7 +101,8 @@ def draw(lines: list[dict]) -> Figure:
     if rates := newest(lines, name):
       last.plot(range(1, len(rates) + 1), [float("nan") if r is None else r for r in rates], color=colour, marker="o",
                 label=label)
-  last.set(title="accepted, given all before", xlabel="draft position", ylim=(0, 1))
+  last.set(title="accepted, given all before", xlabel="draft position", ylim=(0, 1),
+           xticks=range(1, len(newest(lines, "accept_rate") or []) + 1))
   last.legend()
   return figure
 
@@ -128,7 +129,7 @@ def page(run: Path, record: dict, lines: list[dict]) -> str:
       f"# {run.name}: step {last['step']} of {record['total_steps']}", "",
       f"A drafter of kind {config['drafter']['kind']} for {config['target']}, {config['batch']} rows of "
       f"{config['row_length']} tokens a step. Accepted length, decoded: {to(length, '.2f')}.", "",
-      results.markdown(["", "training", "held out"], rows), "", results.markdown(["", ""], speed), "",
+      results.markdown(["", "training", "held out"], rows), results.markdown(["", ""], speed),
       "![curves](training.png)", ""])
 
 
