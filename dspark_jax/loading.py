@@ -26,7 +26,7 @@ from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import values
-from dspark_jax.nn.sharding import made, place
+from dspark_jax.nn.sharding import made, on_host, place
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import TargetConfig, scans, stack_layers, stored_stacked
 from dspark_jax.targets.sizes import MODELS
@@ -188,8 +188,8 @@ def _left_out(config, tensors, embedding):
 def target_id(target: Target) -> str:
   """A hash of configuration and some weights: it tells targets apart, whatever their dtype and layer layout."""
   # Of weights that stay as they are when layers are stacked, rounded to bfloat16 in whatever dtype they were loaded.
-  norm = np.asarray(target.norm.weight[...].astype(jnp.bfloat16)).tobytes()
-  rows = np.asarray(target.embed_tokens.weight[:8].astype(jnp.bfloat16)).tobytes()
+  norm = on_host(target.norm.weight[...].astype(jnp.bfloat16)).tobytes()
+  rows = on_host(target.embed_tokens.weight[:8].astype(jnp.bfloat16)).tobytes()
   config = json.dumps(to_json(target.config), sort_keys=True).encode()
   return hashlib.sha256(config + norm + rows).hexdigest()[:16]
 
@@ -198,9 +198,9 @@ def drafter_id(drafter: Drafter) -> str:
   """What tells one drafter from another, or from itself after more training: a hash of configuration and weights."""
   digest = hashlib.sha256(json.dumps(to_json(drafter.config), sort_keys=True).encode())
   for name, value in values(drafter).items():
-    digest.update(name.encode() + np.asarray(value).tobytes())
+    digest.update(name.encode() + on_host(value).tobytes())
   # Parameters alone would not do: with other words, the same weights draft other tokens.
-  digest.update(b"" if drafter.words is None else np.asarray(drafter.words).tobytes())
+  digest.update(b"" if drafter.words is None else on_host(drafter.words).tobytes())
   return digest.hexdigest()[:16]
 
 
@@ -417,7 +417,9 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
   weights = values(drafter)
   if dialects.stores_frozen(drafter.config):
     weights |= dialects.frozen_copies(target, weights["norm.weight"].dtype)
-  hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])
+  weights = on_host(weights)
+  if jax.process_index() == 0:
+    hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"])
 
 
 def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
@@ -428,5 +430,5 @@ def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
     config = dataclasses.replace(config, draft_vocab_size=len(words))
   drafter = made(lambda: build(config, rngs=nnx.Rngs(seed)))
   if words is not None:
-    drafter.draft_words.set_value(jnp.asarray(words, jnp.int32))
+    drafter.draft_words.set_value(place(jnp.asarray(words, jnp.int32)))
   return drafter

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,11 @@ import dspark_jax
 from dspark_jax.data import chat, pipeline
 from dspark_jax.drafters import DSpark
 from dspark_jax.nn.sharding import MeshConfig
-from dspark_jax.programs import run_folder, shell
+from dspark_jax.programs import hosts, run_folder, shell
 from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains,
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains, cut,
                      files, llama, with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -309,15 +310,14 @@ def test_training_leaves_what_it_promises(folder, uninterrupted):
 
 
 def at_step(step: int, action, monkeypatch):
-  """Runs `action` when the batch of a step (from 0) is made for the training loop, once."""
-  real, seen = pipeline.batch_at, []
-  def batch_at(rows, index, *args, **kwargs):
-    seen.append(index)
-    if index == step and len(seen) > 1:
-      monkeypatch.setattr(pipeline, "batch_at", real)
+  """Runs `action` when the training loop has begun the step of that index (from 0), once."""
+  real = hosts.beat
+  def beat(done):
+    real(done)
+    if done == step + 1:
+      monkeypatch.setattr(hosts, "beat", real)
       action()
-    return real(rows, index, *args, **kwargs)
-  monkeypatch.setattr(pipeline, "batch_at", batch_at)
+  monkeypatch.setattr(hosts, "beat", beat)
 
 
 def test_sigterm_saves_and_the_run_goes_on(folder, uninterrupted, monkeypatch, tmp_path):
@@ -359,6 +359,31 @@ def test_a_run_goes_on_on_another_mesh(folder, uninterrupted, monkeypatch, capsy
     train.main(experiment(folder, tmp_path / "other", batch=2))
 
 
+def test_a_run_that_diverges(folder, tmp_path):
+  """Kills: a broken state among the checkpoints; a sentence that does not say which rows to look at."""
+  config = experiment(folder, tmp_path / "run", diverged_at=1.0)
+  rows = pipeline.row_indices(14, 0, config.batch, seed=config.seed)
+  with complains("step 1 diverged (loss 2.", f"on the rows {rows[0]} (", f", {rows[1]} (", ".jsonl:", "is whole"):
+    train.main(config)
+  assert not list((tmp_path / "run" / "steps").iterdir()) and (tmp_path / "run" / "diverged" / "1").exists()
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+  assert train.main(experiment(folder, tmp_path / "run"))["steps"] == STEPS
+
+
+def test_a_damaged_checkpoint(folder, uninterrupted, tmp_path):
+  """Kills: going on from other numbers than were saved; from an older state without being asked; a damaged one that
+  stays in the way."""
+  shutil.copytree(uninterrupted[0], tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "drafter")
+  newest = tmp_path / "run" / "steps" / str(STEPS)
+  cut(max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
+  with complains(f"the state of step {STEPS} cannot be restored", "give --use-older"):
+    train.main(experiment(folder, tmp_path / "run"))
+  assert train.main(experiment(folder, tmp_path / "run", use_older=True))["steps"] == STEPS
+  assert losses(tmp_path / "run") == losses(uninterrupted[0])
+  assert train.main(experiment(folder, tmp_path / "run"))["steps"] == STEPS
+
+
 def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path):
   """Kills: a run that a real SIGKILL spoils, or that goes on from another step than the newest saved one."""
   out = tmp_path / "run"
@@ -367,6 +392,7 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
                     f"from dspark_jax.training.step import OptimizerConfig\n"
                     f"from dspark_jax.drafters.dspark import DSparkSettings\n"
                     "from dspark_jax.nn.attention import Kernels\nfrom dspark_jax.nn.sharding import MeshConfig\n"
+                    "from dspark_jax.programs.hosts import HostsConfig\n"
                     f"from train.config import TrainConfig\nconfig = {experiment(folder, out)!r}\n")
   assert read_config(str(config)) == experiment(folder, out)
   run = spawn(compiled_once, "train.train", "--config", config)

@@ -15,6 +15,7 @@ from dspark_jax.drafters import DRAFTERS
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
+from dspark_jax.programs.hosts import HostsConfig
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig
 
@@ -53,11 +54,26 @@ class TrainConfig:
   kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   """devices to train on; the numbers are those of one device"""
+  hosts: HostsConfig = HostsConfig()
+  """processes that train together, one per host; the run folder is one that all of them see"""
   seed: int = 0
   compute_dtype: Dtype = "float32"
   target_dtype: Dtype = "float32"
   save_every: int = 200
   log_every: int = 10
+  eval_every: int | None = None
+  """steps between two measurements on held-out rows"""
+  eval_rows: int = 0
+  """rows that are not trained on, chosen by the seed; a multiple of batch"""
+  decode_every: int | None = None
+  """steps between two real speculative runs, of prompts from held-out rows; in one process"""
+  decode_prompts: int = 4
+  profile_steps: tuple[int, int] | None = None
+  """trace from the first to the last of these steps (from 1) into the folder profile"""
+  diverged_at: float = 1e4
+  """a loss or a gradient norm beyond this ends the run, like one that is not finite"""
+  use_older: bool = False
+  """go on from the checkpoint before where the newest is damaged (it is deleted, and its steps are run again)"""
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
 
@@ -68,10 +84,24 @@ class TrainConfig:
     for name in ("steps", "minutes"):
       value = getattr(self, name)
       problems += [f"{name} is {value}, expected more than 0"] if value is not None and value <= 0 else []
+    problems += self._watched()
     if type(self.drafter) not in [kind.Settings for kind in DRAFTERS.values()]:
       problems.append(f"drafter is a {type(self.drafter).__name__}, expected one of "
                       f"{', '.join(kind.Settings.__name__ for kind in DRAFTERS.values())}")
     raise_all("training config", problems)
+
+
+  def _watched(self):
+    bounds = dict(eval_every=1, decode_every=1, eval_rows=0, decode_prompts=1)
+    problems = [f"{name} is {value}, expected at least {least}" for name, least in bounds.items()
+                for value in [getattr(self, name)] if value is not None and value < least]
+    if self.eval_rows % max(self.batch, 1):
+      problems.append(f"eval_rows is {self.eval_rows}, expected a multiple of batch, {self.batch}")
+    if (self.eval_every or self.decode_every) and not self.eval_rows:
+      problems.append("eval_rows is 0: say how many rows are held out for eval_every and decode_every")
+    if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+      problems.append(f"profile_steps are {self.profile_steps}, expected two steps from 1, in order")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)

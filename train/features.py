@@ -1,23 +1,30 @@
-"""Which hidden-state store goes with which training run: what train.cache_hidden writes and train.train checks."""
+"""What a training step is given: its batch and, from memory or a store, what the target says of it.
+
+Which store goes with which run: what train.cache_hidden writes and train.train checks.
+"""
 
 from __future__ import annotations
 
 import datetime
+import time
+
+import numpy as np
 
 from dspark_jax.data import pipeline
 from dspark_jax.data.features import Features, Online, Stored
-from dspark_jax.data.rows import Rows
+from dspark_jax.data.rows import Rows, Some, row_indices
 from dspark_jax.data.store import Store
 from dspark_jax.loading import target_id
-from dspark_jax.nn.sharding import place_rows
+from dspark_jax.nn.sharding import place_rows, rows_share
 from dspark_jax.types import Batch, TargetOutput
 from train.config import TrainConfig
 
 
 def of_run(config: TrainConfig, rows: Rows, target) -> dict:
-  """What a store and a run must have in common: fields of the store's manifest. """
+  """What a store and a run must have in common: fields of the store's manifest."""
   return {"target": target_id(target), "target_dtype": config.target_dtype, "taps": tuple(config.drafter.taps),
-          "tokenizer": rows.manifest.tokenizer, "template": rows.manifest.template, "rows": rows.digest}
+          "tokenizer": rows.manifest.tokenizer, "template": rows.manifest.template,
+          "rows": f"{rows.digest} {rows.layout}"}
 
 
 def features_of(config: TrainConfig, rows: Rows, target) -> Features:
@@ -48,11 +55,48 @@ def stored_date(config: TrainConfig) -> datetime.date | None:
   return None if config.features is None else datetime.date.fromisoformat(Store(config.features).manifest.date)
 
 
-def given(config: TrainConfig, rows, features: Features, step: int) -> tuple[Batch, TargetOutput | None]:
-  """(the batch of a step, what the target says of it where that is known), both on the current mesh."""
-  numbers = lambda step: pipeline.row_indices(len(rows), step, config.batch, seed=config.seed)
-  batch = pipeline.batch_at(rows, step, config.batch, seed=config.seed)
-  encoded = features.at(step, numbers(step), batch)
-  if config.features is not None:  # the next ones are read while the device computes
-    features.ask(step + 1, numbers(step + 1), rows.take(numbers(step + 1)))
-  return place_rows(batch), encoded
+class Batches:
+  """The batch of any step and what the target says of it, where that is known, on the mesh. Of its rows this process
+  reads those of its own devices, ahead of steps that follow one another."""
+
+  def __init__(self, config: TrainConfig, data: Some, features: Features):
+    self.config, self.data, self.features = config, data, features
+    self.waited = 0.0  # seconds, for all batches so far
+    self._feed = self._ahead = None
+
+  def rows(self, step: int) -> np.ndarray:
+    """Which rows of the data a step has, in all processes: i64[B]."""
+    return self.data.kept[row_indices(len(self.data), step, self.config.batch, seed=self.config.seed)]
+
+  def samples(self, step: int) -> str:
+    """The same for people, with where their documents are from."""
+    rows = self.rows(step)
+    return ", ".join(f"{row} ({' '.join(where)})" for row, where in zip(rows, self.data.rows.samples(rows)))
+
+  def __call__(self, step: int) -> tuple[Batch, TargetOutput | None]:
+    """(batch [B,T], its features)."""
+    began = time.monotonic()
+    if self._ahead is None or self._ahead[0] != step:
+      self._begin(step)
+    _, indices, batch = self._ahead
+    encoded = self.features.at(step, indices, batch)
+    self._ahead = self._next()
+    self.features.ask(*self._ahead)  # read while the device computes
+    self.waited += time.monotonic() - began
+    return place_rows(batch), encoded
+
+  def close(self) -> None:
+    """Ends the threads that read ahead."""
+    if self._feed is not None:
+      self._feed.close()
+
+  def _begin(self, step):
+    self.close()
+    part, count = rows_share()
+    self._feed = pipeline.Feed(self.data, self.config.batch, seed=self.config.seed, start=step, process_index=part,
+                               process_count=count)
+    self._ahead = self._next()
+
+  def _next(self):
+    step, indices, batch = next(self._feed)
+    return step, self.data.kept[indices], batch

@@ -6,24 +6,29 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b --mesh.fsdp -1
 
+On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI and TPU pods
+say who they are, elsewhere --hosts.coordinator HOST:PORT --hosts.processes N --hosts.process I does. Process 0 speaks
+and writes; SIGTERM to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds
+with its name, and the same command goes on, also with another number of hosts.
+
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
 Data: a folder of train.prepare, or files: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations":
 [...]}; with "tools") or of tokens (train.answers), or .txt, .md and .py; what of it is left out is counted by reason.
 --features STORE reads what train.cache_hidden wrote for the same data and settings. The run folder holds run.json
-(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl, rows/ (what was prepared of
-files), steps/ (Orbax) and drafter/ (what load_drafter reads).
+(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl and tensorboard/ (what
+train.report draws), rows/ (what was prepared of files), steps/ (Orbax) and drafter/ (what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
 and checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-import signal
 import sys
 import time
 
@@ -32,25 +37,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import dspark_jax
-from dspark_jax import metrics as means
 from dspark_jax.checkpoints import state as checkpoints
-from dspark_jax.data import chat, pipeline
-from dspark_jax.data.features import Features, Memory
-from dspark_jax.data.rows import Rows
+from dspark_jax.data import chat
+from dspark_jax.data.features import Memory
+from dspark_jax.data.rows import Rows, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
-from dspark_jax.nn.sharding import made, shardings
-from dspark_jax.programs import run_folder, shell
+from dspark_jax.nn.sharding import everywhere, made, place, shardings
+from dspark_jax.programs import hosts, run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train import prepare
 from train.config import TrainConfig, experiment, read_config
-from train.features import check_early, features_of, given, stored_date, stored_dtype
+from train.features import Batches, check_early, features_of, stored_date, stored_dtype
+from train.loop import loop, summarise_saved
+from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
 PROGRAM = "train.train"
-LOG = "metrics.jsonl"
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 TIMED = 4             # steps whose median says how long one takes: the first of them may compile
 FEWEST = 8            # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
@@ -63,6 +68,8 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
   check_early(config)
+  if config.decode_every and hosts.here.processes > 1:
+    raise ValueError("decode_every works in one process: leave it out, and decode a checkpoint with infer.evaluate")
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 
@@ -78,11 +85,14 @@ def check_rows(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
+  started = time.monotonic()
   rows = read_data(config, target.config.vocab_size, tokenizer)
-  record = describe(config) | {"data": rows.digest}
-  run = run_folder.resumed(config.out, record, shrunk=("drafter",)) if run_folder.is_begun(config.out) else None
-  features = features_of(config, rows, target)
-  drafter = build_drafter(config, target, rows, chat.stop_ids(tokenizer))
+  record, stops = describe(config) | {"data": rows.digest}, chat.stop_ids(tokenizer)
+  hosts.check_same("run", record)
+  run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
+                    if run_folder.is_begun(config.out) else None)
+  data, apart = held_out(rows, config.eval_rows, seed=config.seed)
+  drafter = build_drafter(config, target, rows, stops)
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
@@ -90,53 +100,66 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
-  if run and not fresh and saved.latest.step == run["total_steps"] and (config.out / "drafter").exists():
+  if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
+                              and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
-  step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0, out_shardings=(shardings(state), None))
-  batch_of = lambda index: given(config, rows, features, index)
-  with shell.stderr.status("compiling the training step"):
-    batch, encoded = batch_of(0)
-    compiled = step.lower(state, target, batch, encoded=encoded).compile()
-  shell.say(f"step: {shell.memory_report(compiled)}")
-  began, known = time.monotonic(), 0
-  if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
-    drafter, features = fit_lens(config, state.drafter, target, batch_of, features, len(rows))
-    state, known = state.replace(drafter=drafter), len(features)
-
-  def advance(state, index):
-    batch, encoded = batch_of(index)
-    # In memory is what was said for the lens: those few steps are others than the one compiled above.
-    run = compiled if config.features or encoded is None else step
-    return run(state, target, batch, encoded=encoded)
-
-  if run is None:
-    left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-    run = new_run(config, {**record, "date": rows.manifest.date, "lost": rows.manifest.lost},
-                  config.steps or steps_in(left, state, advance, known))
-  state = state.replace(span=span(config.optimizer, run["total_steps"]))
-  restored = checkpoints.restore(saved, state)
-  if restored is not None:
-    state = restored
-    shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
-  run_folder.forget_after(config.out / LOG, int(state.step))
-  state, last = loop(config, advance, state, saved, run["total_steps"])
+  with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
+    advance = stepper(config, static, state, target, batches)
+    began, known = time.monotonic(), 0
+    if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
+      drafter, known = fit_lens(config, state.drafter, target, batches)
+      state = state.replace(drafter=drafter)
+    if run is None:
+      left = (config.minutes or 0) * 60 - (time.monotonic() - began)
+      steps = config.steps or steps_in(left, state, advance, known)
+      more = {"date": rows.manifest.date, "lost": rows.manifest.lost}
+      run = hosts.agree(lambda: new_run(config, record | more, steps))
+    state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
+    restored = checkpoints.restore(saved, state, use_older=config.use_older)
+    if restored is not None:
+      state = restored
+      shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+    pace = Pace(config, useful_flops(config, target, state.drafter), started)
+    state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
+                       measured(config, static, target, apart, stops))
   saved.close()
   dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
 
 
+def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Batches):
+  """A function (state, index of the step) -> (state, metrics), compiled."""
+  # The metrics whole everywhere, so that any process can read them.
+  step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0,
+                 out_shardings=(shardings(state), everywhere()))
+  with shell.stderr.status("compiling the training step"):
+    batch, encoded = batches(0)
+    compiled = step.lower(state, target, batch, encoded=encoded).compile()
+  shell.say(f"step: {shell.memory_report(compiled)}")
+
+  def advance(state, index):
+    batch, encoded = batches(index)
+    # In memory is what was said for the lens: those few steps are others than the one compiled above.
+    run = compiled if config.features or encoded is None else step
+    return run(state, target, batch, encoded=encoded)
+  return advance
+
+
 def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
-  """The rows to train on: a prepared folder's, or those of the files, which are prepared in the run's folder once.
-  ValueError, before anything is read, when that is another run's."""
+  """The rows to train on: a prepared folder's, or those of the files, which are prepared in the run's folder once, by
+  the first process. ValueError, before anything is read, when that is another run's."""
   settings = prepare.Settings(config.target, config.data, config.out / "rows", row_length=config.row_length,
                               thinking=config.thinking, allow_special=config.allow_special)
-  if not run_folder.is_begun(config.out):
-    return prepare.rows_of(settings, tokenizer, vocab_size, stored_date(config), replace=True)
-  run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
-  run_folder.resumed(config.out, describe(config), shrunk=("drafter",))
-  return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
+
+  def prepared():
+    if not run_folder.is_begun(config.out):
+      return prepare.rows_of(settings, tokenizer, vocab_size, stored_date(config), replace=True)
+    run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
+    run_folder.resumed(config.out, describe(config), shrunk=("drafter",))
+    return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
+  return Rows(hosts.agree(lambda: str(prepared().folder)))
 
 
 def build_drafter(config: TrainConfig, target, rows: Rows, stops):
@@ -165,15 +188,26 @@ def step_config(config: TrainConfig) -> StepConfig:
                     loss=config.loss, optimizer=config.optimizer)
 
 
+def measured(config: TrainConfig, static: StepConfig, target, apart, stops) -> dict:
+  """What is measured every so many steps, by name, on the rows that are held out."""
+  found = {}
+  if config.eval_every:
+    found["held_out"] = (config.eval_every, HeldOut(config, static, target, apart))
+  if config.decode_every:
+    found["drafted"] = (config.decode_every, Drafted(config, target, apart, stops))
+  return found
+
+
 def describe(config: TrainConfig) -> dict:
   """What must be the same for a run to go on, beside the data: settings that matter to the result."""
   settings = run_folder.plain(dataclasses.asdict(config))
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
-  elsewhere = ("out", "data", "features", "save_every", "log_every", "minutes", "mesh", "kernels")
+  elsewhere = ("out", "data", "features", "save_every", "log_every", "minutes", "mesh", "kernels", "hosts",
+               "diverged_at", "use_older", "eval_every", "decode_every", "decode_prompts", "profile_steps")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   settings["features"] = stored_dtype(config)  # not where they are: a store may be moved
-  for name in ("thinking", "allow_special"):
+  for name in ("thinking", "allow_special", "eval_rows"):
     settings[name] = settings[name] or None  # what runs have that began before there was such a setting
   return {"program": PROGRAM, "config": settings}
 
@@ -190,24 +224,26 @@ def is_stopped(config: TrainConfig, result: dict) -> bool:
   return result["steps"] < run_folder.read_record(config.out, PROGRAM, {"total_steps": int})["total_steps"]
 
 
-def fit_lens(config: TrainConfig, drafter, target, batch_of, features: Features, rows: int):
-  """(the drafter with its lens fitted to the first batches, in at most half of the minutes; the features, with what the
-  target said of them in memory, up to SAID_BYTES: the first steps of training need not ask it again)."""
-  total = math.ceil(min(config.lens_rows, rows) / config.batch)
-  observe, moments = jax.jit(starts.observe, donate_argnums=0), starts.no_moments(drafter)
-  memory = Memory(0 if config.features else SAID_BYTES, features)
+def fit_lens(config: TrainConfig, drafter, target, batches: Batches):
+  """(the drafter with its lens fitted to the first batches, in at most half of the minutes; how many of these the
+  target was asked for whose answers are kept, up to SAID_BYTES: the first steps of training need not ask again)."""
+  total = math.ceil(min(config.lens_rows, len(batches.data)) / config.batch)
+  observe, moments = jax.jit(starts.observe, donate_argnums=0), made(starts.no_moments, drafter)
+  memory = Memory(0 if config.features else SAID_BYTES, batches.features)
   began = time.monotonic()
   with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
+      batch, encoded = batches(index)
       # Blocked on, or the clock below would be that of the queue.
-      moments, encoded = jax.block_until_ready(observe(moments, drafter, target, *batch_of(index)))
+      moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch, encoded))
       memory.keep(index, encoded)
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
-      if config.steps is None and time.monotonic() - began > config.minutes * 60 / 2:
+      if config.steps is None and hosts.agree(lambda: time.monotonic() - began > config.minutes * 60 / 2):
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
-  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), memory
+  batches.features = memory
+  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), len(memory)
 
 
 def steps_in(left: float, state, advance, known: int) -> int:
@@ -226,53 +262,7 @@ def steps_in(left: float, state, advance, known: int) -> int:
 
   slow = seconds(known)
   quick = seconds(0) if known else slow
-  return max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST)
-
-
-def loop(config: TrainConfig, advance, state, saved, total_steps: int):
-  """Runs the remaining steps; SIGTERM ends them early, after a save."""
-  stop = []  # a handler may run in the middle of a step: it leaves a note, and the loop ends the run
-  previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-  first, window, result, began = int(state.step), [], {}, time.perf_counter()
-  try:
-    with shell.bar() as bar:
-      task = bar.add_task("training", total=total_steps, completed=first, note="")
-      for index in range(first, total_steps):
-        state, metrics = advance(state, index)
-        window.append(metrics)
-        finished = bool(stop) or index + 1 == total_steps
-        # Also when it saves: a run that goes on from there must not lack a line for the steps before.
-        if finished or (index + 1) % config.log_every == 0 or (index + 1) % config.save_every == 0:
-          result = summarise(window)
-          window = []
-          if result["loss"] is None or result["grad_norm"] is None:  # before a broken state could be saved
-            raise ValueError(f"the loss is not finite at step {index + 1}: lower the learning rate; the last "
-                             f"checkpoint is whole")
-          rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
-          run_folder.append(config.out / LOG, [{"step": index + 1, **result, "tokens_per_second": rate}])
-          bar.update(task, completed=index + 1, note=f"loss {result['loss']:.3f}  tau {result['tau'] or 1:.2f}  "
-                     f"{rate:.0f} tokens/s")
-          result = {k: result[k] for k in ("loss", "tau", "accept_rate")} | {"tokens_per_second": rate}
-        saved.save_checkpointables(index + 1, {"state": state}, force=finished)
-        if finished and stop:
-          shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
-          break
-  finally:
-    signal.signal(signal.SIGTERM, previous)  # train.demo and train.compare go on after this
-  return state, result or summarise_saved(config)
-
-
-def summarise(window: list) -> dict:
-  """Means over a window of steps, as plain numbers; None where nothing was observed, or a number is not finite."""
-  total = functools.reduce(means.add, jax.device_get(window))
-  plain = lambda pair: np.asarray(means.mean(pair)).tolist()
-  return {name: jax.tree.map(lambda x: x if np.isfinite(x) else None, plain(pair)) for name, pair in total.items()}
-
-
-def summarise_saved(config: TrainConfig) -> dict:
-  """The last logged numbers of a run that had nothing left to do."""
-  last = run_folder.read_lines(config.out / LOG)[-1]
-  return {k: last[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
+  return hosts.agree(lambda: max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ import secrets
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 
 @contextlib.contextmanager
 def new_folder(folder: Path, ours: set[str]):
@@ -14,9 +18,14 @@ def new_folder(folder: Path, ours: set[str]):
 
   ours: the names a folder of this kind consists of. A full disk or a kill leaves the previous folder as it was, and
   what the kill left is swept away by the next call (of two writers at once the later one wins, the other one fails).
-  ValueError if the place is taken by a file, or by a folder with other things in it: they would be lost.
+  ValueError if the place is taken by a file, or by a folder with other things in it: they would be lost. Of several
+  processes all must call it, and get the same scratch folder; the first makes it and takes it into place.
   """
   folder = Path(folder).resolve()  # through links: what a link points to is replaced, not the link
+  prefix = f".{folder.name}.new-"
+  if jax.process_index():
+    yield folder.with_name(prefix + _told(b"    ").hex())
+    return
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file, expected a folder or nothing: choose another place")
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -26,12 +35,14 @@ def new_folder(folder: Path, ours: set[str]):
   if others:
     raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected "
                      f"{', '.join(sorted(ours))} or nothing: choose another place")
-  prefix, old = f".{folder.name}.new-", _old(folder)
+  old = _old(folder)
   for left in [old, *(p for p in folder.parent.iterdir() if p.name.startswith(prefix))]:
     shutil.rmtree(left, ignore_errors=True)
   # A sibling, as no rename crosses disks; its name is drawn, as another writer may be at work.
-  scratch = folder.with_name(prefix + secrets.token_hex(4))
+  drawn = secrets.token_bytes(4)
+  scratch = folder.with_name(prefix + drawn.hex())
   scratch.mkdir()
+  _told(drawn)
   try:
     yield scratch
     # Two renames: none replaces a folder that is not empty.
@@ -50,6 +61,11 @@ def put_back(folder: Path) -> None:
   folder = Path(folder).resolve()
   if not folder.exists() and _old(folder).exists():
     _old(folder).rename(folder)
+
+
+def _told(drawn: bytes) -> bytes:
+  """The bytes of the first process, in all of them."""
+  return multihost_utils.broadcast_one_to_all(np.frombuffer(drawn, np.uint8)).astype(np.uint8).tobytes()
 
 
 def _old(folder):

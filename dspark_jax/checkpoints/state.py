@@ -9,6 +9,7 @@ data being the step itself.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import zlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
@@ -23,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from dspark_jax.checkpoints.atomic import new_folder
 from dspark_jax.checkpoints.tensors import Stored
 from dspark_jax.config import raise_all
-from dspark_jax.nn.sharding import shardings
+from dspark_jax.nn.sharding import on_host, shardings
 from dspark_jax.text import read_json
 
 FORMAT = 1
@@ -36,9 +38,10 @@ CHUNK = 2 ** 20  # bytes
 
 
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
-  """Writes a drafter folder; it appears whole or not at all."""
+  """Writes a drafter folder; it appears whole or not at all. Of several processes all must call it.
+  """
   # As host arrays: a stored device layout would have to exist on the machine that loads them.
-  _save(Path(folder), DRAFTER, sidecar, jax.device_get(weights))
+  _save(Path(folder), DRAFTER, sidecar, on_host(weights))
 
 
 def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -50,7 +53,7 @@ def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   except Exception as error:  # Orbax has no common error; every cause has the same remedy
     raise ValueError(f"{folder / 'weights'} cannot be read ({type(error).__name__}): it is incomplete; save the "
                      f"drafter again") from error
-  changed = _changed(weights, sidecar.get("digests"))
+  changed = _changed(digests(weights), sidecar.get("digests"))
   if changed:
     raise ValueError(f"{folder / 'weights'}: {changed} is not what was saved: the disk or a copy damaged it; restore "
                      f"the folder, or save the drafter again")
@@ -107,7 +110,7 @@ class Tensors(Mapping):
 
   def _checked(self, name):
     array = self._read(name, ())
-    if _changed({name: array}, self._digests):
+    if _changed(digests({name: array}), self._digests):
       raise self._damaged(f"{name} is not what was saved")
     return array
 
@@ -137,6 +140,8 @@ def _save(folder, name, sidecar, weights, carry=lambda folder: None):
         ocp.save((new / "weights").absolute(), weights)
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
       raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
+    if jax.process_index():
+      return
     carry(new)
     (new / name).write_text(json.dumps({"format": FORMAT, **sidecar, "digests": digests(weights)}, indent=2) + "\n")
 
@@ -154,44 +159,69 @@ def _digest(config):
   return zlib.crc32(json.dumps(config, sort_keys=True).encode())
 
 
-def digests(arrays: dict[str, jax.Array]) -> dict[str, int | None]:
-  """CRC-32 by name: Orbax's checksums are of its tables alone, and a flipped bit in its data would go unseen.
-
-  None for an array of which other processes hold parts.
-  """
-  here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+def digests(arrays: dict[str, jax.Array]) -> dict[str, int]:
+  """CRC-32 by name: Orbax's checksums are of its tables alone, and a flipped bit in its data would go unseen."""
   # Not a cryptographic hash: damage is what they tell of, at a third of the time.
-  return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)) if here(x) else None
-          for name, x in arrays.items()}
+  return {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)) for name, x in arrays.items()}
+
+
+@jax.jit
+def sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """What tells arrays from others with the same names, u32[] by name, on whatever mesh they are, over whatever
+  processes: computed where they live, since a training state may be whole nowhere.
+
+  Each element is mixed with its place by a bijection of 32 bits, so that any change of one element is seen.
+  """
+  return {name: _sum(x) for name, x in arrays.items()}
+
+
+def _sum(x):
+  u32, place, stride = jnp.uint32, jnp.zeros(x.shape, jnp.uint32), 1
+  bits = x if x.dtype == jnp.bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+  for axis in reversed(range(x.ndim)):
+    place += jax.lax.broadcasted_iota(u32, x.shape, axis) * u32(stride % 2 ** 32)
+    stride *= x.shape[axis]
+  mixed = bits.astype(u32) ^ place * u32(0x9e3779b1)
+  for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b)):  # github.com/skeeto/hash-prospector: lowbias32
+    mixed = (mixed ^ mixed >> u32(shift)) * u32(factor)
+  return (mixed ^ mixed >> u32(16)).sum(dtype=u32)
 
 
 def _changed(arrays, stored):
-  """The first array whose digest is not the stored one, or None; folders of older versions store none.
-
-  What several processes saved, or hold now, has no digest that could be compared.
-  """
+  """The first array whose digest is not the stored one, or None; folders of older versions store none."""
   if stored is None:
     return None
   if not isinstance(stored, dict):
     return "the list of digests"
-  return next((name for name, digest in digests(arrays).items()
-               if digest is not None and stored.get(name, "missing") not in (digest, None)), None)
+  return next((name for name, digest in arrays.items() if stored.get(name, "missing") not in (int(digest), None)), None)
 
 
 class Checkpointer(ocp.training.Checkpointer):
-  """Orbax's, with every tree stored flat, by path: it cannot read back the mixed keys of a list of modules."""
+  """Orbax's, with every tree stored flat, by path (it cannot read back the mixed keys of a list of modules), with sums
+  of what was saved. An error of a save that went on in the background comes with the next save, or with `close`."""
 
-  def save_checkpointables(self, step, checkpointables, **options):
-    """Whether the trees, by name, were saved at this step: Orbax's policies decide, or `force`."""
+  def save_checkpointables_async(self, step, checkpointables, **options):
+    """Begins to save the trees, by name: arrays may be donated after it. None where Orbax's policies (or `force`) have
+    nothing saved at this step."""
     if not (options.get("force") or self.should_save(step)):
-      return False
+      return None
     flat = {k: _flat(tree) for k, tree in checkpointables.items()}
-    told = {k: digests(tree) for k, tree in flat.items()}
+    with self._saving(f"at step {step}"):
+      told = {f"sums of {k}": jax.tree.map(int, jax.device_get(sums(tree))) for k, tree in flat.items()}
+      return super().save_checkpointables_async(step, flat, **options | {"custom_metadata": told})
+
+  def close(self):
+    """Waits until all is written."""
+    with self._saving("at the end"):
+      super().close()
+
+  @contextlib.contextmanager
+  def _saving(self, when):
     try:
-      return super().save_checkpointables(step, flat, custom_metadata=told, **options)
+      yield
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
-      raise OSError(f"{self.directory} cannot be written ({type(error).__name__}) at step {step}: free some space, and "
-                    f"go on with the same command") from error
+      raise OSError(f"{self.directory} cannot be written ({type(error).__name__}) {when}: free some space, and go on "
+                    f"with the same command") from error
 
 
 def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:
@@ -201,26 +231,36 @@ def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:
   Path(folder).mkdir(parents=True, exist_ok=True)
   # Two are kept, as the newest may turn out damaged. Without policies Orbax saves at every call and keeps everything.
   return Checkpointer(
-      Path(folder).absolute(),
+      Path(folder).absolute(), cleanup_tmp_directories=True,  # of saves that a kill cut
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
       preservation_policy=ocp.training.preservation_policies.LatestN(keep))
 
 
-def restore(checkpoints: Checkpointer, state):
+def restore(checkpoints: Checkpointer, state, *, use_older: bool = False):
   """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved.
 
-  It comes back where `state` lives, whatever mesh it was saved on; where that has no place, on the current mesh.
+  It comes back where `state` lives, whatever mesh, and however many processes, it was saved on; where that has no
+  place, on the current mesh. ValueError when it is damaged. use_older: it is then deleted, for the one before.
   """
-  if checkpoints.latest is None:
-    return None
-  step, remedy = checkpoints.latest.step, "delete that step's folder to go on from the one before"
+  for saved in reversed(checkpoints.checkpoints):
+    try:
+      return _restored(checkpoints, saved.step, state)
+    except ValueError:
+      if not use_older or saved.step == checkpoints.checkpoints[0].step:
+        raise
+      checkpoints.delete(saved.step)
+  return None
+
+
+def _restored(checkpoints, step, state):
+  remedy = "give --use-older to go on from the one before"
   try:
     leaves = checkpoints.load_checkpointables(step, {"state": _flat(_with_places(state))})["state"]
-    stored = (checkpoints.metadata(step).custom_metadata or {}).get("state")
+    stored = (checkpoints.metadata(step).custom_metadata or {}).get("sums of state")
   except Exception as error:  # Orbax has no common error, and its texts print the whole state
     raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}): it is damaged or of "
                      f"another version; {remedy}") from error
-  if changed := _changed(leaves, stored):
+  if changed := _changed(jax.device_get(sums(leaves)), stored):
     raise ValueError(f"the state of step {step} cannot be restored, {changed} is not what was saved: {remedy}")
   return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in _flat(state)])
 

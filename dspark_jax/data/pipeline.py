@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dspark_jax.data.rows import Rows, row_indices
+from dspark_jax.data.rows import Rows, Some, row_indices
 from dspark_jax.types import Batch
 
 THREADS, AHEAD = 2, 4  # that read rows, and steps they may be ahead: threads beat processes where memory is mapped
@@ -28,7 +28,7 @@ class Feed:
   where B rows cannot be divided among the processes.
   """
 
-  def __init__(self, rows: Rows, batch: int, *, seed: int, start: int = 0, process_index: int = 0,
+  def __init__(self, rows: Rows | Some, batch: int, *, seed: int, start: int = 0, process_index: int = 0,
                process_count: int = 1, lengths: tuple[int, ...] = ()):
     if process_count > min(batch, len(rows)):
       raise ValueError(f"there are {process_count} processes for batches of {batch} out of {len(rows)} rows, expected "
@@ -63,7 +63,7 @@ class Feed:
 class Parts:
   """The random access source behind a Feed: one process's part of the batch of any step. It can be pickled."""
 
-  def __init__(self, rows: Rows, batch: int, seed: int, process_index: int, process_count: int,
+  def __init__(self, rows: Rows | Some, batch: int, seed: int, process_index: int, process_count: int,
                lengths: tuple[int, ...]):
     self.rows, self.batch, self.seed, self.lengths = rows, batch, seed, lengths
     part = batch // process_count

@@ -95,6 +95,12 @@ class Rows:
     return self.manifest.digest
 
   @property
+  def layout(self) -> str:
+    """What tells where documents and rows begin: hidden states depend on that, too."""
+    begins = (np.ascontiguousarray(self._arrays[name]).tobytes() for name in ("documents", "rows"))
+    return hashlib.sha256(b"".join(begins)).hexdigest()[:16]
+
+  @property
   def fill(self) -> float:
     """Share of the places that hold a token, 0..1."""
     return self.manifest.tokens / (len(self) * self.manifest.row_length)
@@ -139,6 +145,38 @@ class Rows:
       raise IndexError(f"row {row} of {len(self)}")
     rows = self._arrays["rows"]
     return self._arrays["documents"][rows[row]:rows[row + 1] + 1]
+
+
+@dataclass(frozen=True)
+class Some:
+  """Some of the rows of a folder, as rows of their own."""
+  rows: Rows
+  kept: np.ndarray  # i64[R]  their numbers there
+
+  def __len__(self) -> int:
+    return len(self.kept)
+
+  @property
+  def manifest(self) -> Manifest:
+    """Of all rows."""
+    return self.rows.manifest
+
+  def take(self, indices: np.ndarray, length: int | None = None) -> Batch:
+    """As `Rows.take`, of these."""
+    return self.rows.take(self.kept[indices], length)
+
+  def lengths(self, indices: np.ndarray) -> np.ndarray:
+    """As `Rows.lengths`, of these."""
+    return self.rows.lengths(self.kept[indices])
+
+
+def held_out(rows: Rows, count: int, *, seed: int) -> tuple[Some, Some]:
+  """(rows to train on, `count` others), drawn by the seed, each in the order of the data. ValueError: none are left."""
+  if count >= len(rows):
+    raise ValueError(f"{count} of {len(rows)} rows are held out, expected fewer: give more data, or smaller "
+                     f"--eval-rows")
+  order = np.random.default_rng((seed, len(rows), count)).permutation(len(rows))
+  return Some(rows, np.sort(order[count:])), Some(rows, np.sort(order[:count]))
 
 
 def row_indices(n_rows: int, step: int, batch_size: int, *, seed: int) -> np.ndarray:

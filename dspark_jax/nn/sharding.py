@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.nn.parameters import parameters
@@ -140,6 +141,12 @@ def sharding_of(shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
   return NamedSharding(mesh, _spec(shape, axes, mesh, AXES))
 
 
+def everywhere() -> NamedSharding | None:
+  """Where an array is whole on every device of the current mesh; None without one."""
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+
+
 def place(tree: Any) -> Any:
   """The tree with its arrays where `shardings` says; itself without a mesh."""
   return tree if jax.sharding.get_mesh().empty else jax.device_put(tree, shardings(tree))
@@ -158,10 +165,47 @@ def made(function: Callable, *args) -> Any:
   return born(*args)
 
 
+def rows_share() -> tuple[int, int]:
+  """(i, n): the devices of this process work on the i-th of n equal parts of a batch's rows; (0, 1) without a mesh.
+
+  n is smaller than the number of processes where `tensor` reaches over several. ValueError for a mesh that gives a
+  process rows that do not follow one another.
+  """
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return 0, 1
+  groups = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in ROWS], [0, 1]).reshape(
+      math.prod(mesh.shape[name] for name in ROWS), -1)
+  mine = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
+  count, rest = divmod(len(groups), len(mine))
+  if rest or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+    raise ValueError(f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} the parts {mine} of "
+                     f"{len(groups)} of a batch's rows, expected neighbours, as many as others have: choose a tensor "
+                     f"that divides the devices of a host")
+  return mine[0] // len(mine), count
+
+
 def place_rows(tree: Any) -> Any:
-  """A tree of arrays [B,...] with their rows apart on the current mesh; on the default device without one."""
-  where = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda x: sharding_of(x.shape, "rows"), tree)
-  return jax.device_put(tree, where)
+  """A tree of arrays [B,...] with their rows apart on the current mesh; on the default device without one.
+
+  Where a mesh spans processes, each gives its share of the rows (`rows_share`).
+  """
+  if jax.sharding.get_mesh().empty:
+    return jax.device_put(tree)
+  _, count = rows_share()
+
+  def place(x):
+    shape = (x.shape[0] * count, *x.shape[1:])
+    return jax.make_array_from_process_local_data(sharding_of(shape, "rows"), np.asarray(x), shape)
+  return jax.tree.map(place, tree)
+
+
+def on_host(tree: Any) -> Any:
+  """The tree with its arrays whole on the host; on every process, where they span several. All must call it."""
+  spans = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+  # One array after the other: each is whole on every device for a moment.
+  return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if spans(x) else jax.device_get(x),
+                      tree)
 
 
 def _is_module(x):

@@ -17,14 +17,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dspark_jax.programs import shell
+from dspark_jax.programs import hosts, shell
 from dspark_jax.text import parsed, read_json
 
 RECORD = "run.json"
 SHOWN = 60  # characters of a setting that fit a sentence
 # What the programs leave in their folders: where any of it lies without a record, nobody knows whose it is.
 WORK = ("calibration.json", "drafter", "drafter.json", "metrics.jsonl", "report.md", "results.json", "rounds-*.jsonl",
-        "samples/*.jsonl", "steps/*")
+        "samples/*.jsonl", "steps/*", "tensorboard/*")
 
 
 def record_path(out: Path) -> Path:
@@ -37,7 +37,14 @@ def owned(out: Path) -> Iterator[None]:
   """Keeps other runs away from `out` for as long as this block, or its process, lives.
 
   ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too.
+  Of several processes of one run the first owns it for all.
   """
+  if out.parts[0] in ("gs:", "s3:"):
+    raise ValueError(f"{out} is in a bucket, expected a folder: locks and appended lines need a file system; mount the "
+                     f"bucket (gcsfuse), and give the folder")
+  if not hosts.first():
+    yield
+    return
   record = record_path(out)
   lock = record.with_name(f".{record.name}.lock")
   made = not lock.parent.exists()

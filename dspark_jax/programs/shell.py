@@ -23,6 +23,7 @@ from dspark_jax.decoding import session
 from dspark_jax.loading import locate_target
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
+from dspark_jax.programs import hosts
 from dspark_jax.types import Target
 
 stderr = Console(stderr=True)
@@ -33,19 +34,39 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
   """Parses the command line into `settings` (a dataclass), calls main(settings) -> dict, prints it as the last line.
 
   default: makes the settings that the command line overrides. mesh: whether a `mesh` of theirs is the current one
-  meanwhile. The user's mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence.
+  meanwhile. With `hosts` among them the program runs in several processes, of which the first alone speaks. The user's
+  mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence.
   """
   try:
     more = {"default": default()} if default else {}
     asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
-    with getattr(asked, "mesh", ONE_DEVICE).use() if mesh else contextlib.nullcontext():
-      result = main(asked)
+    if not hasattr(asked, "hosts"):
+      hosts.refuse(main.__module__)
+    with hosts.join(getattr(asked, "hosts", hosts.HostsConfig())):
+      stderr.quiet = not hosts.first()
+      with joint_mesh(getattr(asked, "mesh", ONE_DEVICE)) if mesh else contextlib.nullcontext():
+        result = main(asked)
   except (ValueError, NotImplementedError, OSError) as error:
+    stderr.quiet = False
     stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    hosts.leave(str(error), 2)
     sys.exit(2)
   except KeyboardInterrupt:
+    hosts.leave("interrupted", 130)
     sys.exit(130)  # 128 + SIGINT, as a shell has it
-  print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong
+  except jax.errors.JaxRuntimeError:
+    hosts.blame()
+    raise
+  if hosts.first():
+    print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong
+
+
+def joint_mesh(mesh: MeshConfig) -> contextlib.AbstractContextManager:
+  """What makes the mesh the current one. ValueError where there are several processes and it leaves devices out."""
+  if hosts.here.processes > 1 and mesh.build().size != jax.device_count():
+    raise ValueError(f"{mesh}, and the {hosts.here.processes} processes have {jax.device_count()} devices: expected "
+                     f"all of them, e.g. --mesh.data -1 or --mesh.fsdp -1")
+  return mesh.use()
 
 
 def say(text: Any) -> None:

@@ -123,9 +123,7 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
   that is not finite is returned as it is, in metrics["loss"]; the program stops on it.
   """
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-  drafter = state.drafter
-  blocks = (all_blocks(batch, drafter.block_size) if drafter.every_position else
-            sample_blocks(key, batch, config.num_anchors, drafter.block_size))
+  blocks = blocks_of(state.drafter, batch, key, config)
   params = values(state.drafter)
   loss, metrics, grads = gradients(state.drafter, params, target, batch, encoded, blocks, config)
   transform = optimizer(config.optimizer, state.span)
@@ -138,6 +136,32 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
               "candidates": weighted(candidates(batch).sum(1).astype(jnp.float32), rows),
               "blocks": weighted(blocks.keep.sum(1).astype(jnp.float32), rows)}
   return state.replace(step=state.step + 1, drafter=drafter, opt_state=opt_state), metrics
+
+
+def blocks_of(drafter, batch, key, config):
+  """The blocks of a batch that are trained: all of them, or at anchors drawn by the key."""
+  return (all_blocks(batch, drafter.block_size) if drafter.every_position else
+          sample_blocks(key, batch, config.num_anchors, drafter.block_size))
+
+
+def batch_loss(drafter: Drafter, target: Target, batch: Batch, key: Array, config: StepConfig
+               ) -> tuple[Array, dict[str, Mean]]:
+  """(loss f32[], metrics) of a whole batch without a gradient, as `train_step` would see it; the key draws anchors."""
+  blocks = blocks_of(drafter, batch, key, config)
+  weights = term_weights(drafter, blocks, config.loss)
+  return part_loss(values(drafter), drafter, target, (batch, None, blocks), weights, config)
+
+
+def part_loss(params, drafter, target, part, weights, config):
+  """(loss f32[], metrics) of a part (batch, what the target says of it or None, blocks), under the whole's weights."""
+  (batch, encoded, blocks), dtype = part, jnp.dtype(config.compute_dtype)
+  # Cast inside what is differentiated: gradients arrive in float32, at the masters.
+  model = with_values(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
+  # In the target's dtype for the loss, where it is the teacher; only what the drafter reads is cast.
+  seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
+  outputs = model.train_outputs(target, batch, jax.tree.map(lambda x: x.astype(dtype), seen), blocks)
+  return draft_loss(model, target, outputs, blocks=blocks, target_hidden=seen.hidden, config=config.loss,
+                    weights=weights)
 
 
 def step_flops(target: TargetConfig, drafter: DrafterConfig, *, rows: int, length: int, blocks: int) -> float:
@@ -154,17 +178,8 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
 
   The denominators come from the blocks of all parts: a mean of means would weigh short parts too much.
   """
-  weights, dtype = term_weights(drafter, blocks, config.loss), jnp.dtype(config.compute_dtype)
-
-  def loss_of(params, part):
-    batch, encoded, blocks = part
-    # Cast inside what is differentiated: gradients arrive in float32, at the masters.
-    model = with_values(drafter, jax.tree.map(lambda x: x.astype(dtype), params))
-    # In the target's dtype for the loss, where it is the teacher; only what the drafter reads is cast.
-    seen = jax.lax.stop_gradient(target.encode(batch, drafter.taps) if encoded is None else encoded)
-    outputs = model.train_outputs(target, batch, jax.tree.map(lambda x: x.astype(dtype), seen), blocks)
-    return draft_loss(model, target, outputs, blocks=blocks, target_hidden=seen.hidden, config=config.loss,
-                      weights=weights)
+  weights = term_weights(drafter, blocks, config.loss)
+  loss_of = lambda params, part: part_loss(params, drafter, target, part, weights, config)
 
   def one(part):
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)

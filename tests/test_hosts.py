@@ -1,0 +1,275 @@
+"""Several processes that train together on this machine: the same numbers, ends with a sentence, runs that go on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dspark_jax
+from dspark_jax.drafters import DSpark
+from dspark_jax.nn.sharding import MeshConfig, rows_share
+from dspark_jax.programs import hosts
+from folders import LLAMA, complains, llama, with_tokenizer
+
+ROOT = Path(dspark_jax.__file__).parents[1]
+DEVICES = 4  # of all processes together, so that the mesh, and with it every sum, is the same
+STEPS = 8
+CONFIG = """
+from pathlib import Path
+from dspark_jax.drafters import DSpark
+from train.config import TrainConfig
+config = TrainConfig(target={target!r}, out=Path({out!r}), data=(Path({data!r}),), steps={steps}, batch=4,
+                     row_length=48, anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
+                         taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8,
+                         draft_vocab_size=64))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("hosts")
+  with_tokenizer(LLAMA, folder / "target")
+  rng = np.random.default_rng(0)
+  rows = [{"tokens": rng.integers(5, 130, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
+  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return folder
+
+
+def free_port() -> int:
+  with socket.socket() as made:
+    made.bind(("localhost", 0))
+    return made.getsockname()[1]
+
+
+def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, alone: int | None = None):
+  """The processes of a training, or the one of them that is named."""
+  config = folder / f"{out}.py"
+  config.write_text(CONFIG.format(target=str(folder / "target"), out=str(folder / out), data=str(folder / "data.jsonl"),
+                                  steps=steps))
+  environment = os.environ | {
+      "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes), "PYTHONPATH": str(ROOT),
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+  joined = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.processes", str(processes), "--hosts.silence",
+            "8"] if processes > 1 else []
+  command = [sys.executable, "-m", "train.train", "--config", str(config), "--mesh.data", "2", "--mesh.fsdp", "-1",
+             *joined, *map(str, more)]
+  one = lambda i: subprocess.Popen([*command, *(["--hosts.process", str(i)] if joined else [])], cwd=ROOT, text=True,
+                                   env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  return [one(i) for i in (range(processes) if alone is None else [alone])]
+
+
+def ended(running, timeout: float = 240) -> list[tuple[int, str, str]]:
+  """(exit code, stdout, stderr) of each."""
+  until = time.monotonic() + timeout
+  try:
+    texts = [p.communicate(timeout=max(until - time.monotonic(), 0.1)) for p in running]
+  finally:
+    for p in running:
+      p.kill()
+  return [(p.returncode, *text) for p, text in zip(running, texts)]
+
+
+def log_of(out: Path) -> list[dict]:
+  file = out / "metrics.jsonl"
+  return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def losses(out: Path) -> dict[int, tuple]:
+  return {r["step"]: (r["loss"], r["tau"], r["grad_norm"]) for r in log_of(out)}
+
+
+def wait_for(out: Path, steps: int, running) -> None:
+  until = time.monotonic() + 200
+  while len(log_of(out)) < steps and time.monotonic() < until and all(p.poll() is None for p in running):
+    time.sleep(0.01)
+
+
+def test_flags_that_mean_nothing():
+  """Kills: a process that waits for others which cannot come."""
+  for flags, part in ((dict(processes=2, process=2), "process is 2, expected 0 to 1"),
+                      (dict(silence=1), "silence is 1"),
+                      (dict(coordinator="here"), "expected HOST:PORT")):
+    with complains(part):
+      hosts.HostsConfig(**flags)
+
+
+@pytest.mark.parametrize("told, count", [
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 4), ({"SLURM_NTASKS": "4"}, 1), ({"SLURM_NTASKS": "1"}, 1),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1), ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 2), ({}, 1)])
+def test_what_launchers_say(told, count, monkeypatch):
+  """Kills: a program for one process that a launcher starts four times; a single process that waits for a cluster (a
+  Slurm job's own shell has the number of tasks, and is none of them)."""
+  for name in (*hosts.TOLD, "SLURM_PROCID"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in told.items():
+    monkeypatch.setenv(name, value)
+  if count == 1:
+    hosts.refuse("infer.generate")
+  else:
+    with complains("infer.generate runs in one process", "start it once"):
+      hosts.refuse("infer.generate")
+
+
+class OtherDevice:
+  def __init__(self, process):
+    self.process_index = process
+
+
+@pytest.mark.parametrize("sizes, process, share", [
+    ((4, 1, 2), 0, (0, 2)), ((4, 1, 2), 1, (1, 2)), ((2, 2, 2), 1, (1, 2)), ((1, 1, 8), 1, (0, 1)),
+    ((2, 1, 4), 1, (1, 2))])
+def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
+  """Kills: rows by the number of the process where `tensor` reaches over several, which then read different ones."""
+  with jax.set_mesh(MeshConfig(*sizes).build()):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    real = jax.sharding.get_mesh()
+    class Spread:
+      empty, axis_names, shape = False, real.axis_names, real.shape
+      devices = np.array([OtherDevice(i // 4) for i in range(8)]).reshape(real.devices.shape)
+    monkeypatch.setattr(jax.sharding, "get_mesh", lambda: Spread)
+    assert rows_share() == share
+
+
+def test_nobody_comes(folder):
+  """Kills: an abort with pages of text, or a process that waits for ever, where process 0 was not started."""
+  (code, out, err), = ended(started(folder, "nobody", 2, "--hosts.timeout", 2, alone=1), 60)
+  assert code == 2 and "process 1 found nobody at localhost:" in err and "Traceback" not in err and not out
+
+
+MEMBER = """
+import sys, time
+from dspark_jax.programs import hosts, shell
+config = hosts.HostsConfig({at!r}, 2, {process}, 30, 4)
+class Settings:
+  hosts = config
+shell.tyro.cli = lambda *_, **__: Settings
+def main(_):
+  assert hosts.agree(lambda: [hosts.here.process, None, "a"]) == [0, None, "a"]
+  print("together", file=sys.stderr, flush=True)
+  if {wrong} == hosts.here.process:
+    raise ValueError("this file is not there: bring it")
+  time.sleep({seconds})
+  return {{"process": hosts.here.process}}
+shell.run(main, object, mesh=False)
+"""
+
+
+def members(wrong=None, seconds: float = 40, which=(0, 1), at: str | None = None):
+  """Two processes that do nothing but belong together."""
+  at = at or f"localhost:{free_port()}"
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+  return [subprocess.Popen([sys.executable, "-c", MEMBER.format(at=at, process=i, wrong=wrong, seconds=seconds)],
+                           text=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+          for i in which]
+
+
+def until_together(running):
+  for p in running:
+    while "together" not in (line := p.stderr.readline()):
+      assert line, "it ended before"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_is_named(victim):
+  """Kills: a process that waits for ever for one that is gone, or ends without saying which."""
+  running = members()
+  until_together(running)
+  began = time.monotonic()
+  running[victim].kill()
+  code, _, err = ended(running, 60)[1 - victim]
+  assert time.monotonic() - began < 60 and code != 0
+  assert f"error: process {victim} on {socket.gethostname()} " in err and "goes on from the newest checkpoint" in err
+  assert code == hosts.AGAIN or victim == 0  # JAX aborts without its process 0
+
+
+def test_one_speaks_and_all_end():
+  """Kills: two results, a process that is left behind at the end."""
+  (code, out, err), (other, silent, _) = ended(members(seconds=0), 60)
+  assert code == other == 0, err
+  assert json.loads(out) == {"process": 0} and not silent
+
+
+def test_a_mistake_ends_all():
+  """Kills: a mistake on one host (a file that is not there) that the others wait for."""
+  (code, _, err), (other, _, its) = ended(members(wrong=1), 60)
+  assert code == other == 2
+  assert "error: this file is not there: bring it" in its
+  assert f"error: process 1 on {socket.gethostname()} ended: this file is not there" in err and "Traceback" not in err
+
+
+# Trainings
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+  """(run folder, its losses) of two processes of two devices."""
+  for code, _, err in ended(started(folder, "undisturbed", 2)):
+    assert code == 0, err
+  return folder / "undisturbed", losses(folder / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_same_numbers_on_any_number_of_hosts(processes, folder, undisturbed):
+  """Kills: batches that depend on the number of processes, a mean of the processes' means, a drafter of which a part is
+  stored; more than one that speaks."""
+  results = ended(started(folder, f"on{processes}", processes))
+  assert [code for code, _, _ in results] == [0] * processes, results
+  assert json.loads(results[0][1].splitlines()[-1])["steps"] == STEPS
+  assert not any('"steps"' in out or "data:" in err for _, out, err in results[1:])
+  for step, numbers in losses(folder / f"on{processes}").items():
+    np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))
+  drafters = [dspark_jax.load_drafter(out, llama()) for out in (folder / f"on{processes}", undisturbed[0])]
+  one, two = (jax.tree.leaves(drafter) for drafter in drafters)
+  for a, b in zip(one, two, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_kill_one_and_the_run_goes_on(victim, folder, undisturbed):
+  """Kills: a state that one process saved without the other; a batch, an anchor or a moment that a restart changes; a
+  process that waits for the dead one."""
+  out = folder / f"killed{victim}"
+  running = started(folder, out.name, 2)
+  wait_for(out, 4, running)
+  began = time.monotonic()
+  running[victim].kill()
+  _, _, err = ended(running)[1 - victim]
+  assert time.monotonic() - began < 60
+  assert 4 <= len(log_of(out)) < STEPS or not (out / "drafter").exists()
+  assert f"process {victim} on {socket.gethostname()}" in err, err
+  for code, _, err in ended(started(folder, out.name, 2)):
+    assert code == 0, err
+  assert losses(out) == undisturbed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_stops_all(told, folder, undisturbed):
+  """Kills: processes that stop at different steps, or do not hear of it; a restart by one process of what two saved,
+  unchecked or not at all."""
+  out = folder / f"stopped{told}"
+  running = started(folder, out.name, 2, steps=STEPS)
+  wait_for(out, 2, running)
+  running[told].send_signal(signal.SIGTERM)
+  results = ended(running)
+  assert [code for code, _, _ in results] == [0, 0], results
+  stopped = json.loads(results[0][1].splitlines()[-1])["steps"]
+  assert 2 <= stopped < STEPS and len(log_of(out)) == stopped
+  assert sorted(int(p.name) for p in (out / "steps").iterdir())[-1] == stopped
+  (code, _, err), = ended(started(folder, out.name, 1))
+  assert code == 0, err
+  for step, numbers in losses(out).items():
+    np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))

@@ -1,0 +1,100 @@
+"""What a training run tells of itself: held-out rows, real rounds, times, and the page that shows it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dspark_jax.data.conversations import Document
+from dspark_jax.data.rows import held_out
+from dspark_jax.programs import run_folder
+from dspark_jax.training.step import step_flops
+from train import report, train
+from folders import called, complains, llama, packed_rows
+from test_programs import STEPS, compiled_once, experiment, folder, log_of  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(scope="module")
+def watched(folder, compiled_once):  # noqa: F811
+  """A run in which all is measured."""
+  config = experiment(folder, folder / "watched", eval_every=4, eval_rows=4, decode_every=8, decode_prompts=2,
+                      profile_steps=(2, 3), log_every=2)
+  train.main(config)
+  return config
+
+
+def test_held_out_rows_are_held_out(tmp_path):
+  """Kills: rows that are measured and trained on; others after a restart; a row that is in neither part."""
+  packed = packed_rows(tmp_path / "rows", [Document(np.full(8, i), np.ones(8, bool)) for i in range(20)], 8)
+  kept, apart = held_out(packed, 6, seed=3)
+  assert sorted([*kept.kept, *apart.kept]) == list(range(20)) and len(apart) == 6
+  assert set(kept.take(np.arange(14)).tokens[:, 0]).isdisjoint(apart.take(np.arange(6)).tokens[:, 0])
+  assert list(held_out(packed, 6, seed=3)[1].kept) == list(apart.kept) != list(
+      held_out(packed, 6, seed=4)[1].kept)
+  with complains("20 of 20 rows are held out", "--eval-rows"):
+    held_out(packed, 20, seed=0)
+
+
+def test_what_a_log_says(watched):
+  """Kills: numbers of the wrong steps; flops or times that do not belong together; time lost that counts as good."""
+  lines = log_of(watched.out)
+  assert [line["step"] for line in lines] == [2, 3, 4, 6, 8]  # every 2, and at saves: a run goes on from there
+  assert [line["step"] for line in lines if "held_out" in line] == [4, 8]
+  assert [line["step"] for line in lines if "drafted" in line] == [8]
+  config = train.drafter_config(watched.drafter, llama().config)
+  config = dataclasses.replace(config, draft_vocab_size=64)
+  flops = step_flops(llama().config, config, rows=2, length=48, blocks=4)
+  for line in lines:
+    assert line["tflops_per_device"] * line["step_seconds"] == pytest.approx(flops / 1e12)
+    assert line["tokens_per_second_per_device"] * line["step_seconds"] == pytest.approx(2 * 48)
+    assert line["mfu"] is None and 0 <= line["data_wait"] < 1 and 0 < line["goodput"] < 1
+    assert len(line["accept_rate"]) == 3 and line["learning_rate"] > 0 and "confidence_bias" in line
+  held, drafted = lines[-1]["held_out"], lines[-1]["drafted"]
+  assert 1 <= drafted["accepted_length"] <= 4 and drafted["prompts"] == 2
+  assert 2 < held["loss"] < 4 and held["loss"] != lines[2]["held_out"]["loss"] and 1 <= held["tau"] <= 4
+  assert list((watched.out / "profile").rglob("*.xplane.pb")) and list((watched.out / "tensorboard").iterdir())
+
+
+def test_measuring_changes_nothing(watched, folder, tmp_path):  # noqa: F811
+  """Kills: an evaluation that draws from the keys of training, or takes part in it."""
+  quiet = experiment(folder, tmp_path / "quiet", eval_rows=4, log_every=2)
+  train.main(quiet)
+  for line, other in zip(log_of(watched.out), log_of(quiet.out), strict=True):
+    assert (line["loss"], line["grad_norm"], line["tau"]) == (other["loss"], other["grad_norm"], other["tau"])
+    assert "held_out" not in other
+
+
+def test_report(watched, capsys, tmp_path):
+  """Kills: a page of other numbers than the log's; one that needs a whole line at the end, or changes the run."""
+  before = (watched.out / "metrics.jsonl").read_bytes()
+  with (watched.out / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 9, "lo')
+  result, err = called(capsys, report.main, report.Settings, "--run", watched.out, "--out", tmp_path)
+  last = log_of_whole(watched)[-1]
+  assert result["steps"] == STEPS and result["loss"] == last["loss"]
+  assert result["accepted_length"] == last["drafted"]["accepted_length"] and result["goodput"] == last["goodput"]
+  text = (tmp_path / "training.md").read_text()
+  assert f"| loss | {last['loss']:.4f} | {last['held_out']['loss']:.4f} |" in text and "| MFU | - |" in text
+  assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+  assert (watched.out / "metrics.jsonl").read_bytes() == before + b'{"step": 9, "lo'
+  (watched.out / "metrics.jsonl").write_bytes(before)
+  run_folder.write_record(tmp_path / "empty", json.loads((watched.out / "run.json").read_text()))
+  _, err = called(capsys, report.main, report.Settings, "--run", tmp_path / "empty", code=2)
+  assert "has no lines yet" in err
+
+
+def log_of_whole(config):
+  whole = (config.out / "metrics.jsonl").read_text().rpartition("\n")[0]
+  return [json.loads(line) for line in whole.splitlines()]
+
+
+@pytest.mark.parametrize("change, part", [
+    (dict(eval_every=2), "eval_rows is 0"), (dict(eval_rows=3), "eval_rows is 3, expected a multiple of batch"),
+    (dict(profile_steps=(3, 2)), "profile_steps are (3, 2)"), (dict(decode_every=0), "decode_every is 0")])
+def test_settings_that_mean_nothing(change, part, folder, tmp_path):  # noqa: F811
+  """Kills: a run of a week that measures nothing of what was asked for."""
+  with complains(part):
+    experiment(folder, tmp_path, **change)
+  with complains("rows are held out"):
+    train.main(experiment(folder, tmp_path / "run", eval_rows=14))
