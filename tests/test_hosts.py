@@ -141,16 +141,10 @@ def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
     assert rows_share() == share
 
 
-def test_nobody_comes(folder):
-  """Kills: an abort with pages of text, or a process that waits for ever, where process 0 was not started."""
-  (code, out, err), = ended(started(folder, "nobody", 2, "--hosts.timeout", 2, alone=1), 60)
-  assert code == 2 and "process 1 found nobody at localhost:" in err and "Traceback" not in err and not out
-
-
 MEMBER = """
 import sys, time
 from dspark_jax.programs import hosts, shell
-config = hosts.HostsConfig({at!r}, 2, {process}, 30, 4)
+config = hosts.HostsConfig({at!r}, 2, {process}, {timeout}, 4)
 class Settings:
   hosts = config
 shell.tyro.cli = lambda *_, **__: Settings
@@ -165,13 +159,13 @@ shell.run(main, object, mesh=False)
 """
 
 
-def members(wrong=None, seconds: float = 40, which=(0, 1), at: str | None = None):
+def members(wrong=None, seconds: float = 40, which=(0, 1), timeout: int = 60):
   """Two processes that do nothing but belong together."""
-  at = at or f"localhost:{free_port()}"
+  at = f"localhost:{free_port()}"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-  return [subprocess.Popen([sys.executable, "-c", MEMBER.format(at=at, process=i, wrong=wrong, seconds=seconds)],
-                           text=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-          for i in which]
+  return [subprocess.Popen([sys.executable, "-c", MEMBER.format(
+      at=at, process=i, wrong=wrong, seconds=seconds, timeout=timeout)], text=True, cwd=ROOT, env=environment,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in which]
 
 
 def until_together(running):
@@ -191,6 +185,12 @@ def test_a_dead_process_is_named(victim):
   assert time.monotonic() - began < 60 and code != 0
   assert f"error: process {victim} on {socket.gethostname()} " in err and "goes on from the newest checkpoint" in err
   assert code == hosts.AGAIN or victim == 0  # JAX aborts without its process 0
+
+
+def test_nobody_comes():
+  """Kills: an abort with pages of text, or a process that waits for ever, where process 0 was not started."""
+  (code, out, err), = ended(members(which=(1,), timeout=1), 60)
+  assert code == 2 and "process 1 found nobody at localhost:" in err and "Traceback" not in err and not out
 
 
 def test_one_speaks_and_all_end():

@@ -36,6 +36,7 @@ def test_held_out_rows_are_held_out(tmp_path):
     held_out(packed, 20, seed=0)
 
 
+@pytest.mark.slow
 def test_what_a_log_says(watched):
   """Kills: numbers of the wrong steps; flops or times that do not belong together; time lost that counts as good."""
   lines = log_of(watched.out)
@@ -56,6 +57,7 @@ def test_what_a_log_says(watched):
   assert list((watched.out / "profile").rglob("*.xplane.pb")) and list((watched.out / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(watched, folder, tmp_path):  # noqa: F811
   """Kills: an evaluation that draws from the keys of training, or takes part in it."""
   quiet = experiment(folder, tmp_path / "quiet", eval_rows=4, log_every=2)
@@ -65,6 +67,7 @@ def test_measuring_changes_nothing(watched, folder, tmp_path):  # noqa: F811
     assert "held_out" not in other
 
 
+@pytest.mark.slow
 def test_report(watched, capsys, tmp_path):
   """Kills: a page of other numbers than the log's; one that needs a whole line at the end, or changes the run."""
   before = (watched.out / "metrics.jsonl").read_bytes()
