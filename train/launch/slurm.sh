@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes 4 train/launch/slurm.sh --config configs/qwen3_4b.py --data /shared/rows --out /shared/runs/q3
 #
-# The run folder is on a shared disk, or gs://. JAX finds the other processes by Slurm's variables.
+# The run folder is on a shared disk. JAX finds the other processes by Slurm's variables.
 # Time limit and preemption: all processes get SIGTERM, save at the same step and exit; the job is queued again under
 # the same number and goes on there. So does a job whose node died. A mistake in the input (exit 2) ends it.
 #   scancel --signal=TERM JOB      saves, and starts again

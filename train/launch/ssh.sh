@@ -3,7 +3,7 @@
 #
 #   bash train/launch/ssh.sh "host1 host2" --config configs/qwen3_4b.py --data /shared/rows --out /shared/runs/q3
 #
-# The run folder is on a shared disk, or gs://. The first host, by a name that the others know, is the coordinator, on
+# The run folder is on a shared disk. The first host, by a name that the others know, is the coordinator, on
 # port PORT (8476). One process a host, with all its devices. Run it in tmux, or with nohup.
 # When a process or host dies, the others end too (JAX misses its heartbeat), and all are started again: at most
 # MAX_RESTARTS (100) times. SIGTERM or Ctrl-C to this script is passed on: all save at one step, and it exits 143; the
