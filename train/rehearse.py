@@ -1,14 +1,14 @@
-"""A pod on one machine: two processes of four devices prepare, train, lose one of them, go on, calibrate and evaluate.
+"""A pod on one machine: two processes of four devices prepare, train, lose one, go on, calibrate and evaluate.
 
 When to use it: before a pod is booked, and after a change to what hosts do together. It runs the programs that a pod
-runs, with a real model and few steps; `make pod-rehearsal` runs this. What takes part in it is killed with -9, half-way.
+runs, with a real model and few steps, and kills one of the processes half-way; `make pod-rehearsal` runs this.
 
     python -m train.rehearse
     python -m train.rehearse --out runs/rehearsal --steps 24 --processes 4 --devices 2
 
-Each program's own output is in OUT/logs. The last line of stdout is a JSON object with the keys steps, killed_after (the
-last step that was logged before), noticed_after (seconds until the others had ended), said (their sentence), loss (first
-and last), accepted_length and out.
+Each program's own output is in OUT/logs. The last line of stdout is a JSON object with the keys steps, killed_after
+(the last step that was logged before), noticed_after (seconds until the others had ended), said (their sentence), loss
+(first and last), accepted_length and out.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def main(settings: Settings) -> dict:
   finish(settings, started(settings, "again", *train), "again")
   lines = run_folder.read_lines(run / LOG)
   if [line["step"] for line in lines] != list(range(1, settings.steps + 1)):
-    raise ValueError(f"{run / LOG} has the steps {[line['step'] for line in lines]}, expected 1 to {settings.steps} once "
-                     f"each: see {out / 'logs'}")
+    raise ValueError(f"{run / LOG} has the steps {[line['step'] for line in lines]}, expected 1 to {settings.steps}, "
+                     f"once each: see {out / 'logs'}")
   one(settings, "calibrate", "train.calibrate", "--drafter", run, "--samples", 8, "--max-new-tokens", 32)
   result = one(settings, "evaluate", "infer.evaluate", "--targets", settings.target, "--drafters", run, "--datasets",
                "stdlib", "--temperatures", 0, "--samples", 4, "--max-new-tokens", 32, "--out", out / "evaluation",

@@ -5,9 +5,9 @@
 #     bash train/launch/xpk.sh qwen3-4b --config configs/qwen3_4b.py --data /shared/rows --out /shared/runs/q3
 #
 # IMAGE has this checkout as its working folder, with what `pip install .[programs] jax[tpu]` installs. The same command
-# runs on every host of SLICES (1) slices; JAX finds the others by what GKE sets. /shared is a file system
-# that all hosts mount (Filestore, by xpk storage attach); JAX_COMPILATION_CACHE_DIR, which may be gs://, is passed on: a
-# restart does not compile then.
+# runs on every host of SLICES (1) slices; JAX finds the others by what GKE sets. /shared is a file system that all
+# hosts mount (Filestore, by xpk storage attach); JAX_COMPILATION_CACHE_DIR, which may be gs://, is passed on: a restart
+# does not compile then.
 # Preemption, maintenance, dead hosts: xpk starts all hosts again on exit codes 42 and 127 to 255, among them the 143 of
 # host.sh and the aborts of JAX; 1, an exception of Python's, is added here. 2, a mistake in the input, ends it.
 # An own JobSet, for clusters without xpk: jobset.yaml.
