@@ -305,15 +305,15 @@ def test_servers_that_fail_at_times(tmp_path):
     text = body["messages"][-1]["content"]
     way = ways[int(text.split()[1]) % len(ways)] if tries(server)[text] <= 1 else None
     if way == "hang":
-      time.sleep(2)
+      time.sleep(5)
     return None if way == "hang" else way
   questions(tmp_path, 18)
   began = time.monotonic()
   with serving(at_times) as server, serving() as other:
-    result = asked(tmp_path / "a.jsonl", server.url, concurrency=4, timeout=1.0)
+    result = asked(tmp_path / "a.jsonl", server.url, concurrency=4, timeout=4.0)
     assert result["answers"] == 18 and result["failed"] == {}
     assert tries(server) == {f"question {i}": 1 if i % 9 == 5 else 2 for i in range(18)}
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 40
     (tmp_path / "b").mkdir()
     questions(tmp_path / "b", 18)
     asked(tmp_path / "b" / "a.jsonl", other.url)

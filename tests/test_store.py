@@ -546,7 +546,7 @@ def test_the_references_cache(folder, reference, capsys, tmp_path):
   result, _ = run(tmp_path / "s")
   assert result["tokens"] == 155 and result["missing"] == 0
   store, rows = Store(tmp_path / "s"), Rows(tmp_path / "s.rows")
-  assert store.manifest.rows == rows.digest and rows.manifest.documents == 5
+  assert store.manifest.rows == f"{rows.digest} {rows.layout}" and rows.manifest.documents == 5
   packed = rows.take(np.arange(len(rows)))
   taken = store.take(np.arange(len(rows)), packed.segments)
   for ids, mask, features, hidden in reference[:1] + reference[2:]:
