@@ -53,7 +53,7 @@ def main(settings: Settings) -> dict:
   (out / "logs").mkdir(parents=True)
   run, rows, batch = out / "run", out / "rows", settings.processes * settings.devices
   one(settings, "answers", "train.answers", "--out", out / "answers.jsonl", "--count", settings.answers,
-      "--max-new-tokens", 64)
+      "--max-new-tokens", 64, "--max-prompt-tokens", 128)
   one(settings, "prepare", "train.prepare", "--data", out / "answers.jsonl", "--out", rows, "--row-length", 128,
       "--processes", 2)
   train = ["train.train", "--config", settings.config, "--data", rows, "--out", run, "--steps", settings.steps,
@@ -106,7 +106,7 @@ def started(settings: Settings, name: str, *words) -> list[subprocess.Popen]:
   with socket.socket() as made:
     made.bind(("localhost", 0))
     port = made.getsockname()[1]
-  joined = ["--hosts.coordinator", f"localhost:{port}", "--hosts.processes", settings.processes, "--hosts.silence", 20]
+  joined = ["--hosts.coordinator", f"localhost:{port}", "--hosts.processes", settings.processes]
   return [spawn(settings, f"{name}-{i}", *words, *joined, "--hosts.process", i, devices=settings.devices)
           for i in range(settings.processes)]
 
