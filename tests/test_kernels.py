@@ -86,7 +86,8 @@ def test_blocks_with_ranges_and_masks_of_their_own(decode, monkeypatch):
   close(got, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("decode, kind", [("pallas", "vanilla"), ("pallas", "eagle3"), ("triton", "vanilla")])
+@pytest.mark.parametrize("decode, kind", [
+    ("pallas", "vanilla"), ("pallas", "eagle3"), pytest.param("triton", "vanilla", marks=pytest.mark.slow)])
 def test_texts_are_the_same(decode, kind, monkeypatch):
   """Kills: a drafter that does not follow its target's kernels; a layer's cache in another's place; a prompt, a plain
   step, a verification or a draft that one of both computes otherwise."""
