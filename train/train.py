@@ -243,7 +243,8 @@ def fit_lens(config: TrainConfig, drafter, target, batches: Batches):
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
   batches.features = memory
-  return jax.jit(starts.from_moments)(drafter, target, starts.checked(moments)), len(memory)
+  fitted = jax.jit(starts.from_moments, out_shardings=shardings(drafter))
+  return fitted(drafter, target, starts.checked(moments)), len(memory)
 
 
 def steps_in(left: float, state, advance, known: int) -> int:
