@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import dspark_jax
-from dspark_jax.drafters import DSpark
 from dspark_jax.nn.sharding import MeshConfig, rows_share
 from dspark_jax.programs import hosts
 from folders import LLAMA, complains, llama, with_tokenizer

@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import os
@@ -37,12 +36,10 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dspark_jax
 from dspark_jax import metrics as means
-from dspark_jax.data import chat
 from dspark_jax.data import store as stores
 from dspark_jax.data.deepspec_cache import Cache
 from dspark_jax.data.rows import Rows
