@@ -439,11 +439,12 @@ def test_programs_full_disk(folder, capsys, tmp_path, monkeypatch):
     patch.setattr(Store, "write", lambda self, shard, arrays: real(self, shard, arrays) if shard < 2 else full(
         self, shard, arrays))
     def full(*args):
-      with files_of_at_most(100):
-        return lambda wait=real(*args): limited(wait)
-    def limited(wait):
-      with files_of_at_most(100):
-        wait()
+      # Waited for while the disk is full: begun there alone, a write may reach it later and find room.
+      with files_of_at_most(100), pytest.raises(OSError) as caught:
+        real(*args)()
+      def wait():
+        raise caught.value
+      return wait
     _, err = cached(folder, tmp_path / "s", capsys, code=2)
   assert "shard 2 of" in err and "cannot be written" in err and err.count("error:") == 1
   assert Store(tmp_path / "s").missing() == [2, 3, 4]
