@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 from dspark_jax.drafters import MTP, DSpark, Eagle3
-from dspark_jax.training.losses import EAGLE3, LossConfig
+from dspark_jax.training.losses import DFLASH, EAGLE3, LossConfig
 from dspark_jax.training.step import OptimizerConfig
 from train.config import CompareConfig, TrainConfig
 alike = dict(taps=(1, 8, 15, 21, 28), block_size=5, draft_vocab_size=4096, from_target=True)
 dspark = DSpark.Settings(num_layers=2, **alike)
 dflash = replace(dspark, markov_rank=0, confidence="none")
-ours, ce, soft = LossConfig(chunk=128), LossConfig(ce=1, tv=0, confidence=0, chunk=128), replace(EAGLE3, chunk=128)
+ours, ce, soft = LossConfig(chunk=128), replace(DFLASH, chunk=128), replace(EAGLE3, chunk=128)
 half, adamw = dict(compute_dtype="bfloat16", target_dtype="bfloat16"), OptimizerConfig("adamw", 1e-3)
 base = TrainConfig("smollm2", dspark, Path("runs/compare"), steps=400, batch=1, row_length=256, anchors=128,
                    log_every=20, loss=ours, optimizer=adamw, **half)

@@ -1,4 +1,4 @@
-# python -m train.train --config configs/qwen3_4b_eagle3.py --data answers.jsonl
+# python -m train.train --config configs/qwen3_4b_eagle3.py --data rows --mesh.fsdp -1
 """Eagle3 for Qwen3-4B, unrolled over 7 tokens, on the loss of the reference: soft cross entropy, decay 0.8 per step."""
 
 from dataclasses import replace

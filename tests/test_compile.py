@@ -93,7 +93,7 @@ def test_what_a_training_step_cannot_but_move(here, capsys, monkeypatch):
   that do not reach the step; useful flops of the whole mesh."""
   monkeypatch.setitem(sizes.MODELS, "qwen3-4b", TINY)  # what Qwen/Qwen3-4B is taken for
   drafter = dataclasses.replace(qwen3_4b.drafter, taps=(0, 2), mask_token_id=199, num_layers=1, markov_rank=4)
-  config = dataclasses.replace(qwen3_4b, drafter=drafter, row_length=64, batch=2, anchors=4)
+  config = dataclasses.replace(qwen3_4b, drafter=drafter, row_length=64, batch=2, microbatches=1, anchors=4)
   default = lambda: training.CompileConfig(**{field.name: getattr(config, field.name)
                                               for field in dataclasses.fields(config)})
   row = run(training, training.CompileConfig, "--microbatches 2", capsys, default=default)["step"]
@@ -246,8 +246,8 @@ class TestJudge:
     spec = dataclasses.replace(SMALL.spec, hidden_size=1024, intermediate_size=2048, num_heads=8)
     target = dataclasses.replace(SMALL, spec=spec, vocab_size=32_768)
     config = dataclasses.replace(
-        qwen3_4b, batch=1, row_length=1024, anchors=128, loss=LossConfig(chunk=256), drafter=dataclasses.replace(
-            qwen3_4b.drafter, taps=(0,), mask_token_id=0, num_layers=1))
+        qwen3_4b, batch=1, microbatches=1, row_length=1024, anchors=128, loss=LossConfig(chunk=256),
+        drafter=dataclasses.replace(qwen3_4b.drafter, taps=(0,), mask_token_id=0, num_layers=1))
     with jax.set_mesh(MeshConfig().build(absent_devices("v5p:2x2x1"))):
       args = training.arguments(config, target, drafter_config(config.drafter, target))
       found = compiled.read(training.lower(config, *args))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import types
 from pathlib import Path
 
@@ -14,18 +15,20 @@ import dspark_jax
 from dspark_jax.config import from_json, to_json
 from dspark_jax.drafters import DRAFTERS, MTP, DSpark, Eagle3
 from dspark_jax.drafters.model import DrafterChoices, DrafterConfig, DrafterSettings
-from dspark_jax.loading import drafter_id, target_id
+from dspark_jax.loading import drafter_id, target_config, target_id
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import run_folder
-from dspark_jax.training.losses import LossConfig
+from dspark_jax.training.losses import DFLASH, EAGLE3, LossConfig
 from dspark_jax.training.step import OptimizerConfig, StepConfig
 from folders import assert_same_weights, complains
 from train import train
-from train.config import TrainConfig, read_config
+from train.config import CompareConfig, TrainConfig, read_config
 from test_drafters import small_drafter
 from test_targets import small_target
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
+DEMO = ROOT / "configs" / "demo.py"
 TARGET_ID = "b45cec58c80640a4"
 SPEC = dict(hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=6, rms_norm_eps=1e-06,
             rope_theta=100.0, qk_norm=True)
@@ -137,6 +140,53 @@ def test_other_values_than_the_listed(make, part):
   """Kills: a choice that only the command line checks: one in an experiment file would go through."""
   with complains(part):
     make()
+
+
+# The experiments of configs/
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_an_experiment_fits_its_target(path):
+  """Kills: taps of another size of target, a mask token that it does not have, rows that do not divide, more positions
+  than it has: what would be found after its weights were fetched."""
+  found = runpy.run_path(str(path))["config"]
+  several = isinstance(found, CompareConfig)
+  base, about = found.base if several else found, target_config(found.base.target if several else found.target)
+  for drafter, _ in found.drafters.values() if several else [(found.drafter, None)]:
+    config = train.drafter_config(drafter, about)
+    assert config.taps == drafter.taps and config.vocab_size == about.vocab_size
+  train.check_rows(base)
+  assert base.row_length <= about.max_positions
+
+
+@pytest.mark.parametrize("size, taps", [("4B", (1, 9, 17, 25, 33)), ("8B", (1, 9, 17, 25, 33)),
+                                        ("14B", (1, 10, 19, 28, 37))])
+def test_the_reference_s_recipes(size, taps):
+  """Kills: a copy of the recipe that lost a setting; a DFlash with a sequential head, an Eagle3 on DSpark's loss."""
+  stem = f"qwen3_{size.lower()}"
+  found = {kind: read_config(str(ROOT / "configs" / f"{stem}{kind}.py")) for kind in ("", "_dflash", "_eagle3")}
+  for kind, config in found.items():
+    assert config.out.name == stem + kind and config.target == f"Qwen/Qwen3-{size}" and config.drafter.taps == taps
+    assert (config.epochs, config.batch, config.row_length, config.anchors) == (10, 512, 4096, 512)
+    assert config.optimizer == OptimizerConfig("adamw", 6e-4, 0.04, 0.0, 1.0) and config.drafter.block_size == 7
+  dspark, dflash, eagle3 = found.values()
+  assert (dspark.loss, dflash.loss, eagle3.loss) == (LossConfig(0.1, 0.9, 1.0, decay=4.0), DFLASH, EAGLE3)
+  assert (dspark.drafter.num_layers, dspark.drafter.markov_rank, dspark.drafter.confidence) == (5, 256, "markov")
+  assert dflash.drafter == dataclasses.replace(dspark.drafter, markov_rank=0, confidence="none")
+  assert eagle3.drafter == Eagle3.Settings(taps=taps)
+
+
+def test_how_long_a_run_is():
+  """Kills: minutes that win over epochs, epochs over steps; a last epoch that is cut; no step at all of few rows."""
+  of = lambda rows=30, **how: TrainConfig("t", MTP.Settings(), Path("o"), batch=8, **how).steps_over(rows)
+  assert of(minutes=3) is None and of(epochs=10, minutes=3) == 38 and of(steps=4, epochs=10, minutes=3) == 4
+  assert of(epochs=0.5) == 2 and of(epochs=1, rows=1) == 1 and of(epochs=0.3, rows=80) == 3
+  for wrong in (0, -1, float("nan")):
+    with complains(f"epochs is {wrong}, expected more than 0"):
+      of(epochs=wrong)
+  for how in (dict(epochs=1e9, rows=1000), dict(epochs=float("inf")), dict(steps=2 ** 31)):
+    with complains("more than an int32 counts"):
+      of(**how)
 
 
 # On the command line

@@ -17,6 +17,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat, pipeline
+from dspark_jax.data.rows import Rows
 from dspark_jax.drafters import DSpark
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import hosts, run_folder, shell
@@ -477,8 +478,20 @@ def test_train_by_the_clock(folder, tmp_path):
   assert train.main(experiment(folder, tmp_path / "run", steps=None, minutes=2))["steps"] == 8  # it has its steps
 
 
+def test_train_by_epochs(folder, uninterrupted, monkeypatch, tmp_path):
+  """Kills: epochs of all rows where some are held out; a run that goes on for another number of steps."""
+  rows = len(Rows(uninterrupted[0] / "rows"))
+  run = lambda **how: train.main(experiment(folder, tmp_path / "run", steps=None, eval_rows=2, minutes=9, **how))
+  steps = round(2 * (rows - 2) / 2)
+  at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+  assert run(epochs=2)["steps"] == 2 and read(tmp_path / "run" / "run.json")["total_steps"] == steps > 2
+  with complains("epochs was 2, is 3"):
+    run(epochs=3)
+  assert run(epochs=2)["steps"] == steps
+
+
 @pytest.mark.parametrize("args, part", [
-  (["--steps", "None"], "neither steps nor minutes"), (["--batch", "0"], "batch is 0"), (["--data"], "no data"),
+  (["--steps", "None"], "neither steps nor epochs"), (["--batch", "0"], "batch is 0"), (["--data"], "no data"),
   (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--data", "/nowhere.csv"], "/nowhere.csv"),
   (["--target", "/nowhere"], "/nowhere does not exist"), (["--depth", "3"], "--depth"),
   (["--drafter.taps", "5"], "taps [5] are out of range"), (["--optimizer.name", "sgd"], "('adamw', 'muon')"),

@@ -134,6 +134,7 @@ def resolved(settings: Settings, cache: Cache | None) -> TrainConfig:
       raise ValueError(f"{missing} is not given: name it with --{missing}, or give an experiment with --config")
     drafter = DSpark.Settings(taps=taps, mask_token_id=0)
     config = TrainConfig(target=given["target"], drafter=drafter, out=Path("."), kernels=AUTO)
+  given = {"batch": config.batch // config.microbatches} | given  # as many rows as a step has in memory
   config = dataclasses.replace(config, drafter=drafter, microbatches=1, **given)
   if not config.data:
     raise ValueError("no data: give one or more files with --data")

@@ -35,7 +35,9 @@ class TrainConfig:
   features: str | None = None
   """folder or URL of a hidden-state store (train.cache_hidden) that is read in the place of running the target"""
   steps: int | None = None
-  """optimizer steps; they win over minutes"""
+  """optimizer steps; they win over epochs and minutes"""
+  epochs: float | None = None
+  """passes over the rows that are trained on, to the nearest step; they win over minutes"""
   minutes: float | None = None
   """train for about so long: the first steps are timed and the number of steps is fixed from that"""
   batch: int = 8
@@ -81,15 +83,22 @@ class TrainConfig:
     counts = ("batch", "row_length", "anchors", "microbatches", "save_every", "log_every", "lens_rows")
     problems = wrong_choices(self)
     problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
-    for name in ("steps", "minutes"):
+    for name in ("steps", "epochs", "minutes"):
       value = getattr(self, name)
-      problems += [f"{name} is {value}, expected more than 0"] if value is not None and value <= 0 else []
+      problems += [f"{name} is {value}, expected more than 0"] if value is not None and not value > 0 else []
     problems += self._watched()
     if type(self.drafter) not in [kind.Settings for kind in DRAFTERS.values()]:
       problems.append(f"drafter is a {type(self.drafter).__name__}, expected one of "
                       f"{', '.join(kind.Settings.__name__ for kind in DRAFTERS.values())}")
     raise_all("training config", problems)
 
+  def steps_over(self, rows: int) -> int | None:
+    """The steps of a run that trains on so many rows; None where the clock decides. ValueError: beyond an int32."""
+    steps = self.steps or self.epochs and max(self.epochs * rows / self.batch, 1)
+    if steps and not steps < 2 ** 31:
+      raise ValueError(f"{self.steps or self.epochs} {'steps' if self.steps else f'epochs of {rows} rows'} are more "
+                       f"than an int32 counts: give fewer")
+    return steps and round(steps)
 
   def _watched(self):
     bounds = dict(eval_every=1, decode_every=1, eval_rows=0, decode_prompts=1)

@@ -4,7 +4,7 @@ When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and
 or stopped by SIGTERM, goes on exactly where it was when the same command is given again.
 
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
-    python -m train.train --config configs/qwen3_4b.py --data answers.jsonl --out runs/qwen3-4b --mesh.fsdp -1
+    python -m train.train --config configs/qwen3_4b.py --data rows --out runs/qwen3-4b --mesh.fsdp -1
 
 On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI and TPU pods
 say who they are, elsewhere --hosts.coordinator HOST:PORT --hosts.processes N --hosts.process I does. Process 0 speaks
@@ -62,8 +62,8 @@ FEWEST = 8            # steps of a run by the clock, even when no time is left: 
 
 
 def main(config: TrainConfig) -> dict:
-  if config.steps is None and config.minutes is None:
-    raise ValueError("neither steps nor minutes are given: say how long to train with --steps or --minutes")
+  if config.steps is config.epochs is config.minutes is None:
+    raise ValueError("neither steps nor epochs nor minutes are given: say how long to train with one of them")
   if not config.data:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
@@ -79,8 +79,9 @@ def check_rows(config: TrainConfig) -> None:
   mesh = jax.sharding.get_mesh()
   parts = config.microbatches * (1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"])
   if config.batch % parts:
-    raise ValueError(f"batch is {config.batch}, expected a multiple of {parts}: rows are divided into "
-                     f"{config.microbatches} microbatches of {parts // config.microbatches} devices (mesh data x fsdp)")
+    raise ValueError(f"batch is {config.batch}, expected a multiple of {parts}, for {config.microbatches} microbatches "
+                     f"of {parts // config.microbatches} devices (mesh data x fsdp): give other --microbatches, or "
+                     f"another --batch")
 
 
 def train(config: TrainConfig, target, tokenizer) -> dict:
@@ -92,10 +93,11 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
                     if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
+  asked = config.steps_over(len(data))
   drafter = build_drafter(config, target, rows, stops)
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
-  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
+  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=asked or 1000),
                drafter)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
@@ -109,11 +111,11 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     advance = stepper(config, static, state, target, batches)
     began, known = time.monotonic(), 0
     if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
-      drafter, known = fit_lens(config, state.drafter, target, batches)
+      drafter, known = fit_lens(config, state.drafter, target, batches, timed=asked is None)
       state = state.replace(drafter=drafter)
     if run is None:
       left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-      steps = config.steps or steps_in(left, state, advance, known)
+      steps = asked or steps_in(left, state, advance, known)
       more = {"date": rows.manifest.date, "lost": rows.manifest.lost}
       run = hosts.agree(lambda: new_run(config, record | more, steps))
     state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
@@ -224,9 +226,10 @@ def is_stopped(config: TrainConfig, result: dict) -> bool:
   return result["steps"] < run_folder.read_record(config.out, PROGRAM, {"total_steps": int})["total_steps"]
 
 
-def fit_lens(config: TrainConfig, drafter, target, batches: Batches):
-  """(the drafter with its lens fitted to the first batches, in at most half of the minutes; how many of these the
-  target was asked for whose answers are kept, up to SAID_BYTES: the first steps of training need not ask again)."""
+def fit_lens(config: TrainConfig, drafter, target, batches: Batches, *, timed: bool):
+  """(the drafter with its lens fitted to the first batches; how many of these the target was asked for whose answers
+  are kept, up to SAID_BYTES: the first steps of training need not ask again). timed: in half of the minutes, at most.
+  """
   total = math.ceil(min(config.lens_rows, len(batches.data)) / config.batch)
   observe, moments = jax.jit(starts.observe, donate_argnums=0), made(starts.no_moments, drafter)
   memory = Memory(0 if config.features else SAID_BYTES, batches.features)
@@ -239,7 +242,7 @@ def fit_lens(config: TrainConfig, drafter, target, batches: Batches):
       moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch, encoded))
       memory.keep(index, encoded)
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
-      if config.steps is None and hosts.agree(lambda: time.monotonic() - began > config.minutes * 60 / 2):
+      if timed and hosts.agree(lambda: time.monotonic() - began > config.minutes * 60 / 2):
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
   batches.features = memory

@@ -106,8 +106,9 @@ class HeldOut:
 
   def __init__(self, config: TrainConfig, static: StepConfig, target, rows):
     self.target, self.batches, (part, count) = target, [], rows_share()
-    for at in range(0, len(rows), config.batch):
-      size = config.batch // count
+    at_once = config.batch // config.microbatches  # as many as a step has in memory
+    for at in range(0, len(rows), at_once):
+      size = at_once // count
       self.batches.append(rows.take(np.arange(at + part * size, at + (part + 1) * size)))
     key = jax.random.key_data(jax.random.key(config.seed + 1))
     self.step = jax.jit(functools.partial(_measured, key=np.asarray(key), static=static), out_shardings=everywhere())

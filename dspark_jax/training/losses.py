@@ -25,7 +25,7 @@ EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervis
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Weights of the terms. DFlash: ce 1, tv 0, confidence 0. Eagle3: `EAGLE3`."""
+  """Weights of the terms."""
   ce: float = 0.1
   tv: float = 0.9
   confidence: float = 1.0
@@ -40,7 +40,8 @@ class LossConfig:
     raise_all("loss config", wrong_choices(self))
 
 
-# The reference's: step k weighs 0.8 ** k.
+# The reference's; of Eagle3 step k weighs 0.8 ** k.
+DFLASH = LossConfig(ce=1.0, tv=0.0, confidence=0.0)
 EAGLE3 = LossConfig(ce=0.0, tv=0.0, confidence=0.0, soft=1.0, decay=-1 / math.log(0.8), per="positions")
 
 
