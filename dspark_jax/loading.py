@@ -26,6 +26,7 @@ from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import values
+from dspark_jax.nn.rope import frequencies
 from dspark_jax.nn.sharding import made, on_host, place
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import TargetConfig, scans, stack_layers, stored_stacked
@@ -171,8 +172,8 @@ def _left_out(config, tensors, embedding):
       unused.add(head)
     else:
       config = dataclasses.replace(config, tie_word_embeddings=False)
-  width, theta = config.spec.head_dim, config.spec.rope_theta
-  wanted = theta ** (-np.arange(0, width, 2) / width)
+  spec = config.spec
+  wanted = np.asarray(frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)[0], np.float64)
   for name in (name for name in tensors if name.endswith("rotary_emb.inv_freq")):  # of old exporters
     unused.add(name)
     stored = tensors[name]
@@ -180,8 +181,8 @@ def _left_out(config, tensors, embedding):
       np.asarray(stored, np.float64), wanted, rtol=max(2 * float(jnp.finfo(stored.dtype).eps), 1e-5),
       atol=float(jnp.finfo(stored.dtype).smallest_subnormal))
     if not near:
-      problems.append(f"{name} holds other frequencies than rope_theta {theta} gives: they were trained with, and are "
-                      f"not supported")
+      problems.append(f"{name} holds other frequencies than rope_theta {spec.rope_theta} gives: they were trained "
+                      f"with, and are not supported")
   return config, unused, problems
 
 

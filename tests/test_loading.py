@@ -171,7 +171,7 @@ def test_both_spellings_of_the_rope(source, tmp_path):
 @pytest.mark.parametrize("change, word", [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type' is 'linear'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type' is 'llama3'"),
-    ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "yarn"}}, "rope_parameters.rope_type' is 'yarn'"),
+    ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "longrope"}}, "rope_parameters.rope_type' is 'longrope'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor' is 0.5"),
     ({"sliding_window": 64}, "sliding_window' is 64"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types' is .*expected .'full_attention'"),

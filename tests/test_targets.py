@@ -13,7 +13,8 @@ from flax import nnx
 
 from dspark_jax.checkpoints import hf
 from dspark_jax.nn import attention, layers
-from dspark_jax.nn.layers import BlockSpec, linear, rope_table
+from dspark_jax.nn.layers import BlockSpec, linear
+from dspark_jax.nn.rope import rope_table
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.targets import TARGETS, decoder

@@ -14,6 +14,7 @@ from flax import nnx
 from dspark_jax.config import Count, Range
 from dspark_jax.nn.attention import Place, attend
 from dspark_jax.nn.cache import Full, Layout, extend
+from dspark_jax.nn.rope import Theta, Yarn, rope_table, rotate
 from dspark_jax.nn.sharding import ROWS, constrain
 from dspark_jax.types import Array
 
@@ -170,28 +171,6 @@ class RMSNorm(nnx.Module):
     return (y * weight).astype(x.dtype)
 
 
-def rope_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-  """(cos, sin), f32[...,1,head_dim/2], for positions i32[...]; the size-1 axis stands for heads.
-
-  Frequencies are pinned to float32: the reference rounds them to bfloat16 in training, a phase error of 0.6 rad
-  at distance 512.
-  """
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape((1,) * (positions.ndim + 1) + (-1,))
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-  """Rotary embedding in half rotation (Hugging Face order). x: f[...,heads,head_dim]; rope from `rope_table`."""
-  cos, sin = rope
-  # In float32, rounded once at the end: Hugging Face rounds cos and sin to x's dtype before they meet x.
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-Theta = Annotated[float, Range(1, 1e30)]  # the base of a rotary embedding
-
-
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
   """The static description of one transformer layer. A family whose layers differ in more than numbers extends it."""
@@ -203,6 +182,7 @@ class BlockSpec:
   rms_norm_eps: Annotated[float, Range(0, 1)]
   rope_theta: Theta
   qk_norm: bool = False
+  rope_scaling: Yarn | None = None
 
   def build(self, *, rngs: nnx.Rngs) -> Block:
     """A layer of this kind, for targets and for the drafters that repeat it."""
@@ -250,7 +230,7 @@ class Attention(nnx.Module):
 
   def _rope(self, positions):
     # Made anew by every layer, so that a layer needs no more than a place: the compiler makes it once for all of them.
-    return rope_table(positions, self.spec.head_dim, self.spec.rope_theta)
+    return rope_table(positions, self.spec.head_dim, self.spec.rope_theta, self.spec.rope_scaling)
 
 
 class MLP(nnx.Module):

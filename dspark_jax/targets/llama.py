@@ -1,12 +1,13 @@
-"""Llama (SmolLM2 among them): grouped-query attention, RoPE, no biases, no q/k norms."""
+"""Llama (SmolLM2 among them): grouped-query attention, RoPE (also YaRN), no biases, no q/k norms."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from dspark_jax.config import Count, Range, raise_all, read_known
-from dspark_jax.nn.layers import BlockSpec, Theta
+from dspark_jax.config import Count, Range, raise_all, read_known, to_json
+from dspark_jax.nn.layers import BlockSpec
+from dspark_jax.nn.rope import Theta, Yarn
 from dspark_jax.targets.decoder import Family, TargetConfig
 
 One = Annotated[float, Range(1, 1)]
@@ -14,10 +15,10 @@ One = Annotated[float, Range(1, 1)]
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """What is read of rope_parameters (also rope_scaling, the older form)."""
+  """What is read of rope_parameters (also rope_scaling, the older form), and of the type yarn also what `Yarn` has."""
   rope_theta: Theta | None = None
-  rope_type: Literal["default"] = "default"
-  type: Literal["default"] = "default"  # the older spelling
+  rope_type: Literal["default", "yarn"] | None = None
+  type: Literal["default", "yarn"] | None = None  # the older spelling
   partial_rotary_factor: One = 1
 
 
@@ -66,8 +67,10 @@ def decoder_config(family: str, hf: dict, spec: BlockSpec | None, problems: list
   """What Llama-like families share of a Hugging Face config.json, around what `block_spec` gave."""
   keys, wrong = read_known(TargetKeys, hf)
   raise_all(f"{family} config", problems + wrong)
+  # A config that YaRN was added to still says how many positions there were without it.
+  longer = spec.rope_scaling.positions if spec.rope_scaling else 0
   return TargetConfig(family, spec, keys.num_hidden_layers, keys.vocab_size, keys.tie_word_embeddings,
-                      keys.max_position_embeddings)
+                      max(keys.max_position_embeddings, longer))
 
 
 def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec | None, list[str]]:
@@ -89,8 +92,27 @@ def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec 
   if heads % kv_heads:
     problems.append(f"key 'num_key_value_heads' is {kv_heads}, expected a divisor of num_attention_heads {heads}")
   theta = keys.rope_parameters.rope_theta or keys.rope_theta
+  scaling, wrong = _scaling(hf, keys)
+  problems += wrong
   return None if problems else BlockSpec(keys.hidden_size, keys.intermediate_size, heads, kv_heads, head_dim,
-                                         keys.rms_norm_eps, float(theta), qk_norm), problems
+                                         keys.rms_norm_eps, float(theta), qk_norm, scaling), problems
+
+
+def _scaling(hf, keys):
+  """(what the rotary embedding is scaled by or None, problems): exporters may say it in both places."""
+  found, problems = {}, []
+  for name in ("rope_parameters", "rope_scaling"):
+    kinds = {getattr(keys, name).rope_type, getattr(keys, name).type} - {None}
+    if len(kinds) > 1:
+      problems.append(f"key {name!r} has rope_type {getattr(keys, name).rope_type!r} and type "
+                      f"{getattr(keys, name).type!r}: expected one")
+    elif kinds == {"yarn"}:
+      scaling, wrong = read_known(Yarn, hf[name] | {"rope_type": "yarn"})
+      found[scaling] = name
+      problems += [f"{name}: {problem}" for problem in wrong]
+  if len(found) > 1:
+    problems.append("rope_parameters and rope_scaling say different things of yarn: expected one of them")
+  return next(iter(found), None), problems
 
 
 def block_keys(spec: BlockSpec) -> dict[str, Any]:
@@ -99,7 +121,8 @@ def block_keys(spec: BlockSpec) -> dict[str, Any]:
       attention_bias=False, head_dim=spec.head_dim, hidden_act="silu", hidden_size=spec.hidden_size,
       intermediate_size=spec.intermediate_size, num_attention_heads=spec.num_heads,
       num_key_value_heads=spec.num_kv_heads, rms_norm_eps=spec.rms_norm_eps,
-      rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"})
+      rope_parameters={"rope_theta": spec.rope_theta, "rope_type": "default"} | (
+          to_json(spec.rope_scaling) if spec.rope_scaling else {}))
 
 
 FAMILY = Family(from_hf, block_spec, block_keys, "Llama")
