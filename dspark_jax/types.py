@@ -76,6 +76,7 @@ class Blocks:
   previous: Array    # i32[B,A,G]    teacher-forced previous token of each position: that at anchor + k
   labels: Array      # i32[B,A,G]
   supervised: Array  # bool[B,A,G]   contiguous from the first position (sampled anchors)
+  temperature: Array | None = None  # i32[B,A]  which of the loss's temperatures each is trained at; None: at 1
 
 
 class Head(Protocol):

@@ -246,6 +246,7 @@ def test_a_run_of_before_goes_on(kind, tmp_path):
                 markov_rank=8 if kind == "dspark" else 0, confidence="markov", sample_from_anchor=True, lens=False,
                 draft_vocab_size=64, from_target=True, from_bigrams=False)  # one form for every kind
   record = train.describe(TrainConfig("t", DRAFTERS[kind].Settings(**mine), tmp_path, steps=4)) | {"data": "abc"}
+  assert "temperatures" not in record["config"]["loss"]  # which are compared one by one
 
   def known(drafter):
     run = record | {"config": record["config"] | {"drafter": drafter}, "total_steps": 4}

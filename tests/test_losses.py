@@ -6,6 +6,7 @@ The goldens run through padded chunks, so they also hold the chunking to the ref
 import dataclasses
 import functools
 import math
+import types
 from pathlib import Path
 
 import flax.struct
@@ -24,8 +25,9 @@ from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.text import read_json
 from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
-from dspark_jax.training.step import StepConfig, gradients
+from dspark_jax.training.step import StepConfig, blocks_of, gradients
 from dspark_jax.types import Batch, DraftHead, DraftOutputs, TargetOutput
+from folders import complains
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -188,22 +190,29 @@ def assert_same(a, b, **tolerance):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-def brute_force(arrays, blocks, config, words=None):
-  """The loss as printed, slot by slot in float64; TV as twice the mass that q and p do not share."""
+def brute_force(arrays, blocks, config, words=None, goals=None):
+  """The loss as printed, slot by slot in float64; TV as twice the mass that q and p do not share. goals: a list that
+  gets the confidence's targets, or has them."""
   a = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
   columns = list(range(VOCABULARY) if words is None else words)
   softmax = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()
-  sums = np.zeros((3, 2))
+  sums, goals = np.zeros((4, 2)), [] if goals is None else goals
+  held = iter(goals[:])
   for b, n, k in zip(*np.nonzero(np.asarray(blocks.supervised))):
-    q = np.zeros(VOCABULARY)
-    q[columns] = softmax(a["head"][columns] @ a["hidden"][b, n, k] + a["w2"] @ a["latent"][b, n, k])
-    p = softmax(a["head"] @ a["target_hidden"][b, int(blocks.anchors[b, n]) + k])
+    temperature = 1.0 if blocks.temperature is None else config.temperatures[int(blocks.temperature[b, n])]
+    z = np.full(VOCABULARY, -np.inf)
+    z[columns] = a["head"][columns] @ a["hidden"][b, n, k] + a["w2"] @ a["latent"][b, n, k]
+    said = a["head"] @ a["target_hidden"][b, int(blocks.anchors[b, n]) + k]
+    plain, q, p = softmax(z), softmax(z / (temperature or 1)), softmax(said / (temperature or 1))
+    p = p if temperature else np.eye(VOCABULARY)[said.argmax()]
     tv, w, label = 2 * (1 - np.minimum(p, q).sum()), np.exp(-k / config.decay), int(blocks.labels[b, n, k])
-    c, goal = 1 / (1 + np.exp(-a["confidence"][b, n, k])), 1 - tv / 2
-    bce = -goal * np.log(c) - (1 - goal) * np.log(1 - c)
-    for term, value in enumerate((-np.log(q[label]) if label in columns else None, tv, bce)):
+    goal = 1 - tv / 2 if temperature else float(z.argmax() == said.argmax())
+    c, goal = 1 / (1 + np.exp(-a["confidence"][b, n, k])), next(held, goal)
+    goals.append(goal)
+    bce, soft = -goal * np.log(c) - (1 - goal) * np.log(1 - c), -(p[columns] * np.log(q[columns])).sum()
+    for term, value in enumerate((-np.log(plain[label]) if label in columns else None, tv, bce, soft)):
       sums[term] += (0, 0) if value is None else (w * value, w)
-  return np.dot((config.ce, config.tv, config.confidence), sums[:, 0] / (sums[:, 1] + 1e-6))
+  return np.dot((config.ce, config.tv, config.confidence, config.soft), sums[:, 0] / (sums[:, 1] + 1e-6))
 
 
 @pytest.mark.parametrize("words", (None, WORDS))
@@ -215,6 +224,69 @@ def test_loss_is_the_formula(words):
   np.testing.assert_allclose(loss, brute_force(arrays, blocks, LossConfig(), words), rtol=1e-5)
   weight = np.exp(-np.nonzero(blocks.supervised)[2] / 4).sum()
   np.testing.assert_allclose(metrics["tv"].weight, weight, rtol=1e-5)
+
+
+SEVERAL = LossConfig(soft=0.3, chunk=7, temperatures=(0.0, 0.6, 1.0))
+
+
+def with_temperatures(blocks):
+  return blocks.replace(temperature=(np.arange(ROWS)[:, None] + np.arange(ANCHORS)[None]) % 3)
+
+
+@pytest.mark.parametrize("words", (None, WORDS))
+def test_loss_at_temperatures_is_the_formula(words):
+  """Kills: a block at another's temperature, q or p that is not softened, CE that is, a p at 0 over the draft words
+  alone, a normaliser of another temperature, a confidence at 0 that learns the mass instead of the match."""
+  arrays, blocks = example(words)
+  blocks, goals = with_temperatures(blocks), []
+  (loss, metrics), _ = loss_and_grad(arrays, blocks, SEVERAL, words)
+  np.testing.assert_allclose(loss, brute_force(arrays, blocks, SEVERAL, words, goals), rtol=1e-5)
+  assert {0.0, 1.0} < set(goals) or words and 0.0 in goals
+  at = np.nonzero(blocks.supervised)
+  of_position = [np.mean(np.array(goals)[at[2] == k]) for k in range(BLOCK)]
+  np.testing.assert_allclose(mean(metrics["accept_rate"]), of_position, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", (None, WORDS))
+def test_gradients_at_temperatures(words):
+  """Kills: a gradient without 1 / T, one of p at 0, of the confidence's target, or of another block."""
+  arrays, blocks = example(words)
+  blocks, goals = with_temperatures(blocks), []
+  grads = loss_and_grad(arrays, blocks, SEVERAL, words)[1]
+  brute_force(arrays, blocks, SEVERAL, words, goals)  # the targets, which are held
+  rng, step = np.random.default_rng(1), 1e-6
+  for name in ("hidden", "latent", "w2", "confidence"):
+    for _ in range(3):
+      way = rng.normal(size=arrays[name].shape)
+      moved = [brute_force(arrays | {name: arrays[name].astype(np.float64) + sign * step * way}, blocks, SEVERAL, words,
+                           list(goals)) for sign in (1, -1)]
+      wanted = (moved[0] - moved[1]) / (2 * step)
+      np.testing.assert_allclose((np.asarray(grads[name], np.float64) * way).sum(), wanted, rtol=1e-3, atol=1e-5)
+  assert not np.any(grads["target_hidden"]) and not np.any(grads["head"])
+
+
+def test_every_row_has_equal_shares():
+  """Kills: temperatures that follow places, so that a token is always trained at the same one; a default that draws."""
+  rows, length = 5, 12
+  flat = lambda x: np.broadcast_to(x, (rows, length))
+  batch = Batch(flat(np.int32(1)), flat(np.bool(True)), flat(np.int32(1)), flat(np.arange(length, dtype=np.int32)))
+  drawn = jax.jit(lambda seed, every, temperatures: blocks_of(
+      types.SimpleNamespace(every_position=every, block_size=2), batch, jax.random.key(seed),
+      StepConfig(num_anchors=9, loss=LossConfig(temperatures=temperatures))), static_argnums=(1, 2),
+                  compiler_options=QUICK)
+  which = [np.asarray(drawn(seed, True, (0.0, 0.5, 1.0)).temperature) for seed in range(4)]
+  assert all(abs(np.bincount(row, minlength=3) - row.size / 3).max() < 1 for x in which for row in x)
+  assert (np.ptp([x[:, 0] for x in which], axis=0) > 0).any() and any(np.ptp(x[:, 0]) for x in which)
+  plain, several = drawn(0, False, (1.0,)), drawn(0, False, (0.0, 1.0))
+  assert plain.temperature is None and several.temperature.shape == several.anchors.shape
+  np.testing.assert_array_equal(plain.anchors, several.anchors)
+
+
+@pytest.mark.parametrize("temperatures", [(), (-1.0,), (1.0, 0.001), (float("nan"),)])
+def test_temperatures_that_are_none(temperatures):
+  """Kills: logits divided by what makes infinities of them."""
+  with complains("temperatures are (", "each 0 or 0.01 to 100"):
+    LossConfig(temperatures=temperatures)
 
 
 @pytest.mark.parametrize("words", (None, WORDS))

@@ -209,8 +209,11 @@ def describe(config: TrainConfig) -> dict:
                "diverged_at", "use_older", "eval_every", "decode_every", "decode_prompts", "profile_steps")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   settings["features"] = stored_dtype(config)  # not where they are: a store may be moved
+  # What runs have that began before there was such a setting.
   for name in ("thinking", "allow_special", "eval_rows"):
-    settings[name] = settings[name] or None  # what runs have that began before there was such a setting
+    settings[name] = settings[name] or None
+  if config.loss.temperatures == (1.0,):
+    del settings["loss"]["temperatures"]
   return {"program": PROGRAM, "config": settings}
 
 

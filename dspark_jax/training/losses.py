@@ -3,6 +3,11 @@
 L = ce * CE + tv * TV + soft * H + confidence * BCE, each = sum(w * mask * term) / sum(w * mask) over the global batch,
 w_k = exp(-k / decay). TV = || q - p ||_1 without the factor 1/2; q is of the draft, p of the target. H = -sum(p log q)
 is Eagle3's soft cross-entropy, whose denominator in the reference is the number of positions, supervised or not.
+
+Acceptance depends on the temperature of sampling: blocks may be trained at several (`LossConfig.temperatures`), p and q
+of TV, H and the confidence's target softened alike. CE is of the text, which has a temperature already, so its q stays
+as it is. At 0, p is its argmax alone. A greedy draft is accepted where q's argmax is p's, which has no gradient: TV and
+H take q as it is, whose probability there they raise; the confidence's target is that 0 or 1 itself.
 """
 
 from __future__ import annotations
@@ -35,9 +40,13 @@ class LossConfig:
   # the blocks of the batch, dummies too ("positions", of rows)
   per: Literal["slots", "positions"] = "slots"
   chunk: int = 512    # draft positions whose logits exist at a time on a device
+  # of sampling, each for an equal share of the blocks. A confidence head does not know which: it learns their mean.
+  temperatures: tuple[float, ...] = (1.0,)
 
   def __post_init__(self):
-    raise_all("loss config", wrong_choices(self))
+    right = self.temperatures and all(t == 0 or 0.01 <= t <= 100 for t in self.temperatures)
+    raise_all("loss config", wrong_choices(self) + ([] if right else [
+        f"temperatures are {self.temperatures}, expected at least one, each 0 or 0.01 to 100"]))
 
 
 # The reference's; of Eagle3 step k weighs 0.8 ** k.
@@ -57,11 +66,11 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
   weights = weights or term_weights(drafter, blocks, config)
   columns, known = draft_columns(drafter, blocks)
   scale = {name: getattr(config, name) / (weight + EPSILON) for name, weight in weights.items()}
-  loss, (ce, tv, soft) = position_loss(
-      drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden), anchors=blocks.anchors,
-      columns=columns, chunk=config.chunk,
+  loss, (ce, tv, soft, *accept) = position_loss(
+      drafter, target, outputs, target_hidden=jax.lax.stop_gradient(target_hidden), blocks=blocks,
+      columns=columns, config=config,
       weights=(scale["ce"] * decay * known, scale["tv"] * decay, scale["soft"] * decay))
-  accept = jnp.clip(1 - tv / 2, 0, 1)  # sums over the vocabulary may round to more than 2
+  accept = jnp.clip(accept[0] if accept else 1 - tv / 2, 0, 1)  # sums over the vocabulary may round to more than 2
   metrics = {"ce": weighted(ce, decay * known), "tv": weighted(tv, decay), "soft": weighted(soft, decay)}
   metrics |= acceptance(accept, mask)
   if outputs.confidence is not None:
@@ -95,9 +104,10 @@ def draft_columns(drafter: Drafter, blocks: Blocks) -> tuple[Array, Array]:
   return column, (words[column] == blocks.labels).astype(jnp.float32)
 
 
-def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array, anchors: Array,
-                  columns: Array, weights: tuple[Array, ...], chunk: int) -> tuple[Array, tuple[Array, ...]]:
-  """(sum over draft positions of the weighted terms, the terms): (CE, TV, H), f32[B,A,G] each, the terms detached.
+def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, target_hidden: Array, blocks: Blocks,
+                  columns: Array, weights: tuple[Array, ...], config: LossConfig) -> tuple[Array, tuple[Array, ...]]:
+  """(sum over draft positions of the weighted terms, the terms): (CE, TV, H), f32[B,A,G] each, the terms detached; and
+  where blocks have temperatures the probability that the draft is accepted.
 
   columns: i32[B,A,G], the label's column in the draft logits. Chunks take some positions of every row, so that a batch
   sharded over devices stays where it is. With a reduced draft vocabulary p is not renormalised: TV also counts p's
@@ -108,13 +118,19 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
   batch, _, block = columns.shape
   offset = jnp.arange(block, dtype=jnp.int32)[None, None]
   # Not one on: what the target says at anchor + k is of token anchor + k + 1, the label.
-  position = jnp.minimum(anchors[..., None] + offset, target_hidden.shape[1] - 1)
+  position = jnp.minimum(blocks.anchors[..., None] + offset, target_hidden.shape[1] - 1)
+  which, chunk, words = blocks.temperature, config.chunk, drafter.words
+  which = which if which is None else jnp.broadcast_to(which[..., None], columns.shape)
   head = drafter.head(target)
   base, whole = jax.lax.stop_gradient((head.base, target.head()))
-  log_total = None if drafter.words is None else log_normalizer(whole, target_hidden, chunk)
+  soften = Softened(config.temperatures)
+  log_total = None if words is None else log_normalizer(whole, target_hidden, chunk) if which is None else soften.known(
+      whole, target_hidden, chunk)
 
-  def teacher(position):
+  def teacher(position, which):
     rows = jnp.take_along_axis(target_hidden, position[..., None], axis=1)
+    if which is not None:
+      return soften.teacher(base(rows), which, position, words, log_total)
     if log_total is None:
       return jax.nn.softmax(whole(rows)), 0.0
     total = jnp.take_along_axis(log_total, position, axis=1)[..., None]
@@ -122,22 +138,69 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
     return p, jnp.maximum(1 - p.sum(-1), 0)
 
   def terms(drafts, bias, fixed):
-    (hidden, latent), (position, column) = drafts, fixed
-    p, outside = teacher(position)
+    (hidden, latent), (position, column, which) = drafts, fixed
+    p, outside = teacher(position, which)
     mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
     # In float32, as heads give it: elsewhere, TV in bfloat16 had gradients that were 6 to 31 % off.
-    log_q = jax.nn.log_softmax(mine(hidden, latent))
+    logits = mine(hidden, latent)
+    log_q = jax.nn.log_softmax(logits)
     # By comparison: the gradient of a look-up is a scatter into another array of logits.
     label = jax.lax.broadcasted_iota(jnp.int32, log_q.shape, log_q.ndim - 1) == column[..., None]
     ce = -jnp.where(label, log_q, 0).sum(-1)
+    log_q = log_q if which is None else soften(logits, which)
     tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
-    return ce, tv, -(p * log_q).sum(-1)
+    found = ce, tv, -(p * log_q).sum(-1)
+    return found if which is None else (*found, soften.accept(logits, p, tv, which))
 
   flat = lambda x: x.reshape(batch, -1, *x.shape[3:])
   drafts = jax.tree.map(flat, (outputs.hidden, outputs.latent))
-  weights, fixed = jax.tree.map(flat, (weights, (position, columns)))
+  weights, fixed = jax.tree.map(flat, (weights, (position, columns, which)))
   loss, found = _sum_of_chunks(terms, weights, drafts, head.bias, fixed, chunk)
   return loss, tuple(jax.lax.stop_gradient(x).reshape(columns.shape) for x in found)
+
+
+class Softened:
+  """Distributions at temperatures, of which `which` i32[B,N] names one for every draft position."""
+
+  def __init__(self, temperatures: tuple[float, ...]):
+    self.temperatures = temperatures
+    self._greedy = jnp.asarray([t == 0 for t in temperatures])
+    self._divisor = jnp.asarray([t or 1.0 for t in temperatures], jnp.float32)
+
+  def __call__(self, logits: Array, which: Array) -> Array:
+    """f32[B,N,W]: log-probabilities; at 0 those of 1."""
+    return jax.nn.log_softmax(logits / self._divisor[which][..., None])
+
+  def known(self, head: Head, target_hidden: Array, chunk: int) -> tuple[Array, Array]:
+    """(log-sum-exp at each temperature f32[B,T,n], the most likely token i32[B,T]) of the target at every position,
+    over the whole vocabulary."""
+    def one(hidden):
+      logits = head(hidden)
+      totals = [jax.nn.logsumexp(logits / (t or 1.0), axis=-1) for t in self.temperatures]
+      return (), (jnp.stack(totals, -1), jnp.argmax(logits, -1).astype(jnp.int32))
+    return in_chunks(one, target_hidden, chunk)[1]
+
+  def teacher(self, logits: Array, which: Array, position: Array, words: Array | None, known) -> tuple[Array, Array]:
+    """(p f32[B,N,W], what it has outside the draft words f32[B,N]) of the target's logits at these words. known: None,
+    or with a reduced vocabulary what `known` gave."""
+    scaled = logits / self._divisor[which][..., None]
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    if known is None:
+      p, best = jax.nn.softmax(scaled), column == jnp.argmax(logits, -1).astype(jnp.int32)[..., None]
+    else:
+      totals, tokens = (jnp.take_along_axis(x, position.reshape(*position.shape, *(1,) * (x.ndim - 2)), axis=1)
+                        for x in known)
+      p = jnp.exp(scaled - jnp.take_along_axis(totals, which[..., None], axis=-1))
+      best = words.reshape(1, 1, -1) == tokens[..., None]
+    p = jnp.where(self._greedy[which][..., None], best.astype(jnp.float32), p)
+    return p, jnp.maximum(1 - p.sum(-1), 0)
+
+  def accept(self, logits: Array, p: Array, tv: Array, which: Array) -> Array:
+    """f32[B,N]: the probability that a draft of these logits is accepted, 1 - TV / 2; at 0 whether their argmax is p's.
+    """
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hit = jnp.where(column == jnp.argmax(logits, -1).astype(jnp.int32)[..., None], p, 0).sum(-1)
+    return jnp.where(self._greedy[which], hit, 1 - tv / 2)
 
 
 def _sum_of_chunks(terms, weights, drafts, bias, fixed, chunk):

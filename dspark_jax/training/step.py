@@ -139,9 +139,16 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
 
 
 def blocks_of(drafter, batch, key, config):
-  """The blocks of a batch that are trained: all of them, or at anchors drawn by the key."""
-  return (all_blocks(batch, drafter.block_size) if drafter.every_position else
-          sample_blocks(key, batch, config.num_anchors, drafter.block_size))
+  """The blocks of a batch that are trained, all of them or at anchors drawn by the key, and at which temperature."""
+  blocks = (all_blocks(batch, drafter.block_size) if drafter.every_position else
+            sample_blocks(key, batch, config.num_anchors, drafter.block_size))
+  if config.loss.temperatures == (1.0,):
+    return blocks
+  # In turn, so that every row has equal shares; from a drawn one on, as the blocks of recurrent drafters always stand
+  # at the same tokens.
+  (rows, count), kinds = blocks.anchors.shape, len(config.loss.temperatures)
+  first = jax.random.randint(jax.random.fold_in(key, 1), (rows, 1), 0, kinds)
+  return blocks.replace(temperature=(first + jnp.arange(count, dtype=jnp.int32)[None]) % kinds)
 
 
 def batch_loss(drafter: Drafter, target: Target, batch: Batch, key: Array, config: StepConfig
