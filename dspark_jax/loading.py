@@ -19,7 +19,7 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import from_json, shown, to_json
+from dspark_jax.config import from_json, raise_all, shown, to_json
 from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
@@ -237,12 +237,21 @@ def drafter_folder(path: str | os.PathLike) -> Path:
   return path / "drafter" if (path / "drafter" / "drafter.json").exists() else path
 
 
-def _read_drafter(path: Path, target: Target, dtype=None):
+def drafter_from(path: str | os.PathLike, config: DrafterConfig) -> Drafter:
+  """A drafter of this configuration with a stored one's weights and words, in float32, to go on training: also for
+  another target of these sizes, and with another rotary embedding. ValueError lists all else that differs."""
+  return _read_drafter(Path(path), None, jnp.dtype("float32"), config)[0]
+
+
+def _read_drafter(path: Path, target: Target | None, dtype=None, instead: DrafterConfig | None = None):
   """(drafter, the config.json and safetensors metadata that it was imported from or None); dtype: default as stored"""
   path = drafter_folder(path)
   read = _read_ours if (path / "drafter.json").exists() else _read_deepspec
   kind, config, tensors, apart, problems, imported = read(path, target)
   _layers_there(getattr(config, "num_layers", 1), tensors, path)
+  if instead:
+    raise_all(f"drafter {path}", instead.differences(config))  # alone: other sizes have other shapes
+    config = instead
   drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, f"drafter {path}", dtype=dtype,
                     extra_ok=apart, problems=problems)
   if config.draft_vocab_size:  # no parameter, so `fill` has passed it by
@@ -262,7 +271,7 @@ def _read_ours(path, target):
       data = data | {"spec": from_json(LAYERS, data["spec"], where)}
   config = from_json(DRAFTERS[kind].Config, data, where)
   problems = _words_problems(config, tensors)
-  if sidecar["target"] != target_id(target):
+  if target is not None and sidecar["target"] != target_id(target):
     problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target "
                     f"it was trained with")
   return kind, config, tensors, {"draft_words"} if config.draft_vocab_size else set(), problems, sidecar["imported"]
@@ -279,11 +288,11 @@ def _deepspec_config(path):
 
 def _read_deepspec(path, target):
   (kind, config), tensors, frozen = _deepspec_config(path), hf.Tensors(path), set()
-  problems = _fit(config, target)
+  problems = _fit(config, target) if target is not None else []
   if dialects.stores_frozen(config):
     frozen = set(dialects.FROZEN)
     # Only where the sizes fit: of another target's drafter these differ too, which is no news.
-    problems = problems or dialects.check_frozen(tensors, target)
+    problems = problems or (dialects.check_frozen(tensors, target) if target is not None else [])
   # Decoded from bytes: read_text() would turn \r\n into \n, and an export would not give back the file.
   imported = {"config": (path / "config.json").read_bytes().decode(), "metadata": tensors.metadata}
   return kind, config, tensors, frozen, problems, imported

@@ -18,14 +18,15 @@ import pytest
 import dspark_jax
 from dspark_jax.data import chat, pipeline
 from dspark_jax.data.rows import Rows
-from dspark_jax.drafters import DSpark
+from dspark_jax.drafters import MTP, DSpark
+from dspark_jax.nn.parameters import values
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import hosts, run_folder, shell
 from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains, cut,
-                     files, llama, with_tokenizer)
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains, copied,
+                     cut, files, llama, with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
@@ -488,6 +489,41 @@ def test_train_by_epochs(folder, uninterrupted, monkeypatch, tmp_path):
   with complains("epochs was 2, is 3"):
     run(epochs=3)
   assert run(epochs=2)["steps"] == steps
+
+
+def test_a_run_that_begins_with_a_trained_drafter(folder, uninterrupted, monkeypatch, tmp_path):
+  """Kills: a second stage that begins with fresh weights, of another vocabulary, or anew when it goes on; a lens fitted
+  over the trained one; a start from another drafter than yesterday's."""
+  first = uninterrupted[0]
+  yarn = copied(LLAMA, tmp_path / "yarn", config=lambda c: c | {"rope_scaling": {
+      "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}})
+  for file in set(os.listdir(folder / "target")) - set(os.listdir(yarn)):
+    shutil.copy(folder / "target" / file, yarn)
+  run = lambda name, **how: train.main(experiment(folder, tmp_path / name, **{
+      "start_from": str(first), "target": str(yarn), "steps": 3, "save_every": 2} | how))
+  run("whole")
+  target, before = dspark_jax.load_target(yarn), dspark_jax.load_drafter(first, llama())
+  after = dspark_jax.load_drafter(tmp_path / "whole", target)
+  assert after.config.spec == target.config.spec != before.config.spec
+  np.testing.assert_array_equal(after.words, before.words)
+  for name, value in values(after).items():  # as far as three updates go; fresh weights have a deviation of 0.02
+    np.testing.assert_allclose(value, values(before)[name], atol=3 * 6.1e-4, err_msg=name)
+  at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+  assert run("stopped")["steps"] == 2 and run("stopped")["steps"] == 3
+  assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+  with complains("start_from was", "is None"):
+    run("whole", start_from=None)
+  with complains("start_from was"):
+    run("whole", start_from=str(tmp_path / "whole"))
+  drafter = experiment(folder, first).drafter
+  for changes, parts in ((dict(block_size=4, taps=(0,)), ["taps is (0, 1), the run's (0,)", "block_size is 3"]),
+                         (dict(lens=True), ["lens is False, the run's True"])):
+    with complains(str(first), *parts):
+      run("other", drafter=dataclasses.replace(drafter, **changes))
+  with complains("it is a DSparkConfig, the run's is a MTPConfig"):
+    run("kind", drafter=MTP.Settings())
+  with complains("/nowhere"):
+    run("none", start_from="/nowhere")
 
 
 @pytest.mark.parametrize("args, part", [

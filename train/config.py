@@ -34,6 +34,9 @@ class TrainConfig:
   """files, or one folder that train.prepare made of them"""
   features: str | None = None
   """folder or URL of a hidden-state store (train.cache_hidden) that is read in the place of running the target"""
+  start_from: str | None = None
+  """a trained drafter, by what --drafter of other programs takes, whose weights and words a new run begins with; of its
+  sizes, but perhaps for a target with longer positions. from_target, from_bigrams and the fit of a lens are left out"""
   steps: int | None = None
   """optimizer steps; they win over epochs and minutes"""
   epochs: float | None = None

@@ -14,6 +14,8 @@ with its name, and the same command goes on, also with another number of hosts.
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
 
+--start-from DRAFTER begins a run with the weights of a trained drafter: a second stage, on longer rows or other data.
+
 Data: a folder of train.prepare, or files: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations":
 [...]}; with "tools") or of tokens (train.answers), or .txt, .md and .py; what of it is left out is counted by reason.
 --features STORE reads what train.cache_hidden wrote for the same data and settings. The run folder holds run.json
@@ -44,6 +46,7 @@ from dspark_jax.data.rows import Rows, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
+from dspark_jax.loading import drafter_from, drafter_id
 from dspark_jax.nn.sharding import everywhere, made, place, shardings
 from dspark_jax.programs import hosts, run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
@@ -89,12 +92,14 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   started = time.monotonic()
   rows = read_data(config, target.config.vocab_size, tokenizer)
   record, stops = describe(config) | {"data": rows.digest}, chat.stop_ids(tokenizer)
+  started_from = config.start_from and drafter_from(config.start_from, drafter_config(config.drafter, target.config))
+  record["config"]["start_from"] = started_from and drafter_id(started_from)  # not where it is: it may be moved
   hosts.check_same("run", record)
   run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
                     if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
-  drafter = build_drafter(config, target, rows, stops)
+  drafter = started_from or build_drafter(config, target, rows, stops)
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=asked or 1000),
@@ -110,7 +115,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
     advance = stepper(config, static, state, target, batches)
     began, known = time.monotonic(), 0
-    if fresh and getattr(config.drafter, "lens", False):  # not every kind has one
+    if fresh and not started_from and getattr(config.drafter, "lens", False):  # not every kind has one
       drafter, known = fit_lens(config, state.drafter, target, batches, timed=asked is None)
       state = state.replace(drafter=drafter)
     if run is None:
@@ -206,7 +211,8 @@ def describe(config: TrainConfig) -> dict:
   # These change where and how often something is written or computed, and how many steps there are: no step of it. Data
   # count by content, so that files may be moved or split.
   elsewhere = ("out", "data", "features", "save_every", "log_every", "minutes", "mesh", "kernels", "hosts",
-               "diverged_at", "use_older", "eval_every", "decode_every", "decode_prompts", "profile_steps")
+               "diverged_at", "use_older", "start_from", "eval_every", "decode_every", "decode_prompts",
+               "profile_steps")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   settings["features"] = stored_dtype(config)  # not where they are: a store may be moved
   # What runs have that began before there was such a setting.

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.config import Count, Natural, raise_all, wrong_choices
+from dspark_jax.config import Count, Natural, raise_all, shown, wrong_choices
 from dspark_jax.nn.cache import insert_row
 from dspark_jax.nn.layers import Block, BlockSpec
 from dspark_jax.types import Array, DraftHead, Target
@@ -53,6 +53,16 @@ class DrafterConfig(DrafterChoices):
   def words(self) -> int:
     """W: columns of the draft logits."""
     return self.draft_vocab_size or self.vocab_size
+
+  def differences(self, stored: DrafterConfig) -> list[str]:
+    """Why a stored drafter cannot be trained on as this one: all that differs but the rotary embedding, which has no
+    weights."""
+    if type(stored) is not type(self):
+      return [f"it is a {type(stored).__name__}, the run's is a {type(self).__name__}"]
+    rope = dict(rope_theta=self.spec.rope_theta, rope_scaling=self.spec.rope_scaling)
+    stored = dataclasses.replace(stored, spec=dataclasses.replace(stored.spec, **rope))
+    return [f"{name} is {shown(getattr(stored, name))}, the run's {shown(value)}" for name, value in vars(self).items()
+            if value != getattr(stored, name)]
 
   def train_flops(self, length: int, blocks: int) -> float:
     """Of the drafter's own part of a training step, on a row of so many tokens with so many blocks: its products
