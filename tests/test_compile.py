@@ -106,6 +106,17 @@ def test_what_a_training_step_cannot_but_move(here, capsys, monkeypatch):
   assert spread["step"]["floor_bytes"] < 0.55 * row["floor_bytes"]
 
 
+def test_what_a_run_costs():
+  """Kills: hours of one device for a mesh, of a microbatch for a step, of epochs whose rows nobody knows."""
+  config = training.resolved("configs/qwen3_4b.py")
+  of = lambda **how: training.costs(dataclasses.replace(config, **how), 90.0, 16, 989e12)
+  assert of()["steps"] is of()["device_hours"] is None and of()["step_seconds"] == 90
+  assert of()["device_hours_per_billion_tokens"] == pytest.approx(16 * 90 / 3600 * 1e9 / (512 * 4096))
+  assert of()["roofline_hours"]["h100"] == pytest.approx(of()["device_hours_per_billion_tokens"] / 90)
+  assert (of(rows=51_200)["steps"], of(rows=51_200)["device_hours"]) == (1000, 400)
+  assert of(rows=51_200, steps=10)["device_hours"] == of(steps=10)["device_hours"] == 4
+
+
 @pytest.mark.parametrize("args, sentence", [
     ("--model tiny --batch 0", "batch is 0, expected at least 1"),
     ("--model tiny --capacity 8", "capacity is 8, expected at least 9"),

@@ -4,23 +4,28 @@ When to use it: before a pod is booked, to see that an experiment fits, and whic
 Needs `make tpu-compiler`. Nothing is run, nothing is downloaded and no data are read: a target that is not on this
 machine is taken by its published size (Qwen/Qwen3-4B). A step of that size compiles for some minutes.
 
-    python -m train.compile --config configs/qwen3_4b.py --topology v5p:2x2x1 --batch 1
-    python -m train.compile --config configs/qwen3_4b.py --topology v6e:4x4 --batch 16 --mesh.fsdp 16 --loss.chunk 512
+    python -m train.compile --config configs/qwen3_4b.py --topology v5p:2x2x1 --rows 44346
+    python -m train.compile --config configs/qwen3_4b.py --topology v6e:4x4 --mesh.fsdp 16 --microbatches 32
 
-Flags override the experiment file, as in train.train. The floor is what a step cannot but move: the frozen target read
-once per microbatch, and the state (masters, both moments) read and written once; on a mesh, a device's part. A step is
-bound by its products: useful / compiled flops is what of them the formulas beside the models ask for
-(`training.step.step_flops`).
+Flags override the experiment file, as in train.train: --batch 1 --microbatches 1 for a step of one row. With --rows,
+the number to train on (train.prepare says it), epochs become steps, and steps device hours. The floor is what a step
+cannot but move: the frozen target read once per microbatch, and the state (masters, both moments) read and written
+once; on a mesh, a device's part. A step is bound by its products: useful / compiled flops is what of them the formulas
+beside the models ask for (`training.step.step_flops`).
 
-The last line of stdout is a JSON object with the key step: its bytes, floor_bytes, over_floor, temporary_bytes,
-peak_bytes, fits, cycles, compiled_flops, useful_flops, collectives (bytes by kind) and most (the operations that move
-most, with file and line), of one device.
+The last line of stdout is a JSON object with the keys step_seconds (what the operations take at the chip's published
+rates, or what the useful flops do where that is more: kernels of our own are not among the former), steps, device_hours
+(None where steps are not known), device_hours_per_billion_tokens, roofline_hours (the same of the useful flops alone,
+at the peak of every chip that is known), and step: its bytes, floor_bytes, over_floor, temporary_bytes, peak_bytes,
+fits, cycles, compiled_flops, useful_flops, collectives (bytes by kind) and most (the operations that move most, with
+file and line), of one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +37,7 @@ from dspark_jax.loading import new_drafter, target_config
 from dspark_jax.nn.cache import row_shardings
 from dspark_jax.nn.sharding import shardings
 from dspark_jax.programs import compiled, shell
-from dspark_jax.programs.compilers import absent_devices, chip_of
+from dspark_jax.programs.compilers import CHIPS, absent_devices, chip_of
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import TargetConfig, stack_layers
 from dspark_jax.training.step import TrainState, init_state, step_flops, train_step
@@ -46,9 +51,13 @@ from train.train import drafter_config, step_config
 class CompileConfig(TrainConfig):
   topology: str = "v5p:2x2x1"
   """any that libtpu knows: v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1 ..."""
+  rows: int | None = None
+  """rows that are trained on, from which the hours of epochs follow"""
 
 
 def main(config: CompileConfig) -> dict:
+  if config.rows is not None and config.rows < 1:
+    raise ValueError(f"rows is {config.rows}, expected at least 1")
   about = target_config(config.target)
   drafting = drafter_config(config.drafter, about)
   devices = absent_devices(config.topology)
@@ -63,8 +72,20 @@ def main(config: CompileConfig) -> dict:
                               blocks=blocks) / mesh.size)
   for table in compiled.tables({"step": row}, chip):
     shell.say(table)
+  told = costs(config, max(row["predicted_seconds"], row["roofline_seconds"]), mesh.size, row["useful_flops"])
+  shell.say("{step_seconds:.3g} s a step, {device_hours_per_billion_tokens:.3g} device hours a billion tokens".format(
+      **told) + (" and {device_hours:.3g} for {steps:,} steps".format(**told) if told["steps"] else ""))
   return {"target": config.target, "topology": config.topology, "chip": chip.name, "devices": mesh.size,
-          "batch": config.batch, "step": row, "fits": row["fits"]}
+          "batch": config.batch, "step": row, "fits": row["fits"], **told}
+
+
+def costs(config: CompileConfig, seconds: float, devices: int, flops: float) -> dict[str, Any]:
+  """What a run costs whose step takes so many seconds on so many devices, of useful flops on each."""
+  hours, billion = seconds * devices / 3600, 1e9 / (config.batch * config.row_length)
+  steps = config.steps_over(config.rows or 0) if config.steps or config.rows else None
+  return {"step_seconds": seconds, "steps": steps, "device_hours": steps and steps * hours,
+          "device_hours_per_billion_tokens": hours * billion, "roofline_hours": {
+              chip.name: flops * devices / chip.flops / 3600 * billion for chip in CHIPS.values()}}
 
 
 def arguments(config: TrainConfig, about: TargetConfig, drafting: DrafterConfig) -> tuple[TrainState, Target, Batch]:
