@@ -14,11 +14,11 @@ from flax import nnx
 
 import dspark_jax
 from dspark_jax.config import from_json, to_json
-from dspark_jax.loading import target_config, target_id
+from dspark_jax.loading import drafter_from, target_config, target_id
 from dspark_jax.nn.layers import Attention, BlockSpec
 from dspark_jax.nn.rope import Yarn, frequencies, rope_table
 from dspark_jax.targets import TARGETS
-from folders import DSPARK, LLAMA, QWEN3, assert_same_weights, complains, copied, files
+from folders import DSPARK, LLAMA, QWEN3, assert_same_weights, complains, copied, files, qwen3
 
 QWEN = Yarn(4.0, 32768)  # of Qwen3's model cards
 GPT_OSS = Yarn(32.0, 4096, truncate=False)
@@ -158,3 +158,14 @@ def test_drafters_of_a_yarn_target(tmp_path):
   assert_same_weights(again, drafter)
   with complains("it was made for target"):
     dspark_jax.load_drafter(tmp_path / "ours", plain)
+
+
+def test_weights_do_not_depend_on_the_rope():
+  """Kills: a second stage that DeepSpec's drafters cannot begin, or whose drafter turns as the first stage's did."""
+  before = dspark_jax.load_drafter(DSPARK, qwen3())
+  config = dataclasses.replace(before.config, spec=dataclasses.replace(before.config.spec, rope_scaling=QWEN))
+  after = drafter_from(DSPARK, config)
+  assert after.config == config
+  assert_same_weights(after, before)
+  with complains(str(DSPARK), "block_size is"):
+    drafter_from(DSPARK, dataclasses.replace(config, block_size=9))
