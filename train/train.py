@@ -40,7 +40,7 @@ import dspark_jax
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat
 from dspark_jax.data.features import Memory
-from dspark_jax.data.rows import Rows, held_out
+from dspark_jax.data.rows import Rows, Some, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
@@ -92,14 +92,14 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
                     if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
-  drafter = build_drafter(config, target, rows, stops)
+  saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
+  fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
+  drafter = build_drafter(config, target, data if fresh else None, stops)
   # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
   state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
                drafter)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
-  saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
-  fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
   if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
                               and (config.out / "drafter").exists())):
     saved.close()
@@ -162,13 +162,16 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
   return Rows(hosts.agree(lambda: str(prepared().folder)))
 
 
-def build_drafter(config: TrainConfig, target, rows: Rows, stops):
-  """A fresh drafter for this target and data."""
+def build_drafter(config: TrainConfig, target, rows: Rows | Some | None, stops):
+  """A fresh drafter for this target and the rows that are trained on. Without rows only its shapes are right, which is
+  what a checkpoint is restored into: bigrams alone may take longer than all else of a start."""
   s = config.drafter
   words = None
-  if s.draft_vocab_size:
+  if s.draft_vocab_size and rows is not None:
     words = top_words(rows, s.draft_vocab_size, target.config.vocab_size, stops)
   drafter = dspark_jax.new_drafter(drafter_config(s, target.config), words=words, seed=config.seed)
+  if rows is None:
+    return drafter
   if s.from_target:
     drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
