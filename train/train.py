@@ -94,17 +94,21 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
-  drafter = build_drafter(config, target, data if fresh else None, stops)
-  # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
   static = step_config(config)
-  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000),
-               drafter)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
                               and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
+  # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
+  begin = functools.partial(init_state, config=static, seed=config.seed, total_steps=config.steps or 1000)
+  if fresh:
+    state = made(begin, build_drafter(config, target, data, stops))
+  else:  # only shapes: weights, and bigrams more so, would take longer to make than to restore
+    blank = lambda: begin(dspark_jax.new_drafter(drafter_config(config.drafter, target.config)))
+    state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older)
+    shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
     advance = stepper(config, static, state, target, batches)
     began, known = time.monotonic(), 0
@@ -116,11 +120,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
       steps = config.steps or steps_in(left, state, advance, known)
       more = {"date": rows.manifest.date, "lost": rows.manifest.lost}
       run = hosts.agree(lambda: new_run(config, record | more, steps))
-    state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
-    restored = checkpoints.restore(saved, state, use_older=config.use_older)
-    if restored is not None:
-      state = restored
-      shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+    if fresh:
+      state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
     pace = Pace(config, useful_flops(config, target, state.drafter), started)
     state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
                        measured(config, static, target, apart, stops))
@@ -136,7 +137,10 @@ def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Bat
                  out_shardings=(shardings(state), everywhere()))
   with shell.stderr.status("compiling the training step"):
     batch, encoded = batches(0)
-    compiled = step.lower(state, target, batch, encoded=encoded).compile()
+    # Without a mesh as shapes: a restored state is committed to its device, which would be another program, compiled
+    # again, and not surely with the same bits.
+    like = jax.eval_shape(lambda x: x, state) if jax.sharding.get_mesh().empty else state
+    compiled = step.lower(like, target, batch, encoded=encoded).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
 
   def advance(state, index):
@@ -162,16 +166,13 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
   return Rows(hosts.agree(lambda: str(prepared().folder)))
 
 
-def build_drafter(config: TrainConfig, target, rows: Rows | Some | None, stops):
-  """A fresh drafter for this target and the rows that are trained on. Without rows only its shapes are right, which is
-  what a checkpoint is restored into: bigrams alone may take longer than all else of a start."""
+def build_drafter(config: TrainConfig, target, rows: Some, stops):
+  """A fresh drafter for this target and the rows that are trained on."""
   s = config.drafter
   words = None
-  if s.draft_vocab_size and rows is not None:
+  if s.draft_vocab_size:
     words = top_words(rows, s.draft_vocab_size, target.config.vocab_size, stops)
   drafter = dspark_jax.new_drafter(drafter_config(s, target.config), words=words, seed=config.seed)
-  if rows is None:
-    return drafter
   if s.from_target:
     drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
