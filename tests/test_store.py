@@ -335,8 +335,8 @@ def test_places(place, spec):
 
 
 def test_a_store_at_a_url(tmp_path):
-  """Kills: parts of a store that go to a folder of the URL's name, or are looked for there; arrays beside the manifest's
-  place."""
+  """Kills: parts of a store that go to a folder of the URL's name, or are looked for there; arrays apart from the
+  manifest."""
   url = f"file://{tmp_path}/a%20b/s"
   assert not subject.is_begun(url)
   store = written(url, shards=[1])
