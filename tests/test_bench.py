@@ -14,6 +14,7 @@ SMALL = ("--drafter", "random", "--layers", 1, "--block-size", 2, "--markov-rank
          "--new-tokens", 4, "--repeats", 1)
 
 
+@pytest.mark.slow
 def test_questions_are_the_prompts(capsys, tmp_path):
   """Kills: random tokens, on which no drafter is accepted; a prompt that is longer than asked for."""
   with_tokenizer(LLAMA, tmp_path / "target")

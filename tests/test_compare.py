@@ -47,6 +47,7 @@ def one_seed(folder):
   return settings, compare.main(settings)
 
 
+@pytest.mark.slow
 def test_a_report_of_two_drafters(folder, one_seed, monkeypatch):
   """Kills: drafters that see other data or samples, a report without its numbers, a finished run trained again."""
   settings, result = one_seed
@@ -76,6 +77,7 @@ def test_a_report_of_two_drafters(folder, one_seed, monkeypatch):
   assert compare.main(settings)["differences"] == result["differences"]
 
 
+@pytest.mark.slow
 def test_seeds_are_taken_together(folder, one_seed, monkeypatch):
   """Kills: a second seed that trains the first again, a row per seed in the figures, a mean of means."""
   loop, trained = train.loop, []

@@ -48,6 +48,7 @@ def run(program, settings, args, capsys, **how):
   return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_what_a_decode_step_cannot_but_move(here, capsys):
   """Kills: a floor without the head's second pass or with an embedding's; rows of the sequential head's table counted
   as the table, its projection counted once for a block; caches of the target alone; an argument that is given twice."""

@@ -106,6 +106,7 @@ def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
   assert "## Left out" in text.partition("- batch 2, context 40: JaxRuntimeError: RESOURCE_EXHAUSTED")[0]
 
 
+@pytest.mark.slow
 def test_a_wrong_device_is_seen(monkeypatch):
   """Kills: a comparison of a model with itself; texts that differ called a tie; a drafter that decides what is said.
   (A right one is called so in `test_the_whole_program`.)"""
@@ -131,6 +132,7 @@ def test_where_texts_part():
   assert report.parted(target, [3], [7, 1], [7, 1]) == 0 and report.parted(target, [3], [7, 1], [7]) == float("inf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
 def test_standing_rows(scanned):
   """Kills: rows at another place, rows that are done, a round that walks on and is timed at a longer context, caches

@@ -266,6 +266,7 @@ def arguments(folder, out, **changes) -> list:
   return [x for name, value in args.items() for x in (name, *(value if isinstance(value, list) else [value]))]
 
 
+@pytest.mark.slow
 def test_every_target_has_its_own_drafters(folder, tmp_path, capsys):
   """Kills: a drafter that is tried with another's target, which ends the whole run; a threshold that means nothing, as
   there is no confidence, taken for another result."""

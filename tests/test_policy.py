@@ -150,6 +150,7 @@ def whole_or_best(reports, ages, curve):
   return np.where(new, BLOCK, scheduler.top_k(jnp.asarray(now), capacity))
 
 
+@pytest.mark.slow
 def test_stale_capacities():
   """Kills: a capacity of one round or three rounds before; a past that stays with its place when another request takes
   it, so that a new request does not start whole; a new request whose drafts crowd out nobody."""

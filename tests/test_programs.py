@@ -256,6 +256,7 @@ def test_answers_go_on(folder, capsys, tmp_path):
     assert row["loss_mask"] == [0] * len(prompt) + [1] * (len(row["tokens"]) - len(prompt))
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_where_a_run_stopped(folder, capsys, tmp_path):
   """Kills: seeds by place, with which a resumed run, or one with another batch, draws other tokens."""
   asked = tmp_path / "asked.jsonl"
@@ -386,6 +387,7 @@ def test_a_damaged_checkpoint(folder, uninterrupted, tmp_path):
   assert train.main(experiment(folder, tmp_path / "run"))["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path):
   """Kills: a run that a real SIGKILL spoils, or that goes on from another step than the newest saved one."""
   out = tmp_path / "run"
@@ -457,6 +459,7 @@ def test_a_run_killed_before_its_first_checkpoint(folder, uninterrupted, tmp_pat
   assert losses(tmp_path) == losses(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_a_lens_is_fitted_once(folder, monkeypatch, tmp_path):
   """Kills: outputs of the target that are kept for another batch; a resumed run that fits its lens again, or not at
   all."""
@@ -491,6 +494,7 @@ def test_train_by_epochs(folder, uninterrupted, monkeypatch, tmp_path):
   assert run(epochs=2)["steps"] == steps
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_with_a_trained_drafter(folder, uninterrupted, monkeypatch, tmp_path):
   """Kills: a second stage that begins with fresh weights, of another vocabulary, or anew when it goes on; a lens fitted
   over the trained one; a start from another drafter than yesterday's."""

@@ -45,6 +45,7 @@ def test_settings_of_a_line(folder, capsys, tmp_path):
   assert result["tokens"] == wanted and wanted[1] == wanted[0][:2]
 
 
+@pytest.mark.slow
 def test_logprobs(folder, capsys):
   """Kills: log-probabilities of the token before or after, at another temperature, or of a padded row's neighbour."""
   result, _ = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", DSPARK,
@@ -102,6 +103,7 @@ def test_base_models(folder, capsys, tmp_path, monkeypatch):
   assert "no chat template" in err
 
 
+@pytest.mark.slow
 def test_out_goes_on(folder, capsys, tmp_path, monkeypatch):
   """Kills: a run that is killed and begins anew, or goes on with other numbers; one file with the texts of two runs."""
   out = tmp_path / "out.jsonl"

@@ -108,6 +108,7 @@ def test_the_fakes_have_what_the_protocols_name_and_nothing_else(fake, protocol)
   assert public(vars(fake())) - members == {"table"} if fake is Pairs else {"follow", "sure"}
 
 
+@pytest.mark.slow
 def test_decoding_asks_for_the_protocols_alone():
   """Kills: a round that looks into a family's configuration, cache or weights."""
   target, drafter = Pairs(), NextWord()

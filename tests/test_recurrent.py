@@ -39,6 +39,7 @@ def test_blocks_of_every_position():
   np.testing.assert_array_equal(blocks.previous[0, 3], batch.tokens[0, [4, 5]])
 
 
+@pytest.mark.slow
 def test_labels_end_with_their_document():
   """Kills cross-entropy on a token of the next document, or of none: draft position k of column i has the label
   i + k + 2, of which the reference's rule, made for a loss without labels, does not ask."""

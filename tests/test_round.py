@@ -85,6 +85,7 @@ def test_a_row_is_exchanged(stacked):
   assert [text[:NEW] for text in texts] == [greedy_text()[row, :NEW].tolist() for row in (0, 1, 0, 3, 4, 5, 6, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling, policy", [
   ("greedy", All()), ("greedy", Stale(SPS)), ("truncated", EarlyStop(SPS)), ("mixed", Threshold())],
   ids=["greedy", "greedy scheduled", "sampled scheduled", "mixed"])

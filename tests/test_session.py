@@ -23,6 +23,7 @@ def room_for(rows, session, longest=1, new=6):
   return (rows + 0.9) * session.bytes_per_row(padded_length(longest), new)
 
 
+@pytest.mark.slow
 def test_many_prompts_under_a_small_budget():
   """Kills: one cache for 2,000 prompts; a last batch of another shape; texts in the order in which they finish, or that
   depend on their batch; seeds counted anew in every batch."""
@@ -84,6 +85,7 @@ def test_bytes_of_a_row():
   assert [padded_length(n) for n in (1, 64, 65, 128, 129, 257)] == [64, 64, 128, 128, 256, 384]
 
 
+@pytest.mark.slow
 def test_compiled_once():
   """Kills: a program that is compiled again when it runs, by a second session, or for other prompts of its bucket."""
   wanted, compiled = [cut(row, STOPS, 7) for row in greedy_text()[:3].tolist()], []

@@ -356,6 +356,7 @@ def state_of(mesh=None):
   return jax.tree.map(lambda x: x + jnp.asarray(3, x.dtype) if x.ndim else x, made)
 
 
+@pytest.mark.slow
 def test_a_state_goes_to_another_mesh(tmp_path):
   """Kills: a state that needs the devices it was saved on, comes back whole on each, or unchecked."""
   alone = state_of()

@@ -215,6 +215,7 @@ class TwoKinds(decoder.TargetConfig):
     return self.spec, dataclasses.replace(self.spec, rope_theta=7.0, num_kv_heads=1, head_dim=4)
 
 
+@pytest.mark.slow
 def test_layers_of_two_kinds():
   """Kills: a stack of layers of different kinds, repeats counted as layers, one kind's cache handed to the other."""
   plain = small_target("qwen3", num_hidden_layers=4).config

@@ -126,6 +126,7 @@ def dated(tmp_path_factory):
   return tokenizer
 
 
+@pytest.mark.slow
 def test_a_run_has_one_day(dated, monkeypatch, tmp_path):
   """Kills: a run that cannot go on the day after, as its template tells another day; counts that nobody can read
   later; runs that an older version began and this one refuses; one run of two modes of thinking."""

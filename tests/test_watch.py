@@ -39,6 +39,7 @@ def test_held_out_rows_are_held_out(tmp_path):
     held_out(packed, 20, seed=0)
 
 
+@pytest.mark.slow
 def test_words_of_held_out_documents_do_not_count(folder, compiled_once, tmp_path, monkeypatch):  # noqa: F811
   """Kills: a draft vocabulary, or bigrams, of documents that are held out; ones that a chunk's end cuts off; a start
   that counts again what its checkpoint holds."""
