@@ -1,5 +1,6 @@
 """infer.bench, and what every program refuses before a model is loaded."""
 
+import importlib.util
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from dspark_jax.sampling import make_sampling
 from folders import LLAMA, QWEN3, called, complains, with_tokenizer
 from infer import bench, evaluate, generate, head_cost
 from train import answers, calibrate
+from train import bench as train_bench
 
 SMALL = ("--drafter", "random", "--layers", 1, "--block-size", 2, "--markov-rank", 2, "--batches", 1, 2,
          "--new-tokens", 4, "--repeats", 1)
@@ -37,7 +39,29 @@ def test_a_target_without_a_tokenizer(capsys, monkeypatch):
   assert [[len(p) for p in row["prompts"]] for row in result["batches"]] == [[5], [5, 5]]
 
 
+@pytest.mark.slow
+def test_a_training_step(capsys):
+  """Kills: a step that is compared with another one than the reference's (where PyTorch is installed); arithmetic
+  that has the target in it; parts that do not belong to the step."""
+  args = ("--target", LLAMA, "--layers", 2, "--block-size", 3, "--markov-rank", 4, "--row-length", 16, "--anchors", 5,
+          "--repeats", 1)
+  result, err = called(capsys, train_bench.main, train_bench.Settings, *args)
+  target = dspark_jax.load_target(LLAMA)
+  spec, taps = target.config.spec, len(bench.random_drafter(train_bench.Settings(), target).taps)
+  context = 16 * (4 * taps * spec.hidden_size ** 2 + 12 * spec.hidden_size * spec.num_kv_heads * spec.head_dim * 2)
+  vocabulary = 15 * 2 * target.vocab_size * (3 * spec.hidden_size + 3 * 4)  # the target's words, too
+  assert result["gflop"] * 1e9 == pytest.approx(3 * 15 * 2 * spec.flops(8 + 3) + context + vocabulary)
+  assert "GFLOP a step" in err and result["optimizer_seconds"] == result["step_seconds"] - result["gradients_seconds"]
+  if importlib.util.find_spec("torch"):
+    result, _ = called(capsys, train_bench.main, train_bench.Settings, *args, "--torch")
+    assert result["torch_loss"] == pytest.approx(result["loss"], rel=1e-5)
+  else:
+    with complains("--torch needs torch", "pip install"):
+      train_bench.main(train_bench.Settings(LLAMA, torch=True))
+
+
 EARLY = [
+  (train_bench, {"repeats": 0}, "repeats is 0"), (train_bench, {"anchors": 512}, "anchors are 512"),
   (bench, {"repeats": 0}, "repeats is 0"), (bench, {"new-tokens": 1}, "new_tokens is 1"),
   (bench, {"batches": 0}, "batches"),
   (bench, {"prompt-tokens": 0}, "prompt_tokens is 0"), (bench, {"block-size": 0}, "block_size is 0"),
@@ -53,7 +77,8 @@ EARLY = [
   (evaluate, {"temperatures": "-1"}, "temperature is -1"), (evaluate, {"batch": 0}, "batch is 0"),
   (calibrate, {"temperatures": "1e39"}, "temperature is 1e+39"),
   (head_cost, {"repeats": 0}, "repeats: expected at least 1")]
-NEEDED = {bench: {"target": QWEN3, "drafter": "random"}, generate: {"target": QWEN3, "drafter": "none", "prompt": "w5"},
+NEEDED = {train_bench: {"target": QWEN3}, bench: {"target": QWEN3, "drafter": "random"},
+          generate: {"target": QWEN3, "drafter": "none", "prompt": "w5"},
           answers: {"target": QWEN3, "out": "x.jsonl"}, head_cost: {"target": QWEN3, "out": "x.json"},
           evaluate: {"targets": QWEN3, "drafters": "plain", "datasets": "stdlib", "out": "x"},
           calibrate: {"target": QWEN3, "drafter": "x"}}

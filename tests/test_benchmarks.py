@@ -47,6 +47,7 @@ def test_counts_are_the_paper_s():
                     "mt-bench": 80, "alpaca": 500, "arena-hard-v2": 500}
 
 
+@pytest.mark.slow
 def test_stdlib():
   """Kills: evaluating on the questions that drafters are trained on; another choice at every start."""
   train, held_out = ({q.id: q.question for q in side} for side in split(stdlib_questions()))

@@ -366,6 +366,7 @@ def test_too_few_observations(capsys):
 # infer.generate
 
 
+@pytest.mark.slow
 def test_a_threshold_changes_no_text(folder, calibrated, capsys, tmp_path):
   """Kills: lengths that depend on later drafts; temperatures that are stored and never used, or for another mode."""
   drafter = tmp_path / "drafter"

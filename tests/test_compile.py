@@ -74,6 +74,7 @@ def test_what_a_decode_step_cannot_but_move(here, capsys):
     assert len(row["most"]) == 5 and row["predicted_seconds"] > 0 and row["collectives"] == {}
 
 
+@pytest.mark.slow
 def test_a_mesh_divides_what_a_device_holds(here, capsys):
   """Kills: arguments, floors and work of all devices; caches that every device has whole; a mesh that moves nothing."""
   args = "--model tiny --batch 4 --capacity 64 --programs plain"
@@ -168,6 +169,7 @@ def test_targets_by_their_published_sizes(tmp_path):
   assert decoding.spread_taps(36) == (1, 9, 17, 25, 33) and decoding.spread_taps(2) == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compilers.PLUGIN.exists(), reason="needs `make gpu-compiler`")
 @pytest.mark.parametrize("program, most", [("plain", 1.1), ("round", 1.5)])
 def test_a_gpu_reads_what_it_has_where_it_lies(program, most):

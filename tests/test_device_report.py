@@ -165,6 +165,7 @@ def test_memory_that_is_not_there(monkeypatch):
     report.room(3 * 10 ** 9)
 
 
+@pytest.mark.slow
 def test_the_real_sizes():
   """Kills: a model of another size under Qwen3-4B's name, or a drafter that was not released for it."""
   target, config = report.MODELS[report.MODEL], report.paper_drafter(report.MODELS[report.MODEL])

@@ -287,6 +287,7 @@ def test_every_target_has_its_own_drafters(folder, tmp_path, capsys):
   assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, threshold", [(0.0, 0.0), (1.0, 0.5)])
 def test_a_sample_does_not_know_its_batch(temperature, threshold, folder):
   """Kills: a seed from the row; rounds of a filled-up row or of a slower neighbour in a record; turns mixed up between

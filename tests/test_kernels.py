@@ -137,6 +137,7 @@ def test_sequences_by_splash():
   jax.tree.map(functools.partial(close, atol=1e-5), got[1], wanted[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["sorted", "unsorted, and dummies alone", "columns"])
 def test_training_blocks_by_splash(case):
   """Kills: a merge whose second part has no gradient, or one without the gradient of the parts' log-sum-exps; a block

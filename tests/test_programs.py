@@ -70,6 +70,7 @@ def spawn(environment, *args):
 # infer.generate
 
 
+@pytest.mark.slow
 def test_generate_as_a_process(folder, compiled_once):
   """Kills: a result mixed with progress on stdout; a missing key; other tokens than plain greedy decoding's."""
   run = spawn(compiled_once, "infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens",
@@ -86,6 +87,7 @@ def test_generate_as_a_process(folder, compiled_once):
   assert result["accepted_length"] > 2 and result["tokens_per_second"] > 0 and result["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_generate_without_a_drafter(folder, capsys):
   """Kills: a plain path that needs a drafter, or that counts its rounds in another way; batches that mix up prompts."""
   common = ("--target", QWEN3, "--drafter", "none", "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 32)

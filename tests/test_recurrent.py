@@ -99,6 +99,7 @@ def test_packing_changes_nothing(kind):
   np.testing.assert_allclose(mean(together[3]["tau"]), mean(apart[3]["tau"]), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_can_be_learned(kind):
   """Kills a parameter that no gradient reaches, a step that samples anchors where all positions are due."""

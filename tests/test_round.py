@@ -59,6 +59,7 @@ def test_every_leaf_is_per_row(kind):
     assert [pair for pair in zip(five, seven, strict=True) if len(set(pair)) > 1] == [(5, 7)], (five, seven)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
 def test_a_row_is_exchanged(stacked):
   """Kills: what is keyed by the seat and not by the request: the new row must go on as if it were alone, and its
