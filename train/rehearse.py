@@ -73,9 +73,9 @@ def main(settings: Settings) -> dict:
 
 
 def emptied(out: Path) -> None:
-  """Makes a folder with nothing in it but logs/. ValueError when it holds what is no rehearsal's."""
+  """Makes a folder with nothing in it but logs/. ValueError when it holds what no rehearsal or soak wrote."""
   if out.exists() and not (out / "logs").is_dir() and any(out.iterdir()):
-    raise ValueError(f"{out} holds something else than a rehearsal: choose another --out")
+    raise ValueError(f"{out} holds something that no rehearsal wrote: choose another --out")
   shutil.rmtree(out, ignore_errors=True)
   (out / "logs").mkdir(parents=True)
 

@@ -1,0 +1,64 @@
+"""train.soak: what it compares, and what it refuses. The soak itself takes an hour: make soak."""
+
+import json
+
+import pytest
+
+from folders import called, complains
+from train import rehearse, soak
+
+
+def run_of(out, lines):
+  out.mkdir()
+  (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return soak.numbers(out)
+
+
+ALONE = [{"step": step, "loss": 1 / step, "goodput": 0.5, "tflops_per_device": None} for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("killed, differs_at", [
+  ([line | {"goodput": 0.1} for line in ALONE], None),  # the clock's
+  ([*ALONE[:2], ALONE[2] | {"loss": 1 / 3 + 1e-16}], 3), (ALONE[:2], 3), ([*ALONE[:1], *ALONE[2:]], 2),
+  ([*ALONE[:2], *ALONE[1:]], 2), ([*ALONE[:2], ALONE[2] | {"tau": 1.5}], 3)],
+  ids=["clock", "last bit", "short", "lost", "twice", "more"])
+def test_the_first_difference(killed, differs_at, tmp_path):
+  """Kills: a killed run that counts as the same though a bit, a step or a number of it is another, or stands twice."""
+  assert soak.first_difference(run_of(tmp_path / "alone", ALONE), run_of(tmp_path / "killed", killed)) == differs_at
+
+
+def test_what_it_refuses(tmp_path, capsys):
+  """Kills: somebody else's folder, emptied."""
+  (tmp_path / "mine.txt").write_text("mine")
+  with complains(str(tmp_path), "another --out"):
+    rehearse.emptied(tmp_path)
+  assert (tmp_path / "mine.txt").read_text() == "mine"
+  _, err = called(capsys, soak.main, soak.Settings, "--every", 0, code=2)
+  assert "every is 0" in err
+
+
+def test_starts_in_vain_end(tmp_path, monkeypatch):
+  """Kills: a soak that kills for ever a training which never comes to a checkpoint."""
+  monkeypatch.setattr(rehearse, "started", lambda *args: [Sleeper()])
+  settings = soak.Settings(out=tmp_path, every=0)
+  with complains("3 starts of 0 seconds", "longer --every"), soak.shell.bar() as bar:
+    soak.live(settings, "killed", ["train.train"], 0, bar)
+  assert Sleeper.killed == soak.VAIN
+
+
+class Sleeper:
+  """A process that never ends by itself."""
+  killed, code = 0, None
+
+  def poll(self):
+    return self.code
+
+  def send_signal(self, number):
+    Sleeper.killed += 1
+    self.code = -number
+
+  def wait(self, timeout=None):
+    return self.code
+
+  def kill(self):
+    self.code = -9
