@@ -2,9 +2,12 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
-from folders import called, complains
+import dspark_jax
+from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
+from folders import called, complains, llama
 from train import rehearse, soak
 
 
@@ -25,6 +28,18 @@ ALONE = [{"step": step, "loss": 1 / step, "goodput": 0.5, "tflops_per_device": N
 def test_the_first_difference(killed, differs_at, tmp_path):
   """Kills: a killed run that counts as the same though a bit, a step or a number of it is another, or stands twice."""
   assert soak.first_difference(run_of(tmp_path / "alone", ALONE), run_of(tmp_path / "killed", killed)) == differs_at
+
+
+def test_the_same_drafter(tmp_path):
+  """Kills: drafters that differ because their files are named or dated anew; a weight whose last bit does not count."""
+  target = llama()
+  drafter = dspark_jax.new_drafter(DSparkConfig.for_target(DSparkChoices(taps=(0,), num_layers=1, markov_rank=2),
+                                                           target.config))
+  for name in ("alone", "killed", "other"):
+    if name == "other":
+      drafter.norm.weight.set_value(jnp.nextafter(drafter.norm.weight[...], jnp.float32(9)))
+    dspark_jax.save_drafter(tmp_path / name / "drafter", drafter, target)
+  assert soak.stored(tmp_path / "alone") == soak.stored(tmp_path / "killed") != soak.stored(tmp_path / "other")
 
 
 def test_what_it_refuses(tmp_path, capsys):

@@ -21,6 +21,9 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
+
+from dspark_jax.checkpoints import state
 from dspark_jax.programs import run_folder, shell
 from train import rehearse
 from train.watch import LOG
@@ -114,9 +117,10 @@ def first_difference(one: list[dict], two: list[dict]) -> int | None:
   return min(differing + twice, default=None)
 
 
-def stored(out: Path) -> dict[str, bytes]:
-  """The files of the drafter."""
-  return {path.name: path.read_bytes() for path in sorted((out / "drafter").iterdir())}
+def stored(out: Path) -> dict:
+  """The drafter: what its sidecar says, and its weights as bytes. Orbax names its files anew each time."""
+  sidecar, weights = state.read_drafter(out / "drafter")
+  return sidecar | {name: np.asarray(weight).tobytes() for name, weight in weights.items()}
 
 
 if __name__ == "__main__":
