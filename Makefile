@@ -67,7 +67,7 @@ pod-rehearsal: setup
 
 soak: setup
 	$(PY) -m train.soak
-	$(PY) -m train.soak --processes 2 --out runs/soak2
+	$(PY) -m train.soak --processes 2 --every 90 --out runs/soak2
 
 clean:
 	rm -rf .venv .venv-* runs
