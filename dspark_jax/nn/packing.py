@@ -7,6 +7,7 @@ and pays for N. A chunk of one row's prompt may stand behind them, and shares th
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.struct
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ class Chosen:
   def rows(self, x: Array) -> Array:
     """[B,T,...] of packed tokens x [N,...]; 0 in rows without a token."""
     # Heads go along as one axis: gathered apart, what a TPU moves of a token is padded to whole lanes per head.
-    flat = jnp.where(self.held[:, None, None], x.reshape(x.shape[0], -1)[self.place], 0)
-    return flat.reshape(*self.place.shape, *x.shape[1:])
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))[self.place]
+    return jnp.where(self.held[:, None, None], flat, 0).reshape(*self.place.shape, *x.shape[1:])
 
 
 @flax.struct.dataclass
@@ -57,7 +58,7 @@ class Packing:
 
   def join(self, tokens: Array, chunk: Array | None) -> Array:
     """[N+C,...]: the packed tokens of rows [B,T,...], and those of a chunk [C,...]."""
-    tokens = self.chosen.packed(tokens) if self.chosen else tokens.reshape(-1, *tokens.shape[2:])
+    tokens = self.chosen.packed(tokens) if self.chosen else tokens.reshape(tokens.shape[0] * tokens.shape[1], *tokens.shape[2:])
     return tokens if chunk is None else jnp.concatenate([tokens, chunk])
 
   def split(self, x: Array) -> tuple[Array, Array]:
@@ -67,7 +68,7 @@ class Packing:
 
   def rows(self, x: Array) -> Array:
     """[B,T,...] of the rows' tokens [N,...]."""
-    return self.chosen.rows(x) if self.chosen else x.reshape(-1, self.steps, *x.shape[1:])
+    return self.chosen.rows(x) if self.chosen else x.reshape(x.shape[0] // self.steps, self.steps, *x.shape[1:])
 
   def place(self, length: Array, kernels: Kernels) -> PackedPlace:
     """Where these tokens stand after caches of length i32[B]."""
