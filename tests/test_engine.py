@@ -8,6 +8,7 @@ import pytest
 from jax import monitoring
 
 import dspark_jax
+from dspark_jax.decoding.cost import Bucket, Cost, Step
 from dspark_jax.decoding.engine import Engine, Full, Request
 from folders import DSPARK, QWEN3
 
@@ -162,6 +163,31 @@ def reference(prompt, text):
   out, _ = target(row, target.init_cache(1, 128), ())
   log_probs = np.asarray(jax.nn.log_softmax(target.head()(out.hidden)[0]))
   return [log_probs[len(prompt) + i - 1, token] for i, token in enumerate(text)]
+
+
+def table(drafter, seats, **more):
+  """A cost table whose curve dips and recovers: what a search past dips has to get right."""
+  steps = dict(plain=Step(1.0), plain_chunk=Step(1.5), draft=Step(0.3), full=Step(1.4), full_chunk=Step(2.0))
+  packed = (Bucket(tokens=4, seconds=1.5), Bucket(tokens=8, seconds=0.9), Bucket(tokens=12, seconds=1.3))
+  return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=seats,
+              block=drafter.block_size, capacity=CAPACITY, context=16, source="invented", chunk=CHUNK,
+              **steps | dict(packed=packed) | more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["threshold", "early-stop", "scheduled"])
+def test_what_is_verified_changes_no_greedy_text(policy):
+  """Kills: a draft that counts as verified and was not, a bucket that holds another row's tokens, a plain round after
+  which the drafter has a hole in its context."""
+  served = engine(policy, cost=table(models()[1], 3), thresholds=(0.3, 0.1) if policy == "threshold" else (0.0, 0.0))
+  found = answers(served, [asked(row, temperature=0.0, reuse=False) for row in range(len(PROMPTS))])
+  for row, (tokens, finish, events) in enumerate(found):
+    want = dspark_jax.generate(*models(), [PROMPTS[row]], max_new_tokens=NEW)
+    assert (list(tokens), finish) == (want.tokens[0], "length")
+    assert all(event.accepted <= event.verified <= event.drafted for event in events)
+  metrics = served.metrics()
+  assert metrics["verified"] < metrics["drafted"]
+  assert any(name.startswith("program_") and name[8:].isdigit() for name in metrics)
 
 
 @pytest.mark.parametrize("wrong, says", [

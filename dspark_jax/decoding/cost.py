@@ -60,12 +60,14 @@ class Cost:
 
   def __post_init__(self):
     problems, sizes = wrong_choices(self), self.buckets
-    if sizes != tuple(sorted(set(sizes))) or sizes and not self.seats < sizes[0] <= sizes[-1] < self.seats * (self.block + 1):
-      problems.append(f"packed has buckets of {sizes} tokens, expected them ascending, above {self.seats} seats and "
-                      f"below {self.seats * (self.block + 1)}")
+    most = self.seats * (self.block + 1)
+    if sizes != tuple(sorted(set(sizes))) or sizes and not self.seats < sizes[0] <= sizes[-1] < most:
+      problems.append(f"packed has buckets of {sizes} tokens, expected them ascending, above {self.seats} and below "
+                      f"{most}, the tokens of a plain and a full round")
     drafts = (self.draft, self.full, self.full_chunk)
     if (self.block > 0) != all(drafts) or (self.block == 0 and any((*drafts, self.packed))):
-      problems.append(f"block is {self.block}, expected draft, full and full_chunk with drafts, and none of them without")
+      problems.append(f"block is {self.block}, expected draft, full and full_chunk where there are drafts, none of them "
+                      f"(and nothing packed) where there are none")
     raise_all("cost table", problems)
 
   @property
@@ -147,5 +149,5 @@ def probe_interval(cost: Cost, context: float) -> int:
 def check_device(cost: Cost, device: str) -> None:
   """ValueError for a table of another kind of device."""
   if cost.device != device:
-    raise ValueError(f"the cost table is of {cost.device} ({cost.source}), this is {device}: measure one here (python -m "
-                     f"infer.profile_sps)")
+    raise ValueError(f"the cost table is of {cost.device} ({cost.source}), this is {device}: measure one here (python "
+                     f"-m infer.profile_sps)")

@@ -174,7 +174,7 @@ class Executables:
   """
 
   def __init__(self, models: Models, rows: Rows, say: Callable[[str], None] = lambda text: None, **how):
-    self.leaves = tuple(jax.tree.leaves(models))
+    self.leaves, self.chunk = tuple(jax.tree.leaves(models)), how["chunk"]
     self.compiled: dict[str, jax.stages.Compiled] = {}
     devices = 1 if jax.sharding.get_mesh().empty else jax.sharding.get_mesh().size
     held = sum(x.nbytes for x in jax.tree.leaves((rows.cache, rows.draft))) // devices

@@ -58,7 +58,10 @@ class Packing:
 
   def join(self, tokens: Array, chunk: Array | None) -> Array:
     """[N+C,...]: the packed tokens of rows [B,T,...], and those of a chunk [C,...]."""
-    tokens = self.chosen.packed(tokens) if self.chosen else tokens.reshape(tokens.shape[0] * tokens.shape[1], *tokens.shape[2:])
+    if self.chosen:
+      tokens = self.chosen.packed(tokens)
+    else:
+      tokens = tokens.reshape(tokens.shape[0] * tokens.shape[1], *tokens.shape[2:])
     return tokens if chunk is None else jnp.concatenate([tokens, chunk])
 
   def split(self, x: Array) -> tuple[Array, Array]:
