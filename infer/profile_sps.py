@@ -115,7 +115,7 @@ def timed(run: Executables, rows: Rows, name: str, context: int, repeats: int) -
   """(seconds of a round of one program, the rows): CHAIN rounds in a run, the median of the runs after one."""
   seats, block = rows.settings.calibration.shape
   knobs, part, runs = Knobs(np.int32(seats * (block + 1)), np.ones(seats * (block + 1) + 1, np.float32)), None, []
-  if name.endswith("chunk"):  # of one real token, so that its seat stays near the context: it costs what a full one does
+  if name.endswith("chunk"):  # of one real token, which costs what many do, so that its seat stays near the context
     part = Chunk(np.zeros(run.chunk, np.int32), np.int32(1), np.int32(0), np.int32(0))
   for _ in range(repeats + 1):
     rows = seated(run, rows, context, reading=part is not None)

@@ -66,8 +66,8 @@ class Cost:
                       f"{most}, the tokens of a plain and a full round")
     drafts = (self.draft, self.full, self.full_chunk)
     if (self.block > 0) != all(drafts) or (self.block == 0 and any((*drafts, self.packed))):
-      problems.append(f"block is {self.block}, expected draft, full and full_chunk where there are drafts, none of them "
-                      f"(and nothing packed) where there are none")
+      problems.append(f"block is {self.block}, expected draft, full and full_chunk where it is above 0, none of them "
+                      f"(and nothing packed) where it is 0")
     raise_all("cost table", problems)
 
   @property

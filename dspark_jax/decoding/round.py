@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dspark_jax import sampling as sp
 from dspark_jax.decoding.calibration import calibrate
-from dspark_jax.decoding.verify import cut_at_stop, is_stop, verify
+from dspark_jax.decoding.verify import Rule, cut_at_stop, is_stop, verify
 from dspark_jax.nn.packing import Chosen, Packing
 from dspark_jax.types import Array, Committed, Drafter, DraftHead, Head, Proposal, Sampling, Target, TargetOutput
 
@@ -44,6 +44,7 @@ class Settings:
   limit: Array        # i32[B]    new tokens; the last round may pass it
   calibration: Array  # f32[B,G]  temperatures of the confidences; 1 leaves them as they are
   thresholds: Array   # f32[B,2]  of confidence and of survival, which the policy Threshold obeys; 0 cuts nothing
+  verification: Rule = flax.struct.field(pytree_node=False, default="token")  # of all rows
 
 
 @flax.struct.dataclass
@@ -130,7 +131,7 @@ def settle(models: Models, rows: Rows, proposal: Proposal, confidence: Array, le
   held = jnp.where(live, lengths + 1, 0)
   out, logits, read, cache = _run(models, inputs, rows.cache, held, bucket, chunk)
   verdict = verify(logits, proposal, settings.sampling, accept_keys=accept_keys, bonus_keys=bonus_keys,
-                   lengths=lengths)
+                   lengths=lengths, rule=settings.verification)
   kept, stopped = cut_at_stop(proposal.tokens, verdict.n_accept, settings.stop_ids)
 
   tokens = jnp.concatenate([proposal.tokens, jnp.zeros_like(rows.anchor)[:, None]], axis=1)
