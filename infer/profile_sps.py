@@ -74,7 +74,7 @@ def main(settings: Settings) -> dict:
   buckets = settings.buckets or default_buckets(settings.seats, block)
   with shell.stderr.status("compiling") as status:
     run = Executables(models, rows, lambda name: status.update(f"compiling {name}"), policy="scheduled",
-                      buckets=buckets if drafter else (), chunk=settings.chunk, log_probs=False)
+                      survival="head", buckets=buckets if drafter else (), chunk=settings.chunk, log_probs=False)
   cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
                     dtype=settings.dtype)
   shell.say(table(cost))
@@ -88,7 +88,7 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
   """(what an engine's programs cost here, its rows, which are empty again). The rows given are gone."""
   seats, block = rows.settings.calibration.shape
   capacity = rows.cache.layers[0].v.shape[-2]
-  room = capacity - run.chunk - (CHAIN + 2) * (block + 1)
+  room = capacity - run.how["chunk"] - (CHAIN + 2) * (block + 1)
   contexts = [max(int(share * room), 1) for share in (SHORT, LONG)]
   found: dict[str, list[float]] = {}
   names = [name for name in run.compiled if name not in ("own", "copy", "clear", "retire")]
@@ -106,7 +106,7 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
   return Cost(
       machine=platform.node(), device=jax.devices()[0].device_kind, target=target,
       drafter=None if block == 0 else drafter, dtype=dtype, seats=seats, block=block,
-      capacity=capacity, context=contexts[0], source="measured", chunk=run.chunk, plain=step("plain"),
+      capacity=capacity, context=contexts[0], source="measured", chunk=run.how["chunk"], plain=step("plain"),
       plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"), full_chunk=step("full+chunk"),
       packed=tuple(Bucket(tokens=size, **dataclasses.asdict(step(str(size)))) for size in sizes)), rows
 
@@ -114,9 +114,9 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
 def timed(run: Executables, rows: Rows, name: str, context: int, repeats: int) -> tuple[float, Rows]:
   """(seconds of a round of one program, the rows): CHAIN rounds in a run, the median of the runs after one."""
   seats, block = rows.settings.calibration.shape
-  knobs, part, runs = Knobs(np.int32(seats * (block + 1)), np.ones(seats * (block + 1) + 1, np.float32)), None, []
+  knobs, part, runs = Knobs.empty(seats, block, run.how["survival"]), None, []
   if name.endswith("chunk"):  # of one real token, which costs what many do, so that its seat stays near the context
-    part = Chunk(np.zeros(run.chunk, np.int32), np.int32(1), np.int32(0), np.int32(0))
+    part = Chunk(np.zeros(run.how["chunk"], np.int32), np.int32(1), np.int32(0), np.int32(0))
   for _ in range(repeats + 1):
     rows = seated(run, rows, context, reading=part is not None)
     drafted = run("draft", rows, knobs) if block else None

@@ -9,7 +9,7 @@ from jax import monitoring
 
 import dspark_jax
 from dspark_jax.decoding.cost import Bucket, Cost, Step
-from dspark_jax.decoding.engine import Engine, Full, Request
+from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
 from folders import DSPARK, QWEN3
 
 CAPACITY, CHUNK, NEW = 192, 16, 20
@@ -25,8 +25,9 @@ def models():
 
 
 @functools.cache
-def engine(policy, **more):
-  return Engine(*models(), seats=3, capacity=CAPACITY, chunk=CHUNK, policy=policy, log_probabilities=True, **more)
+def engine(policy, cost=None, **more):
+  config = dict(seats=3, capacity=CAPACITY, chunk=CHUNK, policy=policy, log_probabilities=True) | more
+  return Engine(*models(), EngineConfig(**config), cost=cost)
 
 
 @functools.cache
@@ -174,12 +175,15 @@ def table(drafter, seats, **more):
               **steps | dict(packed=packed) | more)
 
 
+THRESHOLDS = dict(confidence_threshold=0.3, survival_threshold=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["threshold", "early-stop", "scheduled"])
 def test_what_is_verified_changes_no_greedy_text(policy):
   """Kills: a draft that counts as verified and was not, a bucket that holds another row's tokens, a plain round after
   which the drafter has a hole in its context."""
-  served = engine(policy, cost=table(models()[1], 3), thresholds=(0.3, 0.1) if policy == "threshold" else (0.0, 0.0))
+  served = engine(policy, cost=table(models()[1], 3), **THRESHOLDS if policy == "threshold" else {})
   found = answers(served, [asked(row, temperature=0.0, reuse=False) for row in range(len(PROMPTS))])
   for row, (tokens, finish, events) in enumerate(found):
     want = dspark_jax.generate(*models(), [PROMPTS[row]], max_new_tokens=NEW)
@@ -203,7 +207,7 @@ def test_what_cannot_be_served_is_refused_at_once(wrong, says):
 def test_a_full_queue_and_what_an_engine_was_not_started_for():
   """Kills: a queue without an end; a sampled request that a greedy engine answers greedily."""
   target, _ = models()
-  small = Engine(target, seats=1, capacity=128, chunk=CHUNK, policy="plain", sampling="greedy", queue=2)
+  small = Engine(target, None, EngineConfig(seats=1, capacity=128, chunk=CHUNK, sampling="greedy", queue=2))
   with pytest.raises(ValueError, match="greedy"):
     small.submit(Request((1, 2), max_new_tokens=3, temperature=1.0))
   with pytest.raises(ValueError, match="log-probabilities"):
@@ -219,4 +223,4 @@ def test_a_full_queue_and_what_an_engine_was_not_started_for():
 def test_a_policy_that_cannot_be_is_refused(policy, says):
   """Kills: an engine that compiles for a minute before it finds out."""
   with pytest.raises(ValueError, match=says):
-    Engine(*models(), policy=policy)
+    Engine(*models(), EngineConfig(policy=policy))

@@ -7,6 +7,7 @@ round's drafts decide is only their own order (`executables.draft`).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from dspark_jax.decoding.cost import Cost, Program, choose, probe_interval
 from dspark_jax.types import Drafter
 
 POLICIES = ("plain", "fixed", "threshold", "early-stop", "scheduled")
+BY_COST = ("early-stop", "scheduled")
 STEPS = 64  # contexts are told apart in steps of so many tokens where a curve is made of them
 
 
@@ -25,17 +27,16 @@ class Dispatch:
   seconds: float    # predicted; 0 without a cost table
 
 
-def check(policy: str, drafter: Drafter | None, cost: Cost | None, seats: int) -> None:
-  """ValueError when an engine cannot choose so."""
-  if policy not in POLICIES:
-    raise ValueError(f"the policy is {policy!r}, expected one of {', '.join(POLICIES)}")
-  if policy in ("early-stop", "scheduled") and cost is None:
-    raise ValueError(f"the policy {policy} goes by what rounds cost, and there is no cost table: measure one (python "
-                     f"-m infer.profile_sps), or choose fixed or plain")
-  block = drafter.block_size if drafter else 0
-  if cost is not None and drafter and (cost.seats, cost.block) != (seats, block):
-    raise ValueError(f"the cost table is of {cost.seats} seats and {cost.block} drafts, the engine has {seats} and "
-                     f"{block}: measure one for this engine (python -m infer.profile_sps)")
+def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: bool) -> None:
+  """ValueError when an engine cannot choose so. config: EngineConfig. measured: whether a missing table will be."""
+  if drafter and config.survival != "estimator" and not drafter.has_confidence:
+    raise ValueError(f"survival is {config.survival!r}, but there is no confidence head in the drafter: use estimator")
+  if config.policy in BY_COST and cost is None and not measured:
+    raise ValueError(f"the policy {config.policy} goes by what rounds cost, and there is no cost table: measure one "
+                     f"(python -m infer.profile_sps), or choose fixed or plain")
+  if cost is not None and drafter and (cost.seats, cost.block) != (config.seats, drafter.block_size):
+    raise ValueError(f"the cost table is of {cost.seats} seats and {cost.block} drafts, the engine has {config.seats} "
+                     f"and {drafter.block_size}: measure one for this engine (python -m infer.profile_sps)")
 
 
 def default_buckets(seats: int, block: int) -> tuple[int, ...]:
@@ -45,18 +46,14 @@ def default_buckets(seats: int, block: int) -> tuple[int, ...]:
 
 
 class Dispatcher:
-  """The policy's part that the host plays.
+  """The policy's part that the host plays. config: EngineConfig. buckets: tokens of the packed programs, ascending."""
 
-  buckets: tokens of the packed programs, ascending. thresholds: of confidence and of survival, for the policy
-  threshold.
-  """
-
-  def __init__(self, policy: str, cost: Cost | None, seats: int, block: int, buckets: tuple[int, ...],
-               thresholds=(0.0, 0.0)):
-    self.policy, self.cost, self.seats, self.block, self.buckets = policy, cost, seats, block, buckets
-    self._thresholds, self._typical, self._plain_rounds = thresholds, np.ones(block), 0
+  def __init__(self, config: Any, cost: Cost | None, block: int, buckets: tuple[int, ...]):
+    self.policy, self.cost, self.seats, self.block, self.buckets = config.policy, cost, config.seats, block, buckets
+    self._thresholds = config.confidence_threshold, config.survival_threshold
+    self._typical, self._plain_rounds = np.ones(block), 0
     self._curves: dict[int, np.ndarray] = {}
-    self._sps = np.ones(seats * (block + 1) + 1, np.float32)
+    self._sps = np.ones(config.seats * (block + 1) + 1, np.float32)
 
   @property
   def sps(self) -> np.ndarray:

@@ -14,19 +14,24 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
+from dspark_jax.config import Count, Range, raise_all, wrong_choices
 from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Cost
-from dspark_jax.decoding.executables import STOP_IDS, Executables, Knobs, empty_rows
+from dspark_jax.decoding.estimator import Estimator
+from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows
 from dspark_jax.decoding.round import Chunk, Models, Report, Settings
 from dspark_jax.decoding.session import capacity as slots_for
 from dspark_jax.decoding.session import check
+from dspark_jax.decoding.verify import Rule
 from dspark_jax.sampling import make_sampling
 from dspark_jax.types import Drafter, Target
 
+Share = Annotated[float, Range(0, 1)]
 MODES = ("greedy", "full", "truncated")  # of `Sampling`; each holds those before it
 
 
@@ -91,49 +96,82 @@ class _Seat:
 class _Flight:
   """A round that was dispatched and not yet read."""
   report: Report
+  features: jax.Array | None        # f32[R,G,F]  of the estimator; None: a plain round
   players: list[tuple[_Seat, int]]  # with the request's id
-  drafted: bool
   program: str
-  budget: int
-  predicted: float
+  predicted: float                  # seconds
   began: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How an engine serves."""
+  seats: Count = 8
+  """requests that play at a time"""
+  capacity: Count = 2048
+  """tokens of a seat: prompt and text, and two blocks of scratch"""
+  policy: Literal[dispatch.POLICIES] = "scheduled"
+  """what is verified: nothing (plain), every draft (fixed), what is above the thresholds, Algorithm 1 (early-stop), or
+  the best of all programs for the survivals of two rounds before (scheduled)"""
+  verification: Rule = "token"
+  """at temperatures above 0: drafts tested one by one, or as a block, which keeps a few more"""
+  survival: Literal["auto", "head", "estimator", "both"] = "auto"
+  """what the last three policies go by: the confidence head, what is learnt while serving, or both; auto: the head
+  where there is one"""
+  sampling: Literal["greedy", "full", "truncated"] = "truncated"
+  """the most that requests may ask for: temperature (full), top-k and top-p (truncated); the least is the fastest"""
+  chunk: Count = 64
+  """tokens of a prompt that are read beside a round"""
+  queue: Count = 256
+  """requests that may wait"""
+  log_probabilities: bool = False
+  """whether requests may ask for them, which costs every round a pass over its logits"""
+  confidence_threshold: Share = 0.0
+  """of the policy threshold"""
+  survival_threshold: Share = 0.0
+  """of the policy threshold"""
+  buckets: tuple[Count, ...] = ()
+  """tokens of the packed programs; none given: those of the cost table, or powers of two"""
+
+  def __post_init__(self):
+    raise_all("engine", wrong_choices(self))
 
 
 class Engine:
   """A target, maybe a drafter, and seats for requests.
 
-  capacity: tokens of a seat, prompt and text and two blocks of scratch. policy: plain | fixed | threshold | early-stop
-  | scheduled; the last three need a confidence head, and early-stop and scheduled a cost table (`infer.profile_sps`).
-  sampling: greedy | full | truncated, what requests may ask for at most (`sampling.make_sampling`); the least is the
-  fastest. chunk: tokens of a prompt that are read beside a round. queue: requests that may wait. thresholds: of
-  confidence and survival, for the policy threshold. buckets: tokens of the packed programs; of a cost table its own.
-  say: is told what is compiled next. ValueError for what does not fit together. `submit`, `cancel` and `metrics` may be
-  called from any thread, `step` from one.
+  cost: what early-stop and scheduled go by; without one, measure(executables, rows) -> (cost, empty rows) is asked.
+  calibration: a temperature of sampling -> temperatures f[G] of the head's confidences, or None. say: is told what is
+  compiled next. ValueError for what does not fit together. `submit`, `cancel` and `metrics` may be called from any
+  thread, `step` from one.
   """
 
-  def __init__(self, target: Target, drafter: Drafter | None = None, *, seats: int = 8, capacity: int = 2048,
-               policy: str = "scheduled", sampling: str = "truncated", cost: Cost | None = None, chunk: int = 64,
-               queue: int = 256, log_probabilities: bool = False, calibration=None, thresholds=(0.0, 0.0),
-               buckets: tuple[int, ...] | None = None, say: Callable[[str], None] = lambda text: None):
-    drafter = None if policy == "plain" else drafter
-    self.target, self.drafter, self.capacity, self.chunk = target, drafter, capacity, chunk
-    self.log_probabilities, self.mode = log_probabilities, sampling
-    policy = policy if drafter else "plain"
-    dispatch.check(policy, drafter, cost, seats)
-    if policy in ("plain", "fixed"):
-      buckets = ()
-    elif cost or buckets is None:
-      buckets = cost.buckets if cost else dispatch.default_buckets(seats, self.block)
-    self._dispatcher = dispatch.Dispatcher(policy, cost, seats, self.block, buckets, thresholds)
+  def __init__(self, target: Target, drafter: Drafter | None = None, config: EngineConfig = EngineConfig(), *,
+               cost: Cost | None = None, calibration: Callable[[float], Any] = lambda temperature: None,
+               measure: Callable[..., Any] | None = None, say: Callable[[str], None] = lambda text: None):
+    if config.policy == "plain" or drafter is None:
+      drafter, config = None, dataclasses.replace(config, policy="plain")
+    if config.survival == "auto":
+      head = drafter is not None and drafter.has_confidence
+      config = dataclasses.replace(config, survival="head" if head else "estimator")
+    self.target, self.drafter, self.config = target, drafter, config
+    dispatch.check(config, drafter, cost, measured=measure is not None)
+    buckets = () if config.policy in ("plain", "fixed") else cost.buckets if cost else (
+        config.buckets or dispatch.default_buckets(config.seats, self.block))
     models = Models.of(target, drafter)
-    self._rows = empty_rows(models, seats, capacity, sampling)
-    self._run = Executables(models, self._rows, say, policy=policy, buckets=buckets, chunk=chunk,
-                            log_probs=log_probabilities)
-    self._calibration = np.ones(self.block, np.float32) if calibration is None else np.asarray(calibration, np.float32)
-    self._thresholds = np.asarray(thresholds, np.float32)
-    self._seats = [_Seat(index) for index in range(seats)]
+    self._rows = empty_rows(models, config.seats, config.capacity, config.sampling, config.verification)
+    self._run = Executables(models, self._rows, say, policy=config.policy, survival=config.survival, buckets=buckets,
+                            chunk=config.chunk, log_probs=config.log_probabilities)
+    if cost is None and measure and config.policy in dispatch.BY_COST:
+      cost, self._rows = measure(self._run, self._rows)
+    self.cost, self._calibration = cost, calibration
+    self._dispatcher = dispatch.Dispatcher(config, cost, self.block, buckets)
+    # Of greedy rows and of sampled ones, which survive otherwise.
+    self.estimators = [Estimator(self.block, max(FEATURES[config.survival], 1)) for _ in range(2)]
+    self._knobs = Knobs.empty(config.seats, self.block, config.survival)
+    self._seats = [_Seat(index) for index in range(config.seats)]
     self._queue: collections.deque[tuple[int, Request]] = collections.deque()
-    self._most, self._lock, self._next, self._dropped = queue, threading.Lock(), 0, set()
+    self._lock, self._next, self._dropped = threading.Lock(), 0, set()
     self._flights: collections.deque[_Flight] = collections.deque()
     self._counts, self._events = collections.Counter(), []
     self._free_at = 0.0  # when the newest round that was read had ended
@@ -153,7 +191,7 @@ class Engine:
     """The id of a request that now waits for a seat. ValueError for one that cannot be served; `Full`."""
     self._validate(request)
     with self._lock:
-      if len(self._queue) >= self._most:
+      if len(self._queue) >= self.config.queue:
         raise Full(f"{len(self._queue)} requests are waiting, the most that may: try again later")
       self._next += 1
       self._queue.append((self._next, request))
@@ -193,9 +231,10 @@ class Engine:
   def _validate(self, request):
     check(max_new_tokens=request.max_new_tokens, seed=request.seed)
     mode = make_sampling(request.temperature, request.top_k, request.top_p).mode
-    if MODES.index(mode) > MODES.index(self.mode):
-      raise ValueError(f"the request asks for {mode} sampling, the engine was started for {self.mode}: change its "
-                       f"temperature, top_k and top_p, or start the engine with sampling={mode}")
+    if MODES.index(mode) > MODES.index(self.config.sampling):
+      raise ValueError(f"the request asks for {mode} sampling, the engine was started for "
+                       f"{self.config.sampling}: change its temperature, top_k and top_p, or start the engine with "
+                       f"sampling={mode}")
     if not request.prompt:
       raise ValueError("the prompt is empty: expected at least one token")
     for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.stop_token_ids)):
@@ -204,12 +243,12 @@ class Engine:
                          f"0..{self.target.vocab_size - 1}: was it made with another tokenizer?")
     if len(request.stop_token_ids) > STOP_IDS:
       raise ValueError(f"there are {len(request.stop_token_ids)} stop token ids, expected at most {STOP_IDS}")
-    needed = slots_for(len(request.prompt) + self.chunk, request.max_new_tokens, self.block)
-    room = min(self.capacity, self.target.max_positions)
-    if needed > self.capacity or len(request.prompt) + request.max_new_tokens > self.target.max_positions:
+    needed = slots_for(len(request.prompt) + self.config.chunk, request.max_new_tokens, self.block)
+    room = min(self.config.capacity, self.target.max_positions)
+    if needed > self.config.capacity or len(request.prompt) + request.max_new_tokens > self.target.max_positions:
       raise ValueError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones do not fit a "
                        f"seat of {room}: shorten the prompt or lower max_new_tokens")
-    if request.log_probabilities and not self.log_probabilities:
+    if request.log_probabilities and not self.config.log_probabilities:
       raise ValueError("log-probabilities are asked for, and the engine was started without them: start it with "
                        "log_probabilities")
 
@@ -236,11 +275,14 @@ class Engine:
         id, request = self._queue.popleft()
       seat, source, n = self._place(request)
       how = "copy" if n and source is not seat else "own" if seat.clean else "clear"
-      sampling = make_sampling(request.temperature, request.top_k, request.top_p).replace(mode=self.mode)
+      sampling = make_sampling(request.temperature, request.top_k, request.top_p).replace(mode=self.config.sampling)
       stops = np.full((1, STOP_IDS), -1, np.int32)
       stops[0, :len(request.stop_token_ids)] = request.stop_token_ids
-      one = Settings(sampling, stops, np.asarray([request.max_new_tokens], np.int32), self._calibration[None],
-                     self._thresholds[None])
+      table = self._calibration(request.temperature)
+      table = np.ones((1, self.block), np.float32) if table is None else np.asarray(table, np.float32)[None]
+      thresholds = np.float32([[self.config.confidence_threshold, self.config.survival_threshold]])
+      one = Settings(sampling, stops, np.asarray([request.max_new_tokens], np.int32), table, thresholds,
+                     self.config.verification)
       self._rows = self._run(how, self._rows, np.int32(seat.index), one, np.uint32(request.seed),
                              np.int32(source.index), np.int32(n))
       seat.id, seat.request, seat.tokens, seat.read, seat.sent = id, request, list(request.prompt), n, 0
@@ -271,33 +313,41 @@ class Engine:
       self._counts["idle_seconds"] += max(began - ended, 0.0)
     chunk = self._next_chunk(reads) if reads else None
     name = str(choice.program) + ("+chunk" if reads else "")
+    features = None
     if choice.program == "plain":
       self._rows, report = self._run(name, self._rows, chunk)
     else:
-      drafted = self._run("draft", self._rows, Knobs(np.int32(choice.tokens), self._dispatcher.sps))
+      drafted = self._run("draft", self._rows, self._set_knobs(choice))
+      features = drafted.features
       self._rows, report = self._run(name, self._rows, drafted, chunk)
-    jax.tree.map(lambda x: x.copy_to_host_async(), report)
+    jax.tree.map(lambda x: x.copy_to_host_async(), (report, features))
     players = [(seat, seat.id) for seat in plays]
     if reads and not reads.reads:
       players.append((reads, reads.id))
-    self._flights.append(_Flight(report, players, choice.program != "plain", name, choice.tokens, choice.seconds,
-                                 began))
+    self._flights.append(_Flight(report, features, players, name, choice.seconds, began))
     self._counts["rounds"] += 1
     self._counts["program_" + name] += 1
     self._counts["budget"] += choice.tokens
     self._counts["host_seconds"] += time.perf_counter() - began
 
+  def _set_knobs(self, choice):
+    knobs = self._knobs.replace(budget=np.int32(choice.tokens), sps=self._dispatcher.sps)
+    if count := knobs.weights.shape[1]:
+      knobs = knobs.replace(weights=np.float32([state.weights[:count] for state in self.estimators]),
+                            intercepts=np.float32([state.intercepts for state in self.estimators]))
+    return knobs
+
   def _next_chunk(self, seat):
     prompt = seat.request.prompt
-    part = prompt[seat.read:seat.read + self.chunk]
+    part = prompt[seat.read:seat.read + self.config.chunk]
     seat.read += len(part)
-    tokens = np.zeros(self.chunk, np.int32)
+    tokens = np.zeros(self.config.chunk, np.int32)
     tokens[:len(part)] = part
     return Chunk(tokens, np.int32(len(part)), np.int32(seat.index), np.int32((*prompt, -1)[seat.read]))
 
   def _land(self, flight):
     """Reads a round's report, and turns it into events."""
-    report = jax.device_get(flight.report)
+    report, features = jax.device_get((flight.report, flight.features))
     now = time.perf_counter()
     seconds = now - max(flight.began, self._free_at)
     self._fastest[flight.program] = min(self._fastest[flight.program], seconds)
@@ -310,9 +360,12 @@ class Engine:
       row, live = seat.index, bool(report.live[seat.index])
       left = seat.request.max_new_tokens - seat.sent
       tokens = tuple(report.tokens[row, :min(int(report.n_new[row]), left)].tolist())
-      drafted = flight.drafted and live
+      drafted = features is not None and live
       if drafted:
         seat.confidence = self._dispatcher.observe(report.confidence[row])
+        if features.shape[2]:
+          state = self.estimators[int(seat.request.temperature > 0)]
+          state.observe(features[row], int(report.n_verify[row]), int(report.n_accept[row]))
       finish = self._finish(seat, tokens, report) if report.done[row] else None
       numbers = (self.block, int(report.n_verify[row]), int(report.n_accept[row])) if drafted else (0, 0, 0)
       log_probs = None
@@ -321,8 +374,8 @@ class Engine:
       self._events.append(Event(id, tokens, log_probs, *numbers, finish))
       seat.sent += len(tokens)
       seat.tokens += tokens
-      for name, number in zip(("tokens", "drafted", "verified", "accepted", "row_rounds"),
-                              (len(tokens), *numbers, live)):
+      for name, number in zip(("tokens", "drafted", "verified", "accepted", "row_rounds", "round_tokens"),
+                              (len(tokens), *numbers, live, live * len(tokens))):
         self._counts[name] += number
       if finish:
         seat.clean = finish != "failed"

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.decoding import estimator, scheduler
 from dspark_jax.decoding import policy as policies
-from dspark_jax.decoding import scheduler
 from dspark_jax.decoding.calibration import calibrate
 from dspark_jax.decoding.round import Chunk, Models, Report, Rows, Settings, nothing, propose, settle
 from dspark_jax.nn.cache import insert_row, row_shardings
@@ -25,14 +25,23 @@ from dspark_jax.sampling import make_sampling
 from dspark_jax.types import Array, Proposal
 
 STOP_IDS = 8  # of a request, at most
+FEATURES = {"head": 0, "estimator": 1, "both": 2}  # where survival comes from, and how many features are learnt from
 SMALL = 2 ** 28  # bytes of temporaries beyond which a program is taken to copy a cache, where the cache is larger
 
 
 @flax.struct.dataclass
 class Knobs:
   """What the host sets anew for each draft."""
-  budget: Array  # i32[]  tokens that will be verified, anchors included
-  sps: Array     # f32[R*(G+1)+1]  rounds per second with so many of them; for Algorithm 1
+  budget: Array      # i32[]  tokens that will be verified, anchors included
+  sps: Array         # f32[R*(G+1)+1]  rounds per second with so many of them; for Algorithm 1
+  weights: Array     # f32[2,F]  of the estimator, for greedy rows and for sampled ones
+  intercepts: Array  # f32[2,G]
+
+  @classmethod
+  def empty(cls, seats: int, block: int, survival: str) -> Knobs:
+    """Knobs of the right shapes that verify everything."""
+    return cls(np.int32(seats * (block + 1)), np.ones(seats * (block + 1) + 1, np.float32),
+               np.zeros((2, FEATURES[survival]), np.float32), np.zeros((2, block), np.float32))
 
 
 @flax.struct.dataclass
@@ -41,9 +50,10 @@ class Draft:
   proposal: Proposal  # without its logits and words
   confidence: Array   # f32[R,G]
   lengths: Array      # i32[R]  drafts to verify
+  features: Array     # f32[R,G,F]  what the estimator reads
 
 
-def empty_rows(models: Models, seats: int, capacity: int, mode: str) -> Rows:
+def empty_rows(models: Models, seats: int, capacity: int, mode: str, verification: str = "token") -> Rows:
   """Rows of seats that nobody has taken; mode: of `Sampling`, which covers every request to come."""
   block = models.drafter.block_size if models.drafter else 0
   row = lambda value, dtype: jnp.full(seats, value, dtype)
@@ -53,7 +63,7 @@ def empty_rows(models: Models, seats: int, capacity: int, mode: str) -> Rows:
     sampling = sampling.replace(temperature=row(0, jnp.float32), top_k=row(0, jnp.int32), top_p=row(1, jnp.float32),
                                 mode=mode)
     settings = Settings(sampling, jnp.full((seats, STOP_IDS), -1, jnp.int32), row(0, jnp.int32),
-                        jnp.ones((seats, block)), jnp.zeros((seats, 2)))
+                        jnp.ones((seats, block)), jnp.zeros((seats, 2)), verification)
     return Rows(models.target.init_cache(seats, capacity),
                 models.drafter and models.drafter.init_state(models.target, seats, capacity), row(0, jnp.int32),
                 jax.vmap(jax.random.key)(row(0, jnp.uint32)), settings, jnp.zeros((seats, 2, block)),
@@ -62,21 +72,27 @@ def empty_rows(models: Models, seats: int, capacity: int, mode: str) -> Rows:
   return jax.jit(make, out_shardings=shardings)(models)
 
 
-def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str) -> Draft:
+def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str, survival: str) -> Draft:
   """A block for every row, and how much of it is worth verifying within the budget.
 
-  The budget is known before the draft, and a draft's place in the order depends on itself and on those before it: what
+  survival: of FEATURES, where confidences come from. The budget is known before the draft, and a draft's place in the order depends on itself and on those before it: what
   is cut off has no say in it.
   """
-  proposal, live = propose(models, rows), ~rows.done
-  confidence = calibrate(proposal.confidence, rows.settings.calibration)
-  survival = scheduler.survival(confidence)
+  proposal, live, temperature = propose(models, rows), ~rows.done, rows.settings.sampling.temperature
+  features = jnp.zeros((*proposal.tokens.shape, 0))
+  if survival == "head":
+    confidence = calibrate(proposal.confidence, rows.settings.calibration)
+  else:
+    read = [estimator.feature(proposal.logits, temperature), estimator.logit(proposal.confidence)]
+    features, kind = jnp.stack(read[:FEATURES[survival]], axis=-1), (temperature > 0).astype(jnp.int32)
+    confidence = estimator.survive(features, knobs.weights[kind], knobs.intercepts[kind])
+  likely = scheduler.survival(confidence)
   chosen = {"threshold": policies.Threshold, "early-stop": lambda: policies.EarlyStop(knobs.sps)}
   wanted = chosen.get(policy, policies.All)().lengths(confidence, rows)
-  place = jnp.arange(survival.shape[1], dtype=jnp.int32)[None]
-  survival = jnp.where(place < wanted[:, None], survival, 0)
-  lengths = scheduler.top_k(survival, knobs.budget - jnp.sum(live, dtype=jnp.int32), live)
-  return Draft(proposal.replace(logits=None, words=None), confidence, lengths)
+  place = jnp.arange(likely.shape[1], dtype=jnp.int32)[None]
+  likely = jnp.where(place < wanted[:, None], likely, 0)
+  lengths = scheduler.top_k(likely, knobs.budget - jnp.sum(live, dtype=jnp.int32), live)
+  return Draft(proposal.replace(logits=None, words=None), confidence, lengths, features)
 
 
 def verify(models: Models, rows: Rows, drafted: Draft, chunk: Chunk | None, *, bucket: int | None, log_probs: bool
@@ -123,8 +139,8 @@ def retire(models: Models, rows: Rows, seat: Array) -> Rows:
   return rows.replace(done=rows.done.at[seat].set(True))
 
 
-def lowered(models: Models, rows: Rows, *, policy: str, buckets: tuple[int, ...], chunk: int, log_probs: bool
-            ) -> Iterator[tuple[str, jax.stages.Lowered]]:
+def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: tuple[int, ...], chunk: int,
+            log_probs: bool) -> Iterator[tuple[str, jax.stages.Lowered]]:
   """All programs of an engine by name, each of (leaves of the models, rows, more), on the current mesh: "draft",
   "plain", "full", a bucket's "128", "plain+chunk", "full+chunk", "own", "copy", "clear" (`admit`), "retire".
 
@@ -150,8 +166,7 @@ def lowered(models: Models, rows: Rows, *, policy: str, buckets: tuple[int, ...]
 
   part = Chunk(np.zeros(chunk, np.int32), np.int32(1), np.int32(0), np.int32(-1))
   if models.drafter:
-    knobs = Knobs(np.int32(0), np.ones(seats * (block + 1) + 1, np.float32))
-    program, drafted, where = lower(named(draft, policy=policy), knobs)
+    program, drafted, where = lower(named(draft, policy=policy, survival=survival), Knobs.empty(seats, block, survival))
     yield "draft", program
     if where is not None:
       drafted = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), drafted, where)
@@ -174,7 +189,7 @@ class Executables:
   """
 
   def __init__(self, models: Models, rows: Rows, say: Callable[[str], None] = lambda text: None, **how):
-    self.leaves, self.chunk = tuple(jax.tree.leaves(models)), how["chunk"]
+    self.leaves, self.how = tuple(jax.tree.leaves(models)), how
     self.compiled: dict[str, jax.stages.Compiled] = {}
     devices = 1 if jax.sharding.get_mesh().empty else jax.sharding.get_mesh().size
     held = sum(x.nbytes for x in jax.tree.leaves((rows.cache, rows.draft))) // devices
