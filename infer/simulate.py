@@ -41,7 +41,7 @@ PAPER = {"chat": (3.64, 3.54, 3.29), "code": (5.13, 5.38, 4.86), "mathematics": 
 COLUMNS = {name: sum(lengths) / len(lengths) for name, lengths in PAPER.items()}
 WORKLOADS = {name: (length,) for name, length in COLUMNS.items()} | {"mixed": tuple(COLUMNS.values())}
 STAY = 64  # rounds of a request
-LAG = 2    # rounds until the host has read what a round said
+LAG = 2    # rounds until the host has read what a round said; before, it knows nothing, and nothing is counted
 POLICIES = ("plain", "fixed", "scheduled")
 
 
@@ -155,10 +155,12 @@ def scheduled(cost: Cost, drawn: Rounds, context: float, history: int) -> tuple[
       # Survivals of a row never rise, so the likeliest K are prefixes; two rows are never quite alike.
       least = -np.partition(-now, budget - 1, axis=None)[budget - 1] if budget < now.size else 0.0
       lengths = (now >= least).sum(1)
+    if t < LAG:
+      continue
     seconds += cost.seconds(program, context)
     tokens += rows + np.minimum(drawn.accepted[t], lengths).sum()
     verified += rows + lengths.sum()
-    programs[str(program)] = programs.get(str(program), 0) + 1 / rounds
+    programs[str(program)] = programs.get(str(program), 0) + 1 / (rounds - LAG)
   return seconds, tokens, verified, programs
 
 
@@ -166,10 +168,11 @@ def outcomes(cost: Cost, name: str, lengths: tuple[float, ...], rows: int, setti
              ) -> tuple[list[Outcome], float]:
   """(what each policy makes of the same draws, AUROC of the first draft's survival)."""
   rng = np.random.default_rng([settings.seed, rows, *map(ord, name)])  # whatever else is simulated
-  drawn = Rounds.draw(lengths, max(300, settings.draws // rows), rows, cost.block, settings.concentration, rng)
-  rounds, size = len(drawn.survival), rows * len(drawn.survival)
+  drawn = Rounds.draw(lengths, LAG + max(300, settings.draws // rows), rows, cost.block, settings.concentration, rng)
+  counted = drawn.accepted[LAG:]
+  rounds, size = counted.shape[0], counted.size
   runs = {"plain": (rounds * cost.seconds("plain", settings.context), size, size, {"plain": 1.0}),
-          "fixed": (rounds * cost.seconds("full", settings.context), size + drawn.accepted.sum(),
+          "fixed": (rounds * cost.seconds("full", settings.context), size + counted.sum(),
                     size * (cost.block + 1), {"full": 1.0}),
           "scheduled": scheduled(cost, drawn, settings.context, settings.history)}
   return [Outcome(cost.machine, cost.target, name, rows, policy, tokens / seconds, tokens / seconds / rows,
