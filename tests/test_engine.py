@@ -8,7 +8,7 @@ import pytest
 from jax import monitoring
 
 import dspark_jax
-from dspark_jax.decoding.cost import Bucket, Cost, Step
+from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
 from folders import DSPARK, QWEN3
 
@@ -168,8 +168,9 @@ def reference(prompt, text):
 
 def table(drafter, seats, **more):
   """A cost table whose curve dips and recovers: what a search past dips has to get right."""
-  steps = dict(plain=Step(1.0), plain_chunk=Step(1.5), draft=Step(0.3), full=Step(1.4), full_chunk=Step(2.0))
-  packed = (Bucket(tokens=4, seconds=1.5), Bucket(tokens=8, seconds=0.9), Bucket(tokens=12, seconds=1.3))
+  step = lambda seconds: Step(seconds, 0.0)
+  steps = dict(plain=step(1.0), plain_chunk=step(1.5), draft=step(0.3), full=step(1.4), full_chunk=step(2.0))
+  packed = {4: step(1.5), 8: step(0.9), 12: step(1.3)}
   return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=seats,
               block=drafter.block_size, capacity=CAPACITY, context=16, source="invented", chunk=CHUNK,
               **steps | dict(packed=packed) | more)
