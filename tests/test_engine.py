@@ -10,6 +10,7 @@ from jax import monitoring
 import dspark_jax
 from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
+from dspark_jax.nn.sharding import MeshConfig
 from folders import DSPARK, QWEN3
 
 CAPACITY, CHUNK, NEW = 192, 16, 20
@@ -225,3 +226,19 @@ def test_a_policy_that_cannot_be_is_refused(policy, says):
   """Kills: an engine that compiles for a minute before it finds out."""
   with pytest.raises(ValueError, match=says):
     Engine(*models(), EngineConfig(policy=policy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(data=2, tensor=2)], ids=["tensor", "data x tensor"])
+def test_a_mesh_changes_no_text(sizes):
+  """Seats over data, heads and words over tensor: the same tokens as on one device, greedy and sampled, prompts in
+  chunks and known beginnings too. Kills: a chunk that is written into the row of that number on every device."""
+  with MeshConfig(**sizes).use():
+    target = dspark_jax.load_target(QWEN3, scanned=False)
+    drafter = dspark_jax.load_drafter(DSPARK, target)
+    served = Engine(target, drafter, EngineConfig(seats=4, capacity=CAPACITY, chunk=CHUNK, policy="fixed"))
+    found = answers(served, [asked(row, reuse=False) for row in range(len(PROMPTS))])
+    (again, _, _), = answers(served, [Request(PROMPTS[5] + (1, 2, 3), max_new_tokens=NEW)])
+  assert [list(tokens) for tokens, _, _ in found] == [alone(row, True).tokens[0] for row in range(len(PROMPTS))]
+  want = dspark_jax.generate(*models(), [PROMPTS[5] + (1, 2, 3)], max_new_tokens=NEW)
+  assert list(again) == want.tokens[0] and served.metrics()["prefix_tokens_reused"] > 0
