@@ -5,10 +5,12 @@ measured at the engine's start where it is missing. Every program is the very ex
 seats playing, at two contexts: at a short one for `seconds`, at a long one for the slope. Medians of repeated runs.
 
     python -m infer.profile_sps --target smollm2 --drafter runs/demo --seats 8 --out runs/cost.json
-    python -m infer.profile_sps --model qwen3-4b --compiler v5e:1x1 --seats 32 --out runs/v5e.json
+    python -m infer.profile_sps --target qwen3-4b --compiler v5e:1x1 --seats 32 --capacity 1024 --out runs/v5e.json
 
---compiler asks the compiler of a machine that is not here instead (`make tpu-compiler`), for planning: seconds are its
-cycles at the chip's clock, or, where that is longer, its bytes at the chip's bandwidth. No weights are read.
+--compiler asks the compiler of a machine that is not here instead (`make tpu-compiler`), for planning: --target is then
+a published size or a config.json, as for infer.compile, with a fresh drafter of --block-size and --draft-layers in
+bfloat16. Its seconds are those of the compiled operations one after another, each at the chip's published bandwidth or
+arithmetic, at a context of all slots; the slope is what a token of cache takes to be read.
 
 The last line of stdout is a JSON object: the table (`dspark_jax.decoding.cost.Cost`), which --out keeps.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -29,21 +32,28 @@ from rich.table import Table
 import dspark_jax
 from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.dispatch import default_buckets
-from dspark_jax.decoding.executables import Executables, Knobs, empty_rows
+from dspark_jax.decoding.executables import Executables, Knobs, empty_rows, lowered, new_rows
 from dspark_jax.decoding.round import Chunk, Models, Rows
+from dspark_jax.loading import target_config
 from dspark_jax.nn.attention import Kernels
+from dspark_jax.nn.cache import row_shardings
 from dspark_jax.nn.sharding import MeshConfig
-from dspark_jax.programs import shell
+from dspark_jax.programs import compiled, shell
+from dspark_jax.programs.compilers import absent_devices, chip_of
+from infer import compile as compile_
 
 SHORT, LONG = 1 / 8, 3 / 4  # of a seat's capacity: the two contexts
+ADMINISTRATION = ("own", "copy", "clear", "retire")  # programs that are no round
 CHAIN = 4                   # rounds of a run, dispatched one after another as the engine does
 
 
 @dataclasses.dataclass
 class Settings:
   target: str
-  drafter: str
+  drafter: str = "none"
   """drafter folder or run, or none"""
+  compiler: str | None = None
+  """a topology as for infer.compile, e.g. v5e:1x1"""
   seats: int = 8
   capacity: int = 512
   """tokens of a seat, prompt and text and scratch"""
@@ -56,6 +66,9 @@ class Settings:
   """runs of which the median counts"""
   out: Path | None = None
   """keep the table here"""
+  block_size: int = 7
+  """of the drafter that --compiler makes"""
+  draft_layers: int = 5
   kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,24 +76,76 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, seats=1, chunk=1, repeats=1, capacity=64)
-  target = shell.load_target(settings.target, settings.dtype, settings.kernels)
-  drafter = None
-  if settings.drafter != "none":
-    drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
-  models = Models.of(target, drafter)
-  block = drafter.block_size if drafter else 0
-  rows = empty_rows(models, settings.seats, settings.capacity, settings.sampling)
-  buckets = settings.buckets or default_buckets(settings.seats, block)
-  with shell.stderr.status("compiling") as status:
-    run = Executables(models, rows, lambda name: status.update(f"compiling {name}"), policy="scheduled",
-                      survival="head", buckets=buckets if drafter else (), chunk=settings.chunk, log_probs=False)
-  cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
-                    dtype=settings.dtype)
+  cost = compiled_cost(settings) if settings.compiler else measured_cost(settings)
   shell.say(table(cost))
   result = cost.to_json()
   if settings.out:
     shell.write_json(settings.out, result)
   return result
+
+
+def measured_cost(settings: Settings) -> Cost:
+  """By running."""
+  target = shell.load_target(settings.target, settings.dtype, settings.kernels)
+  drafter = None
+  if settings.drafter != "none":
+    drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  models = Models.of(target, drafter)
+  rows = empty_rows(models, settings.seats, settings.capacity, settings.sampling)
+  buckets = settings.buckets or default_buckets(settings.seats, drafter.block_size if drafter else 0)
+  with shell.stderr.status("compiling") as status:
+    run = Executables(models, rows, lambda name: status.update(f"compiling {name}"), **how(settings, buckets))
+  cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
+                    dtype=settings.dtype)
+  return cost
+
+
+def how(settings: Settings, buckets: tuple[int, ...]) -> dict:
+  """Of `executables.lowered`."""
+  return dict(policy="scheduled", survival="head", buckets=tuple(buckets), chunk=settings.chunk, log_probs=False)
+
+
+def compiled_cost(settings: Settings) -> Cost:
+  """By a compiler, for a machine that is not here."""
+  config, devices = target_config(settings.target), absent_devices(settings.compiler)
+  chip, mesh = chip_of(devices[0]), settings.mesh.build(devices)
+  asked = compile_.Settings(settings.target, settings.compiler, settings.seats, settings.capacity, settings.sampling,
+                            settings.block_size, settings.draft_layers, settings.mesh, Kernels(decode="auto"))
+  buckets = settings.buckets or default_buckets(settings.seats, settings.block_size)
+  with jax.set_mesh(mesh):
+    served = compile_.Served.of(asked, config, devices[0].platform)
+    models = heads_of(served)
+    rows = jax.eval_shape(lambda models: new_rows(models, settings.seats, settings.capacity, settings.sampling), models)
+    rows = compiled.on(rows, row_shardings(rows))
+    found = {}
+    for name, program in lowered(models, rows, **how(settings, buckets)):
+      if name in ADMINISTRATION:
+        continue
+      with shell.stderr.status(f"compiling {name}"):
+        read = compiled.read(program)
+      numbers = compiled.summary(read, chip, floor_bytes=1, useful_flops=1)
+      found[name] = numbers["predicted_seconds"]
+      shell.say(f"{name}: {1e3 * found[name]:.2f} ms, temporaries {numbers['temporary_bytes'] / 1e9:.3f} GB, not in "
+                f"place {numbers['output_bytes'] / 1e9:.3f} GB")
+  token = lambda cache: compiled.size(cache.layers) / settings.capacity / chip.bandwidth
+  read = {"draft": token(rows.draft.cache)}
+  step = lambda name: Step(found[name], read.get(name, token(rows.cache)))
+  return Cost(
+      machine=chip.name, device=devices[0].device_kind, target=settings.target,
+      drafter=f"dspark, {settings.draft_layers} layers", dtype="bfloat16", seats=settings.seats,
+      block=settings.block_size, capacity=settings.capacity, context=settings.capacity,
+      source=f"compiler {settings.compiler}", chunk=settings.chunk, plain=step("plain"),
+      plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"), full_chunk=step("full+chunk"),
+      packed={size: step(str(size)) for size in buckets})
+
+
+def heads_of(served: compile_.Served) -> Models:
+  """The models with their heads, as shapes where their weights are."""
+  models = jax.eval_shape(Models.of, served.target, served.drafter)
+  weight = jax.tree.leaves((served.target.lm_head or served.target.embed_tokens).weight)[0]
+  head, draft = models.head.replace(weight=weight), models.draft_head
+  bias = draft.bias.replace(weight=jax.tree.leaves(served.drafter.markov_head.markov_w2)[0])
+  return Models(served.target, served.drafter, head, draft.replace(base=head, bias=bias))
 
 
 def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter: str, dtype: str) -> tuple[Cost, Rows]:
@@ -90,7 +155,7 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
   room = capacity - run.how["chunk"] - (CHAIN + 2) * (block + 1)
   contexts = [max(int(share * room), 1) for share in (SHORT, LONG)]
   found: dict[str, list[float]] = {}
-  names = [name for name in run.compiled if name not in ("own", "copy", "clear", "retire")]
+  names = [name for name in run.compiled if name not in ADMINISTRATION]
   with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(names) * len(contexts), note="")
     for context in contexts:
@@ -100,7 +165,8 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
         found.setdefault(name, []).append(seconds)
         bar.update(task, advance=1)
   away = contexts[1] - contexts[0]
-  step = lambda name: Step(found[name][0], (found[name][1] - found[name][0]) / away) if name in found else None
+  # A longer context takes no less: what says so is noise.
+  step = lambda name: Step(found[name][0], max(found[name][1] - found[name][0], 0) / away) if name in found else None
   sizes = sorted(int(name) for name in names if name.isdigit())
   return Cost(
       machine=platform.node(), device=jax.devices()[0].device_kind, target=target,
@@ -160,4 +226,5 @@ def table(cost: Cost) -> Table:
 
 
 if __name__ == "__main__":
-  shell.run(main, Settings)
+  # A compiler's mesh is of devices that are not here.
+  shell.run(main, Settings, mesh="--compiler" not in " ".join(sys.argv))

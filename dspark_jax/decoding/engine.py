@@ -221,6 +221,16 @@ class Engine:
     events, self._events = self._events, []
     return events
 
+  def use(self, policy: str) -> None:
+    """Plays by another of the policies plain, fixed and scheduled from now on, with the same programs: to compare them.
+
+    ValueError for one that has programs of its own, or where there is no drafter or no cost table.
+    """
+    if policy not in ("plain", "fixed", "scheduled") or not self.drafter or policy == "scheduled" and not self.cost:
+      raise ValueError(f"the policy {policy} cannot be taken on by an engine that was started for {self.config.policy}: "
+                       f"start one for it")
+    self._dispatcher.policy = policy
+
   def metrics(self) -> dict[str, float]:
     """Counters since the start, and gauges; times in seconds, by the host's clock."""
     counts = dict(self._counts)

@@ -53,23 +53,26 @@ class Draft:
   features: Array     # f32[R,G,F]  what the estimator reads
 
 
-def empty_rows(models: Models, seats: int, capacity: int, mode: str, verification: str = "token") -> Rows:
+def new_rows(models: Models, seats: int, capacity: int, mode: str, verification: str = "token") -> Rows:
   """Rows of seats that nobody has taken; mode: of `Sampling`, which covers every request to come."""
   block = models.drafter.block_size if models.drafter else 0
   row = lambda value, dtype: jnp.full(seats, value, dtype)
+  sampling = make_sampling(0.0)
+  sampling = sampling.replace(temperature=row(0, jnp.float32), top_k=row(0, jnp.int32), top_p=row(1, jnp.float32),
+                              mode=mode)
+  settings = Settings(sampling, jnp.full((seats, STOP_IDS), -1, jnp.int32), row(0, jnp.int32),
+                      jnp.ones((seats, block)), jnp.zeros((seats, 2)), verification)
+  return Rows(models.target.init_cache(seats, capacity),
+              models.drafter and models.drafter.init_state(models.target, seats, capacity), row(0, jnp.int32),
+              jax.vmap(jax.random.key)(row(0, jnp.uint32)), settings, jnp.zeros((seats, 2, block)),
+              row(0, jnp.int32), row(0, jnp.int32), row(True, bool), row(False, bool))
 
-  def make(models):
-    sampling = make_sampling(0.0)
-    sampling = sampling.replace(temperature=row(0, jnp.float32), top_k=row(0, jnp.int32), top_p=row(1, jnp.float32),
-                                mode=mode)
-    settings = Settings(sampling, jnp.full((seats, STOP_IDS), -1, jnp.int32), row(0, jnp.int32),
-                        jnp.ones((seats, block)), jnp.zeros((seats, 2)), verification)
-    return Rows(models.target.init_cache(seats, capacity),
-                models.drafter and models.drafter.init_state(models.target, seats, capacity), row(0, jnp.int32),
-                jax.vmap(jax.random.key)(row(0, jnp.uint32)), settings, jnp.zeros((seats, 2, block)),
-                row(0, jnp.int32), row(0, jnp.int32), row(True, bool), row(False, bool))
-  shardings = None if jax.sharding.get_mesh().empty else row_shardings(jax.eval_shape(make, models))
-  return jax.jit(make, out_shardings=shardings)(models)
+
+def empty_rows(models: Models, *how) -> Rows:
+  """`new_rows`, on the current mesh."""
+  make = lambda models: new_rows(models, *how)
+  places = None if jax.sharding.get_mesh().empty else row_shardings(jax.eval_shape(make, models))
+  return jax.jit(make, out_shardings=places)(models)
 
 
 def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str, survival: str) -> Draft:

@@ -1,0 +1,143 @@
+"""Compare the engine's policies at rising concurrency here: plain, fixed and scheduled over the same programs.
+
+When to use it: to see from how many requests on drafting stops to pay here, and that the scheduler knows. Closed loop:
+as many requests are always under way as there are seats. The policies alternate, so that a slow minute of the machine
+hits all of them, and the median of the repeats counts. `alone` is an engine without any drafter; `on the device` the
+whole batch as one program (`infer.bench`), which shows what the host's part costs.
+
+    python -m infer.concurrency --target smollm2 --drafter runs/demo
+    python -m infer.concurrency --target smollm2 --drafter runs/demo --concurrency 1 8 --device
+
+The last line of stdout is a JSON object: for each concurrency tokens per second by policy, accepted length, share of
+the drafts that were verified, rounds by program, and the device's idle share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+import dspark_jax
+from dspark_jax.decoding.engine import Engine, EngineConfig, Request
+from dspark_jax.decoding.session import Session
+from dspark_jax.nn.attention import Kernels
+from dspark_jax.nn.sharding import MeshConfig
+from dspark_jax.programs import shell
+from infer import bench, profile_sps
+
+POLICIES = ("plain", "fixed", "scheduled")
+
+
+@dataclasses.dataclass
+class Settings:
+  target: str
+  drafter: str
+  """drafter folder or run"""
+  concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+  prompts: Path | None = None
+  """JSONL as for infer.generate; default: held-out questions about the standard library"""
+  prompt_tokens: int = 48
+  """longer prompts are left out"""
+  new_tokens: int = 64
+  requests: int = 2
+  """of each seat in a run"""
+  repeats: int = 3
+  device: bool = False
+  """also the same requests as one program on the device, without an engine"""
+  kernels: Kernels = Kernels("auto", "auto")
+  mesh: MeshConfig = MeshConfig()
+  dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def main(settings: Settings) -> dict:
+  shell.at_least(settings, prompt_tokens=1, new_tokens=2, repeats=1, requests=1)
+  if not settings.concurrency or min(settings.concurrency) < 1:
+    raise ValueError(f"concurrency is {settings.concurrency}, expected one or more numbers of at least 1")
+  asked = bench.Settings(settings.target, settings.drafter, prompts=settings.prompts,
+                         prompt_tokens=settings.prompt_tokens)
+  prompts = bench.read_prompts(asked)
+  target = shell.load_target(settings.target, settings.dtype, settings.kernels)
+  drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  rows = []
+  for count in settings.concurrency:
+    rows.append(compare(settings, target, drafter, bench.prompts_of(asked, target, prompts, count * settings.requests)))
+    shell.say(table(rows))
+  return {"block_size": drafter.block_size, "concurrency": rows}
+
+
+def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> dict:
+  """One concurrency: two engines, the one with the drafter by each policy in turn."""
+  seats = len(prompts) // settings.requests
+  capacity = -(-(max(map(len, prompts)) + settings.new_tokens + 96) // 64) * 64
+  config = EngineConfig(seats=seats, capacity=capacity, sampling="greedy", queue=len(prompts), chunk=32)
+
+  def measure(run, rows):
+    return profile_sps.measure(run, rows, 5, target=settings.target, drafter=settings.drafter, dtype=settings.dtype)
+
+  with shell.stderr.status(f"compiling for {seats} seats") as status:
+    say = lambda name: status.update(f"compiling {name} for {seats} seats")
+    alone = Engine(target, None, config, say=say)
+    engine = Engine(target, drafter, config, measure=measure, say=say)
+  shell.say(profile_sps.table(engine.cost))
+  runs = {name: [] for name in ("alone", *POLICIES)}
+  for _ in range(settings.repeats + 1):  # the first warms up
+    for name in runs:
+      if name != "alone":
+        engine.use(name)
+      runs[name].append(run_once(alone if name == "alone" else engine, prompts, settings.new_tokens))
+  found = {"concurrency": seats}
+  for name, each in runs.items():
+    typical = sorted(each[1:], key=lambda run: run["tokens_per_second"])[len(each[1:]) // 2]
+    found[name] = typical | {"tokens_per_second": statistics.median(run["tokens_per_second"] for run in each[1:])}
+  texts = {name: each[-1].pop("texts") for name, each in runs.items()}
+  for each in found.values():
+    if isinstance(each, dict):
+      each.pop("texts", None)
+  found["same_text"] = all(text == texts["alone"] for text in texts.values())
+  if settings.device:
+    for name, chosen in (("plain", None), ("fixed", drafter)):
+      (work,) = Session(target, chosen, batch=seats, budget=None).prepare(prompts[:seats],
+                                                                          max_new_tokens=settings.new_tokens)
+      work.compile()
+      seconds, _ = bench.fastest(work.run, settings.repeats)
+      found[f"{name}_on_device_tokens_per_second"] = seats * settings.new_tokens / seconds
+  return found
+
+
+def run_once(engine: Engine, prompts: list[list[int]], new: int) -> dict:
+  """All prompts through the engine, without what it knows of them."""
+  before, began = engine.metrics(), time.perf_counter()
+  ids = [engine.submit(Request(tuple(prompt), max_new_tokens=new, reuse=False)) for prompt in prompts]
+  texts = {id: [] for id in ids}
+  for event in engine.run():
+    texts[event.id] += event.tokens
+  seconds, after = time.perf_counter() - began, engine.metrics()
+  moved = {name: value - before.get(name, 0) for name, value in after.items()}
+  share = lambda a, b: moved[a] / moved[b] if moved.get(b) else None
+  return {"tokens_per_second": len(prompts) * new / seconds, "accepted_length": share("round_tokens", "row_rounds"),
+          "verified_share": share("verified", "drafted"),
+          "idle_share": moved.get("idle_seconds", 0.0) / seconds,
+          "predicted_over_measured": share("predicted_seconds", "round_seconds"),
+          "programs": {name.removeprefix("program_"): int(value) for name, value in moved.items()
+                       if name.startswith("program_") and value}, "texts": [texts[id] for id in ids]}
+
+
+def table(rows: list[dict]) -> Table:
+  """The result for people: tokens per second."""
+  out = Table("requests", "no drafter", *POLICIES, "scheduled / best of plain, fixed", "accepted length", "rounds by")
+  for row in rows:
+    speed = {name: row[name]["tokens_per_second"] for name in ("alone", *POLICIES)}
+    most = sorted(row["scheduled"]["programs"].items(), key=lambda pair: -pair[1])[:3]
+    out.add_row(str(row["concurrency"]), *(f"{value:.1f}" for value in speed.values()),
+                f"{speed['scheduled'] / max(speed['alone'], speed['plain'], speed['fixed']):.3f}",
+                f"{row['fixed']['accepted_length']:.2f}", ", ".join(f"{name} {count}" for name, count in most))
+  return out
+
+
+if __name__ == "__main__":
+  shell.run(main, Settings)
