@@ -118,11 +118,14 @@ class Target(Protocol):
   def feature_width(self, taps: tuple[int, ...]) -> int: ...  # F
   def init_cache(self, batch: int, max_len: int) -> Any: ...  # of B rows without a token, with room for max_len
   def embed(self, tokens: Array) -> Array: ...                # i32[...] -> f[...,D]
-  def __call__(self, tokens: Array, cache: Any, taps: tuple[int, ...]) -> tuple[TargetOutput, Any]: ...  # i32[B,T]
+  def __call__(self, tokens: Array, cache: Any, taps: tuple[int, ...], packing: Any = None
+               ) -> tuple[TargetOutput, Any]: ...             # i32[B,T], or i32[N+C] packed (nn/packing.py)
   def encode(self, batch: Batch, taps: tuple[int, ...]) -> TargetOutput: ...  # whole sequences, no cache
   def head(self, words: Array | None = None) -> Head: ...     # over all V words, or over words i32[W]
   def commit(self, cache: Any, n: Array) -> Any: ...          # the first n i32[B] of the rows just run are final
   def insert(self, cache: Any, row: Array, one: Any) -> Any: ...  # row i32[] becomes that of `one`, a cache of one row
+  def take(self, cache: Any, row: Array) -> Any: ...          # a cache of row i32[] alone
+  def cut(self, cache: Any, row: Array, n: Array) -> Any: ...  # of row i32[] the first n i32[] tokens alone are left
 
 
 class Drafter(Protocol):
@@ -135,6 +138,8 @@ class Drafter(Protocol):
 
   def init_state(self, target: Target, batch: int, max_len: int) -> Any: ...          # a pytree, every leaf per row
   def insert(self, state: Any, row: Array, one: Any) -> Any: ...                      # row i32[] becomes that of `one`
+  def take(self, state: Any, row: Array) -> Any: ...                                  # a state of row i32[] alone
+  def cut(self, state: Any, row: Array, n: Array) -> Any: ...  # row i32[] has read n i32[] tokens, before it reads more
   def absorb(self, target: Target, state: Any, committed: Committed) -> Any: ...      # every verified row, prompts too
   def propose(self, target: Target, head: DraftHead, state: Any, anchor: Array, keys: Array,
               sampling: Sampling) -> Proposal: ...                                    # anchor i32[B], keys [B]

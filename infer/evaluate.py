@@ -38,6 +38,7 @@ from dspark_jax.data.benchmarks import Sample
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.session import Session
+from dspark_jax.decoding.verify import Rule
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import results, run_folder, shell
@@ -63,6 +64,8 @@ class Settings:
   """0 is greedy"""
   thresholds: tuple[float, ...] = (0.0,)
   """drafts from the first one whose survival is below are not verified; 0 verifies all"""
+  verification: Rule = "token"
+  """at temperatures above 0: token tests drafts one by one, block as a whole, which keeps a few more"""
   batch: int = 8
   max_new_tokens: int = 256
   turns: Literal["first", "all"] = "first"
@@ -203,6 +206,8 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   plain.pop("out")   # a folder may be moved
   plain.pop("mesh")  # texts are the same on any, but for rounding
   plain.pop("kernels")
+  if settings.verification == "token":
+    plain.pop("verification")  # as older versions, which knew no other, recorded it
   digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
   run = {"program": PROGRAM, "settings": plain,
          "samples": {name: digest(samples) for name, samples in datasets.items()}}
@@ -339,7 +344,7 @@ def decode_rows(settings: Settings, case: Case, models: Models, prompts: list[li
   """Per prompt its new tokens (`text`) and this turn's part of the record. One compilation per prompt bucket."""
   (batch,) = Session(models.target, models.drafter, batch=settings.batch, budget=None).prepare(
       prompts, max_new_tokens=settings.max_new_tokens, temperature=case.temperature, seeds=seeds,
-      stop_token_ids=models.stops, survival_threshold=case.threshold or 0.0,
+      stop_token_ids=models.stops, survival_threshold=case.threshold or 0.0, verification=settings.verification,
       calibration=models.temperatures.get(case.mode))
   batch.compile()
   began = time.perf_counter()

@@ -29,6 +29,7 @@ from dspark_jax.decoding import acceptance, score
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Text
 from dspark_jax.decoding.session import BUDGET, Session
+from dspark_jax.decoding.verify import Rule
 from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, target_id
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
@@ -75,6 +76,9 @@ class Settings:
   """drafts from the first one less confident than this are not verified; 0 is off"""
   survival_threshold: float = 0.0
   """drafts from the first one less likely than this to be reached and kept are not verified; 0 is off"""
+  verification: Rule = "token"
+  """at temperatures above 0, how drafts are tested: one by one, or as a block, which keeps a few more; the distribution
+  of the text is the same, its words are not"""
   calibrated: bool = True
   """use the temperatures that train.calibrate stored with the drafter for this kind of sampling, if any"""
   out: Path | None = None
@@ -176,7 +180,9 @@ def describe(settings: Settings, target, drafter, prompts: list[Prompt], how: di
           for row, prompt in enumerate(prompts)]
   return {"program": "infer.generate", "data": run_folder.digest(json.dumps(rows).encode()),
           "config": {"target": target_id(target), "drafter": drafter and drafter_id(drafter), "dtype": settings.dtype,
-                     "stop": list(settings.stop), "logprobs": settings.logprobs}}
+                     "stop": list(settings.stop), "logprobs": settings.logprobs} | (
+                         # Named where it is new: a file that an older version began goes on.
+                         {} if settings.verification == "token" else {"verification": settings.verification})}
 
 
 def decode(settings: Settings, tokenizer, target, drafter, prompts: list[Prompt], how: dict[str, list],
@@ -184,7 +190,7 @@ def decode(settings: Settings, tokenizer, target, drafter, prompts: list[Prompt]
   """Decodes the prompts that are not known, tells --out of every batch that is done, and returns the result of all."""
   todo = [row for row in range(len(prompts)) if row not in known]
   batches = Session(target, drafter, budget=1e9 * settings.budget_gb).prepare(
-      [prompts[row].tokens for row in todo],
+      [prompts[row].tokens for row in todo], verification=settings.verification,
       **{name: [values[row] for row in todo] for name, values in how.items()}) if todo else []
   count, compile_seconds, seconds = 0, 0.0, 0.0
   with shell.bar() as bar:

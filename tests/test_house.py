@@ -25,7 +25,8 @@ ORDER = [["types"], ["config"], ["text"], ["metrics"], ["sampling"], ["nn"], ["t
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NOWHERE = {"argparse", "click", "pickle", "torch", "infer", "train", "configs", "tests"}  # also not for programs/
 PURE = NOWHERE | {"time", "datetime", "tyro", "rich", "matplotlib", "tensorboardX"}  # command lines, clocks, output
-CLOCKS = {"dspark_jax/data/pipeline.py": {"time"}}  # says how long a step waited for its batch, and decides nothing
+# They say how long something took, and decide nothing by it.
+CLOCKS = {"dspark_jax/data/pipeline.py": {"time"}, "dspark_jax/decoding/engine.py": {"time"}}
 
 
 def name_of(path: Path) -> str:

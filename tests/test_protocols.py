@@ -11,7 +11,7 @@ from flax import nnx
 import dspark_jax
 from dspark_jax.metrics import mean
 from dspark_jax.nn.attention import Kernels
-from dspark_jax.nn.cache import insert_row
+from dspark_jax.nn.cache import insert_row, take_row
 from dspark_jax.nn.layers import WordHead
 from dspark_jax.sampling import draw, probabilities
 from dspark_jax.training.losses import LossConfig
@@ -43,11 +43,21 @@ class Pairs(nnx.Module):
     hidden = jnp.tanh(self.embed(tokens) + 0.5 * jnp.roll(self.embed(before), 1, axis=-1))
     return TargetOutput(hidden, jnp.concatenate([hidden * 0 + tap for tap in taps], -1) if taps else hidden[..., :0])
 
-  def __call__(self, tokens, cache, taps):
+  def __call__(self, tokens, cache, taps, packing=None):
+    if packing is not None:
+      return self._packed(tokens, cache, taps, packing)
     put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
     written = put(cache["tokens"], tokens, cache["length"] + 1)
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + cache["length"][:, None]
     return self._say(tokens, jnp.take_along_axis(written, steps, axis=1), taps), cache | {"tokens": written}
+
+  def _packed(self, tokens, cache, taps, packing):
+    rows, chunk = packing.split(tokens)
+    out, after = self(packing.rows(rows), cache, taps)
+    if packing.seat is None:
+      return jax.tree.map(lambda x: packing.join(x, None), out), after
+    read, one = self(chunk[None], take_row(after, packing.seat), taps)
+    return jax.tree.map(lambda x, y: packing.join(x, y[0]), out, read), insert_row(after, packing.seat, one)
 
   def encode(self, batch, taps):
     before = jnp.pad(batch.tokens[:, :-1], ((0, 0), (1, 0)))
@@ -61,6 +71,12 @@ class Pairs(nnx.Module):
 
   def insert(self, cache, row, one):
     return insert_row(cache, row, one)
+
+  def take(self, cache, row):
+    return take_row(cache, row)
+
+  def cut(self, cache, row, n):
+    return cache | {"length": cache["length"].at[row].set(n)}
 
 
 class NextWord(nnx.Module):
@@ -77,6 +93,12 @@ class NextWord(nnx.Module):
 
   def insert(self, state, row, one):
     return insert_row(state, row, one)
+
+  def take(self, state, row):
+    return take_row(state, row)
+
+  def cut(self, state, row, n):
+    return state | {"read": state["read"].at[row].set(n)}
 
   def absorb(self, target, state, committed):
     return {"read": state["read"] + committed.n, "features": committed.encoded.features[:, 0]}

@@ -43,7 +43,7 @@ def test_a_round_keeps_the_type_of_the_rows(kind, sampling):
     assert jax.tree.structure(after) == jax.tree.structure(rows)
     assert types(after) == types(rows)
     block = models.drafter.block_size if kind else 0
-    wanted = [((8, block + 1), jnp.int32), *[((8,), jnp.int32)] * 3, ((8, block), jnp.float32), ((8,), bool)]
+    wanted = [((8, block + 1), jnp.int32), *[((8,), jnp.int32)] * 3, ((8, block), jnp.float32), *[((8,), bool)] * 3]
     assert [x[:2] for x in types(report)] == wanted
 
 

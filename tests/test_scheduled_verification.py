@@ -43,8 +43,8 @@ POLICIES = {  # lengths from this round's confidences and those of an earlier on
 BIASED = {"without the stop": lambda now, old: best_prefix(survival(now), SPS).lengths}
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def two_tokens(seed, policy):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def two_tokens(seed, policy, rule):
   """(the first two new tokens i32[TRIALS,ROWS,2], lengths verified i32[TRIALS,ROWS]), every row from anchor 0."""
   def trial(key):
     keys = split_keys(jax.random.split(key, ROWS), 7)
@@ -60,7 +60,7 @@ def two_tokens(seed, policy):
     before = jnp.concatenate([anchor[:, None], drafts], axis=1)
     lengths = policy(now, old)
     verdict = verify(jnp.log(jnp.asarray(TARGET)[before]), Proposal(drafts, jnp.log(probs), probs, now, None),
-                     make_sampling(1.0), accept_keys=accept_key, bonus_keys=bonus_key, lengths=lengths)
+                     make_sampling(1.0), accept_keys=accept_key, bonus_keys=bonus_key, lengths=lengths, rule=rule)
     one = jnp.where(verdict.n_accept > 0, first, verdict.next_token)
     more = draw(more_key, jnp.asarray(TARGET)[one])  # the next round's, where this one gave a single token
     two = jnp.select([verdict.n_accept > 1, verdict.n_accept == 1], [second, verdict.next_token], more)
@@ -78,16 +78,18 @@ def chance(tokens):
   return stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), observed.size - 1)
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_text_follows_the_target(name):
+def test_text_follows_the_target(name, rule):
   """Kills a length that depends on the drafts it cuts off, and a bonus from the residual where the scheduler cut."""
-  tokens, lengths = two_tokens(1, POLICIES[name])
+  tokens, lengths = two_tokens(1, POLICIES[name], rule)
   assert chance(tokens) > ALARM
   used = np.bincount(np.asarray(lengths).ravel(), minlength=BLOCK + 1) / lengths.size
   assert (used > 0.02).sum() > 1, used  # it really decided
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("name", BIASED)
-def test_the_test_sees_a_biased_search(name):
+def test_the_test_sees_a_biased_search(name, rule):
   """Kills a chi-square that cannot fail: Algorithm 1 without its stop must fail it (Appendix A)."""
-  assert chance(two_tokens(1, BIASED[name])[0]) < ALARM
+  assert chance(two_tokens(1, BIASED[name], rule)[0]) < ALARM

@@ -12,7 +12,7 @@ import numpy as np
 
 from dspark_jax import sampling as sp
 from dspark_jax.decoding import acceptance
-from dspark_jax.decoding.round import Models, Policy, Report, Rows, Settings, play
+from dspark_jax.decoding.round import Models, Policy, Report, Rows, Settings, choose, play
 from dspark_jax.decoding.verify import is_stop
 from dspark_jax.nn.sharding import constrain
 from dspark_jax.types import Array, Committed, Drafter, Target
@@ -54,7 +54,7 @@ def start(models: Models, requests: Requests, capacity: int) -> Rows:
   out, cache = target(requests.prompts, target.init_cache(batch, capacity), models.taps)
   last = jnp.take_along_axis(out.hidden, (requests.lengths - 1)[:, None, None], axis=1)
   keys, first_keys = sp.split_keys(jax.vmap(jax.random.key)(requests.seeds), 2)
-  first = _choose(models.head(last)[:, 0], settings.sampling, first_keys)
+  first = choose(models.head(last)[:, 0], settings.sampling, first_keys)
   state = None
   if drafter:
     following = jnp.concatenate([requests.prompts[:, 1:], first[:, None]], axis=1)
@@ -99,10 +99,6 @@ def decode(target: Target, drafter: Drafter | None, requests: Requests, policy: 
   log = Log.empty(*rows.settings.calibration.shape, max_new_tokens)
   log = log.replace(tokens=log.tokens.at[:, 0].set(rows.anchor), count=rows.count, failed=rows.failed)
   return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), body, (rows, log))[1]
-
-
-def _choose(logits, sampling, keys):
-  return sp.argmax(logits) if sampling.mode == "greedy" else sp.draw(keys, sp.probabilities(logits, sampling))
 
 
 @dataclasses.dataclass(frozen=True)

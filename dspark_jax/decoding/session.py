@@ -17,6 +17,7 @@ import numpy as np
 from dspark_jax.decoding import policy as policies
 from dspark_jax.decoding.generate import Generation, Log, Requests, Text, collect, decode
 from dspark_jax.decoding.round import Policy, Settings
+from dspark_jax.decoding.verify import check_rule
 from dspark_jax.sampling import make_sampling
 from dspark_jax.types import Drafter, Target
 
@@ -147,7 +148,8 @@ def generate(target: Target, drafter: Drafter | None, prompts: Sequence[Sequence
   Keyword settings, each one value for all prompts or a list of one per prompt: max_new_tokens (128), temperature (0 =
   greedy), top_k (0 = off), top_p (1 = off), stop_token_ids, calibration (temperatures f[G] of the confidences),
   confidence_threshold and survival_threshold (drafts from the first one below are not verified; 0 = verify every
-  draft; others need a drafter with a confidence head). For all of them: seed (prompt r uses seed + r) or seeds (one per
+  draft; others need a drafter with a confidence head). For all of them: verification, token or block
+  (`decoding.verify`); seed (prompt r uses seed + r) or seeds (one per
   prompt); policy, of `decoding.policy`, which decides in the thresholds' stead what is verified. The text follows the
   target's own distribution in all cases; at temperature 0 it is the target's own text. It does not depend on other
   prompts, unless the policy has a curve.
@@ -182,8 +184,10 @@ def _limits(target, prompts, max_new_tokens):
 
 
 def check(*, max_new_tokens: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-          confidence_threshold: float = 0.0, survival_threshold: float = 0.0, budget_gb: float = 1.0) -> None:
+          confidence_threshold: float = 0.0, survival_threshold: float = 0.0, budget_gb: float = 1.0,
+          verification: str = "token") -> None:
   """ValueError for a setting of decoding that can be seen to be wrong before a model is loaded."""
+  check_rule(verification)
   make_sampling(temperature, top_k, top_p)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
@@ -197,8 +201,9 @@ def check(*, max_new_tokens: int = 1, temperature: float = 0.0, top_k: int = 0, 
 
 
 def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, stop_token_ids=(),
-              confidence_threshold=0.0, survival_threshold=0.0, calibration=None) -> Settings:
+              confidence_threshold=0.0, survival_threshold=0.0, calibration=None, verification="token") -> Settings:
   """What was asked for each prompt, on the host."""
+  check(verification=verification)
   rows, block = len(limits), drafter.block_size if drafter else 0
   each = lambda name, value: _each(name, value, rows)
   sampling = make_sampling(each("temperature", temperature), each("top_k", top_k), each("top_p", top_p))
@@ -219,7 +224,7 @@ def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_
     if table.shape != (block,) or not (table > 0).all():
       raise ValueError(f"calibration is {table.tolist()}, expected {block} positive numbers, one for each draft")
   return Settings(sampling, stop_ids, limits, np.asarray(tables, np.float32).reshape(rows, block),
-                  np.asarray(thresholds, np.float32).T)
+                  np.asarray(thresholds, np.float32).T, verification)
 
 
 def _thresholds(drafter, policy, name, values):

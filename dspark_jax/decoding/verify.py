@@ -1,6 +1,13 @@
-"""Which drafts the target keeps, and the token after them: lossless speculative sampling (DSpark, 2.1)."""
+"""Which drafts the target keeps, and the token after them: lossless speculative sampling (DSpark, 2.1).
+
+Two rules give the same distribution of the text. Token: each draft is kept or rejected by itself, and the first
+rejection ends the block. Block (Sun et al., arXiv 2403.10444): a rejection does not, and the longest prefix that one of
+the tests keeps is kept, which is never shorter on average.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +15,24 @@ import jax.numpy as jnp
 from dspark_jax.sampling import argmax, draw, probabilities
 from dspark_jax.types import Array, Proposal, Sampling, Verdict
 
+Rule = Literal["token", "block"]
+
+
+def check_rule(rule: str) -> None:
+  """ValueError for a rule that there is not."""
+  if rule not in get_args(Rule):
+    raise ValueError(f"verification is {rule!r}, expected one of {', '.join(get_args(Rule))}")
+
 
 @jax.named_scope("verify")
 def verify(target_logits: Array, proposal: Proposal, sampling: Sampling, *, accept_keys: Array | None,
-           bonus_keys: Array | None, lengths: Array | None = None) -> Verdict:
+           bonus_keys: Array | None, lengths: Array | None = None, rule: Rule = "token") -> Verdict:
   """What the target keeps: the kept drafts, then next_token, are distributed as the target's own text.
 
   target_logits: f[B,G+1,V], position k comes after the anchor and k drafts. accept_keys, bonus_keys: keys
   [B], independent of each other and of what drew the drafts; unused when greedy. lengths: i32[B] in 0..G,
-  drafts verified per row (None: G), which must not depend on the drafts they cut off. next_token is V where
-  NaN decided.
+  drafts verified per row (None: G), which must not depend on the drafts they cut off. rule: at temperature 0 both are
+  the same. next_token is V where NaN decided.
   """
   batch, block = proposal.tokens.shape
   if lengths is None:
@@ -31,6 +46,9 @@ def verify(target_logits: Array, proposal: Proposal, sampling: Sampling, *, acce
     return Verdict(lengths, draw(bonus_keys, target_probs[:, 0]))
   p, q = drafted_probs(target_probs, proposal)
   uniforms = jax.vmap(lambda key: jax.random.uniform(key, (block,)))(accept_keys)
+  if rule == "block":
+    n_accept, following = kept_block(target_probs, proposal, p, q, uniforms, lengths)
+    return Verdict(n_accept, draw(bonus_keys, following))
   n_accept = accepted_prefix(uniforms * q < p, lengths)
   return Verdict(n_accept, draw(bonus_keys, next_probs(target_probs, proposal, n_accept, lengths)))
 
@@ -45,6 +63,49 @@ def accepted_prefix(accepted: Array, lengths: Array) -> Array:
   place = jax.lax.broadcasted_iota(jnp.int32, accepted.shape, 1)
   accepted &= place < lengths[:, None]
   return jnp.sum(jnp.cumprod(accepted.astype(jnp.int32), axis=1), axis=1)
+
+
+def prefix_probs(p: Array, q: Array) -> Array:
+  """log P(a block's prefix of i drafts is kept at least), i = 0..G: f32[B,G+1], whatever is cut behind it.
+
+  p, q: f32[B,G], of the drafts, of the target and of what drew them. p_0 = 1, p_i = min(1, p_i-1 p / q), as a sum of
+  logarithms less its largest so far: a product would lose what p / q > 1 makes up for.
+  """
+  ratio = jnp.pad(jnp.log(p) - jnp.log(q), ((0, 0), (1, 0)))
+  total = jnp.cumsum(ratio, axis=1)
+  return total - jax.lax.cummax(total, axis=1)
+
+
+def kept_block(target_probs: Array, proposal: Proposal, p: Array, q: Array, uniforms: Array, lengths: Array
+               ) -> tuple[Array, Array]:
+  """(drafts kept i32[B], distribution of the token after them f32[B,V]) by the block rule (arXiv 2403.10444, Algorithm
+  2), each row cut to the first lengths i32[B] drafts; p, q, uniforms: f32[B,G].
+  """
+  log_prefix = prefix_probs(p, q)
+  prefix, drafted = jnp.exp(log_prefix), _over_vocabulary(proposal, target_probs)
+  excess = jnp.maximum(prefix[:, :-1, None] * target_probs[:, :-1] - drafted, 0.0)
+  mass = jnp.sum(excess, axis=-1)  # [B,G]: of the residual after i drafts
+  place = jax.lax.broadcasted_iota(jnp.int32, p.shape, 1) + 1  # i: drafts of a prefix
+  # h = mass / (mass + 1 - prefix) before the cut, h = prefix at it. 0 / 0 rejects, which harms nothing: a prefix of
+  # probability 1 without a residual is kept with the next draft.
+  later = jnp.pad(mass[:, 1:], ((0, 0), (0, 1)))
+  inside = uniforms * (later - jnp.expm1(log_prefix[:, 1:])) < later
+  kept = jnp.where(place == lengths[:, None], uniforms < prefix[:, 1:], inside) & (place <= lengths[:, None])
+  n_accept = jnp.max(jnp.where(kept, place, 0), axis=1)
+  own, rest, total = _at(target_probs, n_accept), *(_at(x, jnp.minimum(n_accept, p.shape[1] - 1))
+                                                    for x in (excess, mass[..., None]))
+  following = jnp.where((n_accept < lengths)[:, None] & ~(total <= 1e-8), rest / total, own)
+  # Only the last draft kept is looked at above: what is not a number anywhere before the cut must show.
+  seen = place <= lengths[:, None]
+  broken = jnp.any(seen & (jnp.isnan(prefix[:, 1:]) | jnp.isnan(mass)), axis=1, keepdims=True)
+  return n_accept, jnp.where(broken, jnp.nan, following)
+
+
+def _over_vocabulary(proposal, like):
+  """f32[B,G,V]: what drew the drafts, 0 for words that it does not know. like: f32[B,G+1,V]."""
+  if proposal.words is None:
+    return proposal.probs
+  return jnp.zeros_like(like[:, :-1]).at[..., proposal.words].set(proposal.probs)
 
 
 def drafted_probs(target_probs: Array, proposal: Proposal) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import Count, Natural, raise_all, shown, wrong_choices
-from dspark_jax.nn.cache import insert_row
+from dspark_jax.nn.cache import cut_row, insert_row, take_row
 from dspark_jax.nn.layers import Block, BlockSpec
 from dspark_jax.types import Array, DraftHead, Target
 
@@ -120,6 +120,12 @@ class DraftModel(nnx.Module):
 
   def insert(self, state: Any, row: Array, one: Any) -> Any:
     return insert_row(state, row, one)
+
+  def take(self, state: Any, row: Array) -> Any:
+    return take_row(state, row)
+
+  def cut(self, state: Any, row: Array, n: Array) -> Any:
+    return cut_row(state, row, n)
 
   def start_from(self, layers: list[Block]) -> None:
     """Sets the draft layers, and what feeds them, from as many layers of the target."""

@@ -50,14 +50,18 @@ class Full:
     """Whether this is of several layers."""
     return self.v.ndim == 5
 
-  def write(self, k: Array, v: Array, start: Array) -> Full:
-    """The cache with rows k, v: f[B,T,K,h] at slots start..start+T-1 of their rows, start i32[B].
+  def write(self, k: Array, v: Array, start: Array, row: Array | None = None) -> Full:
+    """The cache with rows k, v: f[B,T,K,h] at slots start..start+T-1 of their rows, start i32[B]. row: i32[], the
+    cache's row that k and v belong to, where they are of one alone.
 
     The caller keeps start + T <= capacity: a window that ran over the end would slide back over committed rows.
     """
     k, v = (jnp.swapaxes(x, 1, 2).astype(self.v.dtype) for x in (k, v))
     k, axis = (jnp.swapaxes(k, 2, 3), 3) if self.layout == "columns" else (k, 2)
     layer = jnp.int32(0) if self.layer is None else self.layer
+    if row is not None:
+      put = lambda old, new, axis: self._put(old, new, start, layer, row, axis=axis)
+      return self.replace(k=put(self.k, k, axis), v=put(self.v, v, 2))
     there, rows = (None,) * self.stacked + ("rows", "heads"), ("rows", "heads")
 
     def put(old, new, axis):  # Row by row on one device: left to XLA, devices that share the rows would copy the stack.
@@ -65,15 +69,15 @@ class Full:
       return each_its_part(write, (there, rows, ("rows",), ()), old, new, start, layer)
     return self.replace(k=put(self.k, k, axis), v=put(self.v, v, 2))
 
-  def _put(self, old, new, start, layer, *, axis):
-    """old with a window new[b] per row b, its first slot (on `axis` of new f[B,K,...]) at start[b]."""
+  def _put(self, old, new, start, layer, first=0, *, axis):
+    """old with a window new[b] per row first + b, its first slot (on `axis` of new f[B,K,...]) at start[b]."""
     batch, lead = new.shape[0], (layer,) if self.stacked else ()
     # Row by row, for accelerators: of a batch of scattered windows one row long (a plain step) the TPU compiler makes
     # another layout from 16 rows on, and copies the stack into it and back in every step (Qwen3-4B, v5p, 16 rows: 42.5
     # GB a step, with this loop 13.6); 64 scattered windows also take twice the cycles of 64 updates.
     if batch == 1 or self.layout == "rows":
       for row in range(batch):
-        at = [jnp.int32(row), *[jnp.int32(0)] * 3]
+        at = [jnp.int32(first + row), *[jnp.int32(0)] * 3]
         at[axis] = start[row]
         old = jax.lax.dynamic_update_slice(old, new[row:row + 1].reshape([1] * len(lead) + [1, *new.shape[1:]]),
                                            [*lead, *at])
@@ -93,9 +97,21 @@ class Full:
     return jax.lax.scatter(old, jnp.stack(where, axis=1), new, numbers, indices_are_sorted=True, unique_indices=True,
                            mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
-  def context(self) -> Context:
-    """All slots, to be read up to a length."""
-    return Context(self.k, self.v, self.layout, self.layer)
+  def context(self, row: Array | None = None) -> Context:
+    """All slots, to be read up to a length; of one row i32[] alone, a batch of one."""
+    if row is None:
+      return Context(self.k, self.v, self.layout, self.layer)
+    return Context(*(self._row(x, row) for x in (self.k, self.v)), self.layout)
+
+  def _row(self, x, row):
+    """f[1,K,...]: a row of the layer that is meant, without a copy of the layer's others."""
+    at = ((self.layer,) if self.stacked else ()) + (row, *[jnp.int32(0)] * 3)
+    return jax.lax.dynamic_slice(x, at, (1,) * (x.ndim - 3) + x.shape[-3:]).reshape(1, *x.shape[-3:])
+
+  def take(self, row: Array) -> Full:
+    """A cache of row i32[] alone, of all layers."""
+    one = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, 1 if self.stacked else 0)
+    return self.replace(k=one(self.k), v=one(self.v))
 
   def insert(self, row: Array, one: Full) -> Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
@@ -115,6 +131,14 @@ class Cache:
   def commit(self, n: Array) -> Cache:
     """The cache after the first n: i32[B] of the rows just written have become final."""
     return self.replace(length=self.length + n)
+
+  def take(self, row: Array) -> Cache:
+    """A cache of row i32[] alone."""
+    return Cache(tuple(layer.take(row) for layer in self.layers), jax.lax.dynamic_slice_in_dim(self.length, row, 1))
+
+  def cut(self, row: Array, n: Array) -> Cache:
+    """The cache with the first n i32[] tokens alone of row i32[]."""
+    return self.replace(length=self.length.at[row].set(n))
 
   def insert(self, row: Array, one: Cache) -> Cache:
     """The cache with row i32[] taken from `one`, a cache of one row."""
@@ -140,6 +164,19 @@ def insert_row(state: Any, row: Array, one: Any) -> Any:
       return mine.insert(row, theirs)
     return jax.lax.dynamic_update_slice_in_dim(mine, theirs.astype(mine.dtype), row, 0)
   return jax.tree.map(put, state, one, is_leaf=lambda x: isinstance(x, Cache))
+
+
+def take_row(state: Any, row: Array) -> Any:
+  """Row i32[] of a tree of per-row arrays [B,...] and caches, the same tree of one row."""
+  one = lambda x: x.take(row) if isinstance(x, Cache) else jax.lax.dynamic_slice_in_dim(x, row, 1)
+  return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, Cache))
+
+
+def cut_row(state: Any, row: Array, n: Array) -> Any:
+  """The tree with the first n i32[] tokens alone in the caches of row i32[]; what a row holds beside them is of its
+  newest token, and of no use until the next is absorbed."""
+  return jax.tree.map(lambda x: x.cut(row, n) if isinstance(x, Cache) else x, state,
+                      is_leaf=lambda x: isinstance(x, Cache))
 
 
 def extend(cache: Full | None, k: Array, v: Array, start: Array | None) -> tuple[Full | None, Context]:

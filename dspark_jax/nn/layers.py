@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import Count, Range
-from dspark_jax.nn.attention import Place, attend
-from dspark_jax.nn.cache import Full, Layout, extend
+from dspark_jax.nn.attention import Place
+from dspark_jax.nn.cache import Full, Layout
+from dspark_jax.nn.packing import PackedPlace, through
 from dspark_jax.nn.rope import Theta, Yarn, rope_table, rotate
 from dspark_jax.nn.sharding import ROWS, constrain
 from dspark_jax.types import Array
@@ -254,11 +255,11 @@ class Block(nnx.Module):
     self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     self.mlp = MLP(spec, rngs=rngs)
 
-  def __call__(self, x: Array, place: Place, cache: Any) -> tuple[Array, Any]:
-    """(x f[B,...,D] after the layer, the cache with its rows written); without a cache x sees itself alone."""
-    q, k, v = self.project(x, place.positions)
-    cache, context = extend(cache, k, v, place.start)
-    return self.close(x, attend(q, k, v, place, context)), cache
+  def __call__(self, x: Array, place: Place | PackedPlace, cache: Any) -> tuple[Array, Any]:
+    """(x f[B,...,D], or packed f[N,D], after the layer, the cache with its rows written); without a cache x sees itself
+    alone."""
+    cache, out = through(cache, *self.project(x, place.positions), place)
+    return self.close(x, out), cache
 
   def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """(q f[...,H,h], k f[...,K,h], v f[...,K,h]) of the residual stream x f[...,D] at positions i32[...]."""

@@ -13,6 +13,7 @@ from flax import nnx
 from dspark_jax.nn.attention import Kernels, Place, following
 from dspark_jax.nn.cache import Cache
 from dspark_jax.nn.layers import WORDS, Block, BlockSpec, Embedding, Linear, RMSNorm, WordHead
+from dspark_jax.nn.packing import Packing
 from dspark_jax.types import Array, Batch, Target, TargetOutput
 
 
@@ -111,13 +112,21 @@ class Decoder(nnx.Module):
   def insert(self, cache: Cache, row: Array, one: Cache) -> Cache:
     return cache.insert(row, one)
 
-  def __call__(self, tokens: Array, cache: Cache | None, taps: tuple[int, ...], place: Place | None = None
-               ) -> tuple[TargetOutput, Cache | None]:
-    """Runs tokens i32[B,T] at the end of the cache; their rows are written but not committed.
+  def take(self, cache: Cache, row: Array) -> Cache:
+    return cache.take(row)
+
+  def cut(self, cache: Cache, row: Array, n: Array) -> Cache:
+    return cache.cut(row, n)
+
+  def __call__(self, tokens: Array, cache: Cache | None, taps: tuple[int, ...], packing: Packing | None = None,
+               place: Place | None = None) -> tuple[TargetOutput, Cache | None]:
+    """Runs tokens i32[B,T], or packed i32[N+C], at the end of the cache; their rows are written but not committed.
 
     One path for prompts, plain steps, verification and (with a `place` and no cache) training sequences.
     """
-    if place is None:
+    if packing is not None:
+      place = packing.place(cache.length, self.kernels)
+    elif place is None:
       steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
       place = following(cache.length, cache.length[:, None] + steps, kernels=self.kernels)
     x = self.embed(tokens)
@@ -153,7 +162,7 @@ class Decoder(nnx.Module):
     """The whole of training sequences at once, without a cache; documents that share a row do not see each other."""
     start = jnp.zeros(batch.tokens.shape[0], jnp.int32)
     place = following(start, batch.positions, batch.segments, kernels=self.kernels)
-    return self(batch.tokens, None, taps, place)[0]
+    return self(batch.tokens, None, taps, place=place)[0]
 
   def last_layers(self, count: int) -> list[Block]:
     """The last layers, each on its own in either layout; ValueError when there are not so many."""

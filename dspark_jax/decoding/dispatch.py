@@ -1,0 +1,112 @@
+"""Which program a round of the engine runs, from what was learnt two rounds before and from what each program costs.
+
+On the host, in tens of microseconds. Every choice follows from the past alone, so any search is lossless; what this
+round's drafts decide is only their own order (`executables.draft`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.decoding.cost import Cost, Program, choose, probe_interval
+from dspark_jax.types import Drafter
+
+POLICIES = ("plain", "fixed", "threshold", "early-stop", "scheduled")
+BY_COST = ("early-stop", "scheduled")
+STEPS = 64  # contexts are told apart in steps of so many tokens where a curve is made of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """What a round runs."""
+  program: Program  # plain | full | a bucket's N
+  tokens: int       # that the target runs for rows: R, R*(G+1) or N
+  seconds: float    # predicted; 0 without a cost table
+
+
+def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: bool) -> None:
+  """ValueError when an engine cannot choose so. config: EngineConfig. measured: whether a missing table will be."""
+  if drafter and config.survival != "estimator" and not drafter.has_confidence:
+    raise ValueError(f"survival is {config.survival!r}, but there is no confidence head in the drafter: use estimator")
+  if config.policy in BY_COST and cost is None and not measured:
+    raise ValueError(f"the policy {config.policy} goes by what rounds cost, and there is no cost table: measure one "
+                     f"(python -m infer.profile_sps), or choose fixed or plain")
+  if cost is not None and drafter and (cost.seats, cost.block) != (config.seats, drafter.block_size):
+    raise ValueError(f"the cost table is of {cost.seats} seats and {cost.block} drafts, the engine has {config.seats} "
+                     f"and {drafter.block_size}: measure one for this engine (python -m infer.profile_sps)")
+
+
+def default_buckets(seats: int, block: int) -> tuple[int, ...]:
+  """Tokens of the packed programs of an engine, at most four: powers of two, below which products cost the same."""
+  sizes = [1 << k for k in range(2, 20)]
+  return tuple(size for size in sizes if seats < size < seats * (block + 1))[-4:]
+
+
+class Dispatcher:
+  """The policy's part that the host plays. config: EngineConfig. buckets: tokens of the packed programs, ascending."""
+
+  def __init__(self, config: Any, cost: Cost | None, block: int, buckets: tuple[int, ...]):
+    self.policy, self.cost, self.seats, self.block, self.buckets = config.policy, cost, config.seats, block, buckets
+    self._thresholds = config.confidence_threshold, config.survival_threshold
+    self._typical, self._plain_rounds = np.ones(block), 0
+    self._curves: dict[int, np.ndarray] = {}
+    self._sps = np.ones(config.seats * (block + 1) + 1, np.float32)
+
+  @property
+  def sps(self) -> np.ndarray:
+    """f32[R*(G+1)+1]: rounds per second over tokens verified, at the context of the newest choice."""
+    return self._sps
+
+  def observe(self, confidence: np.ndarray) -> np.ndarray:
+    """Survival f[G] of a row's newest drafts, from its confidences f[G]; what new rows are taken to be like."""
+    self._typical += 0.02 * (np.cumprod(confidence) - self._typical)
+    return np.asarray(confidence)
+
+  def choose(self, confidences: list[np.ndarray | None], contexts: list[int], chunk: bool) -> Dispatch:
+    """For a round of rows with these confidences f[G] of their newest drafts that were read (None: none yet) and
+    so many committed tokens each; chunk: beside tokens of a prompt, which only plain and full have room for."""
+    live, context = len(confidences), float(np.mean(contexts)) if contexts else 0.0
+    if self.policy == "plain" or not live:
+      return self._dispatch("plain", context, chunk)
+    if self.policy == "fixed":
+      return self._dispatch("full", context, chunk)
+    typical = self._typical[None]
+    known = [x for x in confidences if x is not None]
+    survival = np.concatenate([np.cumprod(known, axis=1) if known else typical[:0],
+                               np.repeat(typical, live - len(known), axis=0)])
+    if self.policy == "scheduled":
+      return self._scheduled(survival, context, chunk)
+    need = live + self._wanted(survival, np.asarray(known), live - len(known), context)
+    program = "full" if chunk else next((size for size in self.buckets if size >= need), "full")
+    return self._dispatch(program, context, chunk)
+
+  def _scheduled(self, survival, context, chunk):
+    choice = choose(self.cost, survival, context, chunk=chunk)
+    self._plain_rounds = self._plain_rounds + 1 if choice.program == "plain" else 0
+    if self._plain_rounds >= probe_interval(self.cost, context):
+      # Whoever no longer drafts would never learn that drafting has begun to pay.
+      self._plain_rounds = 0
+      choice = choose(self.cost, survival, context, chunk=chunk, drafts=True)
+    return self._dispatch(choice.program, context, chunk)
+
+  def _wanted(self, survival, confidence, new, context):
+    """Drafts that the policy's rule on the device would have asked for."""
+    if self.policy == "threshold":
+      if not len(confidence):
+        return new * self.block
+      enough = (confidence >= self._thresholds[0]) & (survival[:len(confidence)] >= self._thresholds[1])
+      return int(np.cumprod(enough, axis=1).sum()) + new * self.block
+    at = int(context) // STEPS
+    if at not in self._curves:
+      self._curves[at] = self.cost.sps(at * STEPS).astype(np.float32)
+    self._sps, live = self._curves[at], len(survival)
+    gains = np.concatenate([[live], -np.sort(-survival.ravel())])
+    throughput = np.cumsum(gains) * self._sps[live:live + gains.size]
+    return int(np.cumprod(throughput[1:] > throughput[:-1]).sum())
+
+  def _dispatch(self, program, context, chunk):
+    tokens = {"plain": self.seats, "full": self.seats * (self.block + 1)}.get(program, program)
+    return Dispatch(program, tokens, self.cost.seconds(program, context, chunk) if self.cost else 0.0)

@@ -1,0 +1,402 @@
+"""The scheduled engine: requests come and go over the seats of one batch (continuous batching).
+
+Every step of the host dispatches one round, then reads what the round before it said: the host never waits for a round
+that it has just begun, and the device finds its next round waiting. So a decision knows of the rounds up to two before,
+which is also what makes an unconstrained choice lossless (DSpark, 5.2): how much is verified follows from old
+survivals, which drafts from this round's.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+
+from dspark_jax.config import Count, Range, raise_all, wrong_choices
+from dspark_jax.decoding import dispatch
+from dspark_jax.decoding.cost import Cost
+from dspark_jax.decoding.estimator import Estimator
+from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows
+from dspark_jax.decoding.round import Chunk, Models, Report, Settings
+from dspark_jax.decoding.session import capacity as slots_for
+from dspark_jax.decoding.session import check
+from dspark_jax.decoding.verify import Rule
+from dspark_jax.sampling import make_sampling
+from dspark_jax.types import Drafter, Target
+
+Share = Annotated[float, Range(0, 1)]
+MODES = ("greedy", "full", "truncated")  # of `Sampling`; each holds those before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is asked of an engine. Stop token ids: STOP_IDS at most."""
+  prompt: tuple[int, ...]
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+  stop_token_ids: tuple[int, ...] = ()
+  log_probabilities: bool = False
+  reuse: bool = True  # whether tokens that a seat has read already need not be read again
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """What one round says of one request; its events come in order."""
+  id: int
+  tokens: tuple[int, ...]
+  log_probabilities: tuple[float, ...] | None
+  drafted: int        # of this round; 0 where it was a plain one
+  verified: int
+  accepted: int
+  finish: str | None  # stop | length | cancelled | failed; None: there is more to come
+
+
+class Full(Exception):
+  """The queue holds as many requests as it may."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Seat:
+  """A place for a request, and what its caches hold."""
+  index: int
+  id: int | None = None       # None: free
+  request: Request | None = None
+  tokens: list[int] = dataclasses.field(default_factory=list)  # of the prompt, then new ones as they are reported
+  read: int = 0               # tokens of the prompt that both caches have, or will have after what is dispatched
+  sent: int = 0               # new tokens in events
+  confidence: np.ndarray | None = None  # f[G]  of the newest drafted round that was read
+  clean: bool = True          # no failed request has left its NaN
+  used: int = 0               # when it was last given up
+
+  @property
+  def reads(self) -> bool:
+    return self.id is not None and self.read < len(self.request.prompt)
+
+  @property
+  def plays(self) -> bool:
+    return self.id is not None and not self.reads
+
+  @property
+  def context(self) -> int:
+    """Committed tokens, as far as was reported."""
+    return self.read + max(self.sent - 1, 0)
+
+
+@dataclasses.dataclass(eq=False)
+class _Flight:
+  """A round that was dispatched and not yet read."""
+  report: Report
+  features: jax.Array | None        # f32[R,G,F]  of the estimator; None: a plain round
+  players: list[tuple[_Seat, int]]  # with the request's id
+  program: str
+  predicted: float                  # seconds
+  began: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How an engine serves."""
+  seats: Count = 8
+  """requests that play at a time"""
+  capacity: Count = 2048
+  """tokens of a seat: prompt and text, and two blocks of scratch"""
+  policy: Literal[dispatch.POLICIES] = "scheduled"
+  """what is verified: nothing (plain), every draft (fixed), what is above the thresholds, Algorithm 1 (early-stop), or
+  the best of all programs for the survivals of two rounds before (scheduled)"""
+  verification: Rule = "token"
+  """at temperatures above 0: drafts tested one by one, or as a block, which keeps a few more"""
+  survival: Literal["auto", "head", "estimator", "both"] = "auto"
+  """what the last three policies go by: the confidence head, what is learnt while serving, or both; auto: the head
+  where there is one"""
+  sampling: Literal["greedy", "full", "truncated"] = "truncated"
+  """the most that requests may ask for: temperature (full), top-k and top-p (truncated); the least is the fastest"""
+  chunk: Count = 64
+  """tokens of a prompt that are read beside a round"""
+  queue: Count = 256
+  """requests that may wait"""
+  log_probabilities: bool = False
+  """whether requests may ask for them, which costs every round a pass over its logits"""
+  confidence_threshold: Share = 0.0
+  """of the policy threshold"""
+  survival_threshold: Share = 0.0
+  """of the policy threshold"""
+  buckets: tuple[Count, ...] = ()
+  """tokens of the packed programs; none given: those of the cost table, or powers of two"""
+
+  def __post_init__(self):
+    raise_all("engine", wrong_choices(self))
+
+
+class Engine:
+  """A target, maybe a drafter, and seats for requests.
+
+  cost: what early-stop and scheduled go by; without one, measure(executables, rows) -> (cost, empty rows) is asked.
+  calibration: a temperature of sampling -> temperatures f[G] of the head's confidences, or None. say: is told what is
+  compiled next. ValueError for what does not fit together. `submit`, `cancel` and `metrics` may be called from any
+  thread, `step` from one.
+  """
+
+  def __init__(self, target: Target, drafter: Drafter | None = None, config: EngineConfig = EngineConfig(), *,
+               cost: Cost | None = None, calibration: Callable[[float], Any] = lambda temperature: None,
+               measure: Callable[..., Any] | None = None, say: Callable[[str], None] = lambda text: None):
+    if config.policy == "plain" or drafter is None:
+      drafter, config = None, dataclasses.replace(config, policy="plain")
+    if config.survival == "auto":
+      head = drafter is not None and drafter.has_confidence
+      config = dataclasses.replace(config, survival="head" if head else "estimator")
+    self.target, self.drafter, self.config = target, drafter, config
+    dispatch.check(config, drafter, cost, measured=measure is not None)
+    buckets = () if config.policy in ("plain", "fixed") else cost.buckets if cost else (
+        config.buckets or dispatch.default_buckets(config.seats, self.block))
+    models = Models.of(target, drafter)
+    self._rows = empty_rows(models, config.seats, config.capacity, config.sampling, config.verification)
+    self._run = Executables(models, self._rows, say, policy=config.policy, survival=config.survival, buckets=buckets,
+                            chunk=config.chunk, log_probs=config.log_probabilities)
+    if cost is None and measure and config.policy in dispatch.BY_COST:
+      cost, self._rows = measure(self._run, self._rows)
+    self.cost, self._calibration = cost, calibration
+    self._dispatcher = dispatch.Dispatcher(config, cost, self.block, buckets)
+    # Of greedy rows and of sampled ones, which survive otherwise.
+    self.estimators = [Estimator(self.block, max(FEATURES[config.survival], 1)) for _ in range(2)]
+    self._knobs = Knobs.empty(config.seats, self.block, config.survival)
+    self._seats = [_Seat(index) for index in range(config.seats)]
+    self._queue: collections.deque[tuple[int, Request]] = collections.deque()
+    self._lock, self._next, self._dropped = threading.Lock(), 0, set()
+    self._flights: collections.deque[_Flight] = collections.deque()
+    self._counts, self._events = collections.Counter(), []
+    self._free_at = 0.0  # when the newest round that was read had ended
+    self._fastest: dict[str, float] = collections.defaultdict(lambda: math.inf)  # seconds of a program's rounds
+
+  @property
+  def block(self) -> int:
+    """G; 0 without a drafter."""
+    return self.drafter.block_size if self.drafter else 0
+
+  @property
+  def idle(self) -> bool:
+    """Whether there is nothing queued, nothing seated and nothing unread."""
+    return not (self._queue or self._flights or self._events or any(seat.id is not None for seat in self._seats))
+
+  def submit(self, request: Request) -> int:
+    """The id of a request that now waits for a seat. ValueError for one that cannot be served; `Full`."""
+    self._validate(request)
+    with self._lock:
+      if len(self._queue) >= self.config.queue:
+        raise Full(f"{len(self._queue)} requests are waiting, the most that may: try again later")
+      self._next += 1
+      self._queue.append((self._next, request))
+      self._counts["requests"] += 1
+      return self._next
+
+  def cancel(self, id: int) -> None:
+    """Ends a request wherever it is; nothing for one that has ended."""
+    with self._lock:
+      self._dropped.add(id)
+
+  def run(self) -> Iterator[Event]:
+    """The events of all that is queued and seated, until nothing is."""
+    while not self.idle:
+      yield from self.step()
+
+  def step(self) -> list[Event]:
+    """Dispatches a round, if a request is there to play, and says what the one before it brought."""
+    self._drop()
+    self._seat_the_next()
+    reads = next((seat for seat in self._by_arrival() if seat.reads), None)
+    plays = [seat for seat in self._seats if seat.plays]
+    if reads or plays:
+      self._dispatch(plays, reads)
+    while len(self._flights) > (1 if reads or plays else 0):
+      self._land(self._flights.popleft())
+    events, self._events = self._events, []
+    return events
+
+  def metrics(self) -> dict[str, float]:
+    """Counters since the start, and gauges; times in seconds, by the host's clock."""
+    counts = dict(self._counts)
+    playing = sum(seat.id is not None for seat in self._seats)
+    return counts | {"seats": len(self._seats), "occupied": playing, "queue": len(self._queue),
+                     "device_idle_share": counts.get("idle_seconds", 0) / max(counts.get("round_seconds", 0), 1e-9)}
+
+  def _validate(self, request):
+    check(max_new_tokens=request.max_new_tokens, seed=request.seed)
+    mode = make_sampling(request.temperature, request.top_k, request.top_p).mode
+    if MODES.index(mode) > MODES.index(self.config.sampling):
+      raise ValueError(f"the request asks for {mode} sampling, the engine was started for "
+                       f"{self.config.sampling}: change its temperature, top_k and top_p, or start the engine with "
+                       f"sampling={mode}")
+    if not request.prompt:
+      raise ValueError("the prompt is empty: expected at least one token")
+    for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.stop_token_ids)):
+      if ids and not 0 <= min(ids) <= max(ids) < self.target.vocab_size:
+        raise ValueError(f"{name} has token ids {min(ids)}..{max(ids)}, the target's vocabulary is "
+                         f"0..{self.target.vocab_size - 1}: was it made with another tokenizer?")
+    if len(request.stop_token_ids) > STOP_IDS:
+      raise ValueError(f"there are {len(request.stop_token_ids)} stop token ids, expected at most {STOP_IDS}")
+    needed = slots_for(len(request.prompt) + self.config.chunk, request.max_new_tokens, self.block)
+    room = min(self.config.capacity, self.target.max_positions)
+    if needed > self.config.capacity or len(request.prompt) + request.max_new_tokens > self.target.max_positions:
+      raise ValueError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones do not fit a "
+                       f"seat of {room}: shorten the prompt or lower max_new_tokens")
+    if request.log_probabilities and not self.config.log_probabilities:
+      raise ValueError("log-probabilities are asked for, and the engine was started without them: start it with "
+                       "log_probabilities")
+
+  def _by_arrival(self):
+    return sorted((seat for seat in self._seats if seat.id is not None), key=lambda seat: seat.id)
+
+  def _drop(self):
+    """Ends what was cancelled."""
+    with self._lock:
+      dropped, self._dropped = self._dropped, set()
+      queued = [id for id, _ in self._queue if id in dropped]
+      self._queue = collections.deque(pair for pair in self._queue if pair[0] not in dropped)
+    for seat in self._seats:
+      if seat.id in dropped:
+        self._rows = self._run("retire", self._rows, np.int32(seat.index))
+        queued.append(seat.id)
+        self._free(seat)
+    self._events += [Event(id, (), None, 0, 0, 0, "cancelled") for id in queued]
+
+  def _seat_the_next(self):
+    """Gives free seats to those who wait, in their order."""
+    while self._queue and any(seat.id is None for seat in self._seats):
+      with self._lock:
+        id, request = self._queue.popleft()
+      seat, source, n = self._place(request)
+      how = "copy" if n and source is not seat else "own" if seat.clean else "clear"
+      sampling = make_sampling(request.temperature, request.top_k, request.top_p).replace(mode=self.config.sampling)
+      stops = np.full((1, STOP_IDS), -1, np.int32)
+      stops[0, :len(request.stop_token_ids)] = request.stop_token_ids
+      table = self._calibration(request.temperature)
+      table = np.ones((1, self.block), np.float32) if table is None else np.asarray(table, np.float32)[None]
+      thresholds = np.float32([[self.config.confidence_threshold, self.config.survival_threshold]])
+      one = Settings(sampling, stops, np.asarray([request.max_new_tokens], np.int32), table, thresholds,
+                     self.config.verification)
+      self._rows = self._run(how, self._rows, np.int32(seat.index), one, np.uint32(request.seed),
+                             np.int32(source.index), np.int32(n))
+      seat.id, seat.request, seat.tokens, seat.read, seat.sent = id, request, list(request.prompt), n, 0
+      seat.confidence, seat.clean = None, True
+      self._counts["prefix_tokens_reused"] += n
+      self._counts["prompt_tokens"] += len(request.prompt)
+
+  def _place(self, request):
+    """(a free seat, the seat that has the longest beginning of the prompt, its tokens)."""
+    free = [seat for seat in self._seats if seat.id is None]
+    # The last token of a common beginning is read again: a recurrent drafter pairs it with the one after it.
+    known = {seat: _common(seat.tokens[:seat.context], request.prompt) - 1 if seat.clean and request.reuse else 0
+             for seat in self._seats}
+    source = max(self._seats, key=lambda seat: (known[seat], seat.id is None))
+    if known[source] < 1:
+      return min(free, key=lambda seat: (len(seat.tokens) > 0, seat.used)), source, 0
+    if source.id is None:
+      return source, source, known[source]
+    return min(free, key=lambda seat: (known[seat], seat.used)), source, known[source]
+
+  def _dispatch(self, plays, reads):
+    """One round: of those who play, and a chunk of a prompt beside."""
+    choice = self._dispatcher.choose([seat.confidence for seat in plays], [seat.context for seat in plays], bool(reads))
+    began = time.perf_counter()
+    newest = self._flights[-1] if self._flights else None
+    if newest and newest.report.n_new.is_ready():  # else the device is still at work
+      ended = max(self._free_at, newest.began) + self._fastest[newest.program]
+      self._counts["idle_seconds"] += max(began - ended, 0.0)
+    chunk = self._next_chunk(reads) if reads else None
+    name = str(choice.program) + ("+chunk" if reads else "")
+    features = None
+    if choice.program == "plain":
+      self._rows, report = self._run(name, self._rows, chunk)
+    else:
+      drafted = self._run("draft", self._rows, self._set_knobs(choice))
+      features = drafted.features
+      self._rows, report = self._run(name, self._rows, drafted, chunk)
+    jax.tree.map(lambda x: x.copy_to_host_async(), (report, features))
+    players = [(seat, seat.id) for seat in plays]
+    if reads and not reads.reads:
+      players.append((reads, reads.id))
+    self._flights.append(_Flight(report, features, players, name, choice.seconds, began))
+    self._counts["rounds"] += 1
+    self._counts["program_" + name] += 1
+    self._counts["budget"] += choice.tokens
+    self._counts["host_seconds"] += time.perf_counter() - began
+
+  def _set_knobs(self, choice):
+    knobs = self._knobs.replace(budget=np.int32(choice.tokens), sps=self._dispatcher.sps)
+    if count := knobs.weights.shape[1]:
+      knobs = knobs.replace(weights=np.float32([state.weights[:count] for state in self.estimators]),
+                            intercepts=np.float32([state.intercepts for state in self.estimators]))
+    return knobs
+
+  def _next_chunk(self, seat):
+    prompt = seat.request.prompt
+    part = prompt[seat.read:seat.read + self.config.chunk]
+    seat.read += len(part)
+    tokens = np.zeros(self.config.chunk, np.int32)
+    tokens[:len(part)] = part
+    return Chunk(tokens, np.int32(len(part)), np.int32(seat.index), np.int32((*prompt, -1)[seat.read]))
+
+  def _land(self, flight):
+    """Reads a round's report, and turns it into events."""
+    report, features = jax.device_get((flight.report, flight.features))
+    now = time.perf_counter()
+    seconds = now - max(flight.began, self._free_at)
+    self._fastest[flight.program] = min(self._fastest[flight.program], seconds)
+    self._counts["round_seconds"] += seconds
+    self._counts["predicted_seconds"] += flight.predicted
+    self._free_at = now
+    for seat, id in flight.players:
+      if seat.id != id:
+        continue  # cancelled since
+      row, live = seat.index, bool(report.live[seat.index])
+      left = seat.request.max_new_tokens - seat.sent
+      tokens = tuple(report.tokens[row, :min(int(report.n_new[row]), left)].tolist())
+      drafted = features is not None and live
+      if drafted:
+        seat.confidence = self._dispatcher.observe(report.confidence[row])
+        if features.shape[2]:
+          state = self.estimators[int(seat.request.temperature > 0)]
+          state.observe(features[row], int(report.n_verify[row]), int(report.n_accept[row]))
+      finish = self._finish(seat, tokens, report) if report.done[row] else None
+      numbers = (self.block, int(report.n_verify[row]), int(report.n_accept[row])) if drafted else (0, 0, 0)
+      log_probs = None
+      if seat.request.log_probabilities:
+        log_probs = tuple(report.log_probs[row, :len(tokens)].tolist())
+      self._events.append(Event(id, tokens, log_probs, *numbers, finish))
+      seat.sent += len(tokens)
+      seat.tokens += tokens
+      for name, number in zip(("tokens", "drafted", "verified", "accepted", "row_rounds", "round_tokens"),
+                              (len(tokens), *numbers, live, live * len(tokens))):
+        self._counts[name] += number
+      if finish:
+        seat.clean = finish != "failed"
+        self._free(seat)
+
+  def _finish(self, seat, tokens, report):
+    if report.failed[seat.index]:
+      return "failed"
+    return "stop" if tokens and tokens[-1] in seat.request.stop_token_ids else "length"
+
+  def _free(self, seat):
+    """What the seat has read stays, for whoever asks for a text that begins so."""
+    self._counts["finished"] += 1
+    seat.id, seat.used = None, self._counts["finished"]
+
+
+def _common(a, b):
+  """Tokens that two texts begin with alike, but for the last of b, which is always read."""
+  n = 0
+  for x, y in zip(a, b[:-1]):
+    if x != y:
+      break
+    n += 1
+  return n

@@ -1,0 +1,120 @@
+"""How likely a draft is to survive, learnt while serving: for drafters with a confidence head and for those without.
+
+A draft is the likelier to be kept the surer its drafter was of a word: the feature f is the logit of the largest
+probability of the distribution that it was drawn from. It scores the distribution, never the drawn token, so what it
+cuts off has no say in it (DSpark, Appendix A). The model is a logistic regression with a weight for each feature and an
+intercept for each draft position, of which every UPDATE rounds one damped Newton step is taken:
+
+  p_k = sigmoid(w f_k + b_k);  observed are k <= accepted and k < admitted, y_k = [k < accepted]
+
+A second feature may be the confidence head's own logit. One state per kind of sampling and rule of verification: other
+drafts survive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.sampling import argmax
+from dspark_jax.types import Array
+
+LIMIT = 40.0   # of a feature, either way
+UPDATE = 100   # rounds between two steps
+DAMPING = 50   # observations that a step is shrunk by
+RIDGE = 1e-3
+START = (0.5, -0.2)  # weight of the first feature, intercept
+
+
+def feature(logits: Array, temperature: Array) -> Array:
+  """The logit of the largest probability: f32[B,G], from draft logits f32[B,G,W]. temperature: f32[B], 0 counts as 1.
+
+  -log of the sum over all but one largest of e^((z - max) / T), within LIMIT.
+  """
+  scaled = logits.astype(jnp.float32) - jnp.max(logits, axis=-1, keepdims=True)
+  scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
+  # One of the largest is left out, not all: two equal ones are no certainty. Nor is it taken from the sum of all, in
+  # which what is small would be lost.
+  words = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 2)
+  rest = jnp.sum(jnp.where(words == argmax(logits)[..., None], 0.0, jnp.exp(scaled)), axis=-1)
+  return jnp.clip(-jnp.log(rest), -LIMIT, LIMIT)
+
+
+def survive(features: Array, weights: Array, intercepts: Array) -> Array:
+  """P(draft k is kept | those before it are): f32[B,G], from f32[B,G,F], f32[B,F] and f32[B,G]."""
+  return jax.nn.sigmoid(jnp.sum(features * weights[:, None], axis=-1) + intercepts)
+
+
+def logit(confidence: Array) -> Array:
+  """A confidence in 0..1 as a feature, within LIMIT."""
+  return jnp.clip(jnp.log(confidence) - jnp.log1p(-confidence), -LIMIT, LIMIT)
+
+
+@dataclasses.dataclass(eq=False)
+class Estimator:
+  """The state of one kind of sampling, on the host. features: F, 1 or 2."""
+  block: int
+  features: int = 1
+
+  def __post_init__(self):
+    self.weights = np.zeros(self.features)
+    self.weights[0] = START[0]
+    self.intercepts = np.full(self.block, START[1])
+    self._forget()
+
+  def observe(self, features: np.ndarray, admitted: int, accepted: int) -> None:
+    """A row's round: features f[G,F] of its drafts, how many were verified, and how many of those were kept."""
+    seen = min(accepted + 1, admitted)  # after the first rejection nothing is known
+    self._rounds += 1
+    if not seen:
+      return
+    f = np.asarray(features, np.float64)[:seen]
+    p = 1 / (1 + np.exp(-np.clip(f @ self.weights + self.intercepts[:seen], -LIMIT, LIMIT)))
+    w, r = p * (1 - p), (np.arange(seen) < accepted) - p
+    self._a += np.einsum("k,ki,kj->ij", w, f, f)
+    self._b[:seen] += w[:, None] * f
+    self._c[:seen] += w
+    self._g0 += r @ f
+    self._g1[:seen] += r
+    self._n[:seen] += 1
+    if self._rounds >= UPDATE:
+      self.update()
+
+  def update(self) -> None:
+    """One Newton step on what was observed since the last one, which is then forgotten."""
+    total, c = self._n.sum(), self._c + RIDGE
+    if total:
+      # The intercepts are eliminated: every position has its own.
+      left = self._a + RIDGE * np.eye(self.features) - np.einsum("ki,kj->ij", self._b, self._b / c[:, None])
+      step = np.linalg.solve(left, self._g0 - self._b.T @ (self._g1 / c)) * total / (total + DAMPING)
+      moved = np.maximum(self.weights + step, 0.0)  # surer drafts are never less likely to be kept
+      step, self.weights = moved - self.weights, moved
+      self.intercepts = self.intercepts + (self._g1 - self._b @ step) / c * self._n / (self._n + DAMPING)
+    self._forget()
+
+  def to_json(self) -> dict:
+    """What it has learnt."""
+    return {"weights": self.weights.tolist(), "intercepts": self.intercepts.tolist()}
+
+  @classmethod
+  def from_json(cls, data: dict) -> Estimator:
+    """An estimator that has learnt this. ValueError for something else."""
+    try:
+      weights, intercepts = (np.asarray(data[name], np.float64) for name in ("weights", "intercepts"))
+      right = weights.ndim == intercepts.ndim == 1 and len(weights) in (1, 2) and np.isfinite([*weights,
+                                                                                               *intercepts]).all()
+    except (KeyError, TypeError, ValueError):
+      right = False
+    if not right:
+      raise ValueError(f"the estimator's state is {str(data):.80}, expected weights of 1 or 2 features and intercepts")
+    found = cls(len(intercepts), len(weights))
+    found.weights, found.intercepts = weights, intercepts
+    return found
+
+  def _forget(self):
+    count, block = self.features, self.block
+    self._a, self._b, self._c = np.zeros((count, count)), np.zeros((block, count)), np.zeros(block)
+    self._g0, self._g1, self._n, self._rounds = np.zeros(count), np.zeros(block), np.zeros(block), 0

@@ -1,0 +1,247 @@
+"""The OpenAI API's requests and answers, as far as we speak it: no network, no engine.
+
+What would change an answer and is not understood is refused by name. Ours are the fields top_k, stop_token_ids and
+dspark (true: chunks of a stream tell which tokens were drafted), and accepted_length in usage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from dspark_jax.data import chat
+from dspark_jax.decoding.engine import Event, Request
+
+MOST = 16       # answers to one request
+STOPS = 8       # stop texts of one request
+# Accepted where they ask for nothing.
+NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "echo": (False,), "suffix": ("",),
+           "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
+           "response_format": ({"type": "text"},), "top_logprobs": (0,), "parallel_tool_calls": (True, False),
+           "repetition_penalty": (1,), "min_p": (0,), "modalities": (["text"],)}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+
+
+class Refused(Exception):
+  """A request that cannot be served: an HTTP status, a sentence, and the field that it is about."""
+
+  def __init__(self, message: str, field: str | None = None, status: int = 400):
+    super().__init__(message)
+    self.field, self.status = field, status
+
+  def body(self) -> dict:
+    """As OpenAI's clients expect an error."""
+    kind = "invalid_request_error" if self.status < 500 else "server_error"
+    return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.status}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a client asks for: engine requests, one per answer, and how their texts are told."""
+  requests: tuple[Request, ...]
+  stops: tuple[str, ...]
+  chat: bool
+  stream: bool
+  usage: bool    # a last chunk that says it
+  details: bool  # chunks with what was drafted
+
+  @property
+  def log_probs(self) -> bool:
+    return self.requests[0].log_probabilities
+
+
+def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: int) -> Job:
+  """The job of a request's JSON. most: new tokens where it names none. `Refused` says what is wrong with it."""
+  if not isinstance(body, dict):
+    raise Refused(f"the body is a {type(body).__name__}, expected a JSON object")
+  fields = _Fields({name: value for name, value in body.items() if value is not None})
+  prompt = _messages(fields, tokenizer) if chat_form else _prompt(fields, tokenizer)
+  fields.take("model", str, None)
+  limits = [fields.take(name, int, None, 1) for name in ("max_completion_tokens", "max_tokens")]
+  n, seed = fields.take("n", int, 1, 1, MOST), fields.take("seed", int, None, 0, 2 ** 32 - MOST)
+  ids = fields.take("stop_token_ids", list, [])
+  if not all(type(token) is int for token in ids):
+    raise Refused("stop_token_ids is no list of token ids", "stop_token_ids")
+  options = fields.take("stream_options", dict, {})
+  stream = fields.take("stream", bool, False)
+  logs = fields.take("logprobs", bool, False) if chat_form else fields.take("logprobs", int, -1, 0, 1) >= 0
+  asked = dict(
+      max_new_tokens=next((limit for limit in limits if limit is not None), most),
+      temperature=fields.take("temperature", float, 1.0, 0), top_p=fields.take("top_p", float, 1.0, 0, 1),
+      top_k=fields.take("top_k", int, 0, 0), stop_token_ids=tuple({*ids, *chat.stop_ids(tokenizer)}),
+      log_probabilities=logs)
+  stops, details = _stops(fields), fields.take("dspark", bool, False)
+  fields.finish()
+  seed = secrets.randbelow(2 ** 32 - MOST) if seed is None else seed
+  return Job(tuple(Request(tuple(prompt), seed=seed + row, **asked) for row in range(n)), stops, chat_form, stream,
+             options.get("include_usage") is True, details)
+
+
+class _Fields:
+  """What is left of a request to be understood."""
+
+  def __init__(self, body: dict):
+    self.left = body
+
+  def take(self, name, kind, default, least=None, most=None):
+    """A field's value, of a type and in a range."""
+    value = self.left.pop(name, default)
+    if value is default:
+      return value
+    number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = number and (kind is float or type(value) is int) or kind not in (int, float) and isinstance(value, kind)
+    # NaN is in no range, and Infinity in none that ends.
+    if not right or number and not (-2 ** 63 < value < 2 ** 63) or least is not None and not value >= least or (
+        most is not None and not value <= most):
+      span = "" if least is None else f" from {least}" + ("" if most is None else f" to {most}")
+      raise Refused(f"{name} is {str(value)!r:.60}, expected {kind.__name__}{span}", name)
+    return value
+
+  def finish(self):
+    """`Refused` for the first field that nobody has understood."""
+    for name, value in self.left.items():
+      if name in IGNORED or name in NEUTRAL and value in NEUTRAL[name]:
+        continue
+      raise Refused(f"{name} is {str(value)!r:.60}, which is not supported here: leave it out", name)
+
+
+def _messages(fields, tokenizer):
+  messages = fields.take("messages", list, None)
+  if not messages:
+    raise Refused("messages are missing, expected a list of {role, content}", "messages")
+  for message in messages:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+      raise Refused("a message is no object with a role", "messages")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" and isinstance(
+        part.get("text"), str) for part in content):
+      message["content"] = "".join(part["text"] for part in content)
+    elif not isinstance(content, str):
+      raise Refused("a message's content is not text, and only text is read", "messages")
+  if not tokenizer.chat_template:
+    raise Refused("the model has no chat template, as base models have none: use /v1/completions", "messages")
+  try:
+    return chat.encode_prompt(tokenizer, messages)
+  except ValueError as error:
+    raise Refused(str(error), "messages") from error
+
+
+def _prompt(fields, tokenizer):
+  prompt = fields.left.pop("prompt", None)
+  if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+    prompt = prompt[0]
+  if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+    return prompt
+  if not isinstance(prompt, str) or not prompt:
+    raise Refused("prompt is missing, expected a text or a list of token ids, one in a request", "prompt")
+  return chat.encode_text(tokenizer, prompt)
+
+
+def _stops(fields):
+  stops = fields.left.pop("stop", [])
+  stops = [stops] if isinstance(stops, str) else stops
+  if not isinstance(stops, list) or len(stops) > STOPS or not all(isinstance(x, str) and x for x in stops):
+    raise Refused(f"stop is {str(stops)!r:.60}, expected a text or a list of at most {STOPS} texts", "stop")
+  return tuple(stops)
+
+
+class Speaker:
+  """Turns an answer's tokens into text as they come: whole characters, and nothing that may begin a stop text."""
+
+  def __init__(self, tokenizer: Any, stops: tuple[str, ...]):
+    self._tokenizer, self._stops, self._stream = tokenizer, stops, DecodeStream(skip_special_tokens=True)
+    self.tokens: list[int] = []
+    self.starts: list[int] = []  # where each token's text begins
+    self.log_probs: list[float] = []
+    self.said = self._sent = ""
+    self.stopped = False
+    self.rounds = self.round_tokens = 0
+
+  def feed(self, event: Event) -> tuple[str, list[tuple[str, bool]]]:
+    """(what can be told now, the event's tokens with whether each was drafted)."""
+    pieces = []
+    for place, token in enumerate(event.tokens):
+      piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+      self.starts.append(len(self.said))
+      self.said += piece
+      self.tokens.append(token)
+      pieces.append((piece, place < event.accepted))
+    self.log_probs += event.log_probabilities or ()
+    if len(self.tokens) > len(event.tokens):  # the first token is of the prompt's own pass
+      self.rounds, self.round_tokens = self.rounds + 1, self.round_tokens + len(event.tokens)
+    if event.finish:  # also what is no whole character
+      self.said = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+    found = [at for at in map(self.said.find, self._stops) if at >= 0]
+    if found:
+      self.said, self.stopped = self.said[:min(found)], True
+    held = 0 if event.finish or self.stopped else self._held()
+    told = self.said[len(self._sent):len(self.said) - held]
+    self._sent += told
+    return told, pieces
+
+  def _held(self):
+    """Characters at the end that a stop text may begin with."""
+    longest = max(map(len, self._stops), default=1) - 1
+    return max((n for n in range(1, min(longest, len(self.said)) + 1)
+                if any(stop.startswith(self.said[-n:]) for stop in self._stops)), default=0)
+
+  @property
+  def accepted_length(self) -> float | None:
+    """Tokens per round."""
+    return self.round_tokens / self.rounds if self.rounds else None
+
+  def logs(self, chat_form: bool, first: int = 0) -> dict | None:
+    """Log-probabilities of the tokens from `first` on, in OpenAI's form; those behind a stop text are left out."""
+    kept = [i for i in range(first, len(self.log_probs)) if self.starts[i] < len(self.said) or not self.stopped]
+    words = [self._tokenizer.convert_ids_to_tokens(self.tokens[i]) for i in kept]
+    values = [self.log_probs[i] for i in kept]
+    if not chat_form:
+      return {"tokens": words, "token_logprobs": values, "top_logprobs": None, "text_offset": [self.starts[i]
+                                                                                              for i in kept]}
+    return {"content": [{"token": word, "logprob": value, "bytes": None, "top_logprobs": []}
+                        for word, value in zip(words, values)], "refusal": None}
+
+
+class Answer:
+  """The bodies of a job's answer."""
+
+  def __init__(self, job: Job, model: str):
+    kind = "chatcmpl" if job.chat else "cmpl"
+    self.job, self.begun = job, False
+    self._base = {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+  def _name(self, chunk):
+    return {"object": ("chat.completion" + (".chunk" if chunk else "")) if self.job.chat else "text_completion"}
+
+  def chunk(self, index: int, text: str, finish: str | None, logs: dict | None, details: dict | None, first: bool
+            ) -> dict:
+    """A piece of a stream."""
+    told = {"delta": ({"role": "assistant"} if first else {}) | {"content": text}} if self.job.chat else {"text": text}
+    choice = {"index": index, **told, "logprobs": logs, "finish_reason": finish}
+    return self._base | self._name(True) | {"choices": [choice]} | ({"dspark": details} if details else {})
+
+  def whole(self, speakers: list[Speaker], finishes: list[str]) -> dict:
+    """The answer of a request that does not stream."""
+    def told(text):
+      return {"message": {"role": "assistant", "content": text, "refusal": None}} if self.job.chat else {"text": text}
+    choices = [{"index": index, **told(speaker.said), "finish_reason": finish,
+                "logprobs": speaker.logs(self.job.chat) if self.job.log_probs else None}
+               for index, (speaker, finish) in enumerate(zip(speakers, finishes))]
+    return self._base | self._name(False) | {"choices": choices, "usage": self.usage(speakers)}
+
+  def last(self, speakers: list[Speaker]) -> Iterator[dict]:
+    """What follows the last piece of a stream."""
+    if self.job.usage:
+      yield self._base | self._name(True) | {"choices": [], "usage": self.usage(speakers)}
+
+  def usage(self, speakers: list[Speaker]) -> dict:
+    """Tokens, and how many of them a round brought."""
+    prompt, new = len(self.job.requests[0].prompt), sum(len(speaker.tokens) for speaker in speakers)
+    rounds = sum(speaker.rounds for speaker in speakers)
+    length = sum(speaker.round_tokens for speaker in speakers) / rounds if rounds else None
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, "accepted_length": length}

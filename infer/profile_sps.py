@@ -1,0 +1,163 @@
+"""Measure what every program of the serving engine costs on this machine: the table that its scheduler goes by.
+
+When to use it: once per machine, target, drafter and number of seats, before `infer.serve --policy scheduled`; it is
+measured at the engine's start where it is missing. Every program is the very executable that serves, timed with all
+seats playing, at two contexts: at a short one for `seconds`, at a long one for the slope. Medians of repeated runs.
+
+    python -m infer.profile_sps --target smollm2 --drafter runs/demo --seats 8 --out runs/cost.json
+    python -m infer.profile_sps --model qwen3-4b --compiler v5e:1x1 --seats 32 --out runs/v5e.json
+
+--compiler asks the compiler of a machine that is not here instead (`make tpu-compiler`), for planning: seconds are its
+cycles at the chip's clock, or, where that is longer, its bytes at the chip's bandwidth. No weights are read.
+
+The last line of stdout is a JSON object: the table (`dspark_jax.decoding.cost.Cost`), which --out keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from rich.table import Table
+
+import dspark_jax
+from dspark_jax.config import to_json
+from dspark_jax.decoding.cost import Bucket, Cost, Step
+from dspark_jax.decoding.dispatch import default_buckets
+from dspark_jax.decoding.executables import Executables, Knobs, empty_rows
+from dspark_jax.decoding.round import Chunk, Models, Rows
+from dspark_jax.nn.attention import Kernels
+from dspark_jax.nn.sharding import MeshConfig
+from dspark_jax.programs import shell
+
+SHORT, LONG = 1 / 8, 3 / 4  # of a seat's capacity: the two contexts
+CHAIN = 4                   # rounds of a run, dispatched one after another as the engine does
+
+
+@dataclasses.dataclass
+class Settings:
+  target: str
+  drafter: str
+  """drafter folder or run, or none"""
+  seats: int = 8
+  capacity: int = 512
+  """tokens of a seat, prompt and text and scratch"""
+  chunk: int = 64
+  """tokens of a prompt that are read beside a round"""
+  buckets: tuple[int, ...] = ()
+  """tokens of the packed programs; none given: powers of two"""
+  sampling: Literal["greedy", "full", "truncated"] = "greedy"
+  repeats: int = 5
+  """runs of which the median counts"""
+  out: Path | None = None
+  """keep the table here"""
+  kernels: Kernels = Kernels("auto", "auto")
+  mesh: MeshConfig = MeshConfig()
+  dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def main(settings: Settings) -> dict:
+  shell.at_least(settings, seats=1, chunk=1, repeats=1, capacity=64)
+  target = shell.load_target(settings.target, settings.dtype, settings.kernels)
+  drafter = None
+  if settings.drafter != "none":
+    drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  models = Models.of(target, drafter)
+  block = drafter.block_size if drafter else 0
+  rows = empty_rows(models, settings.seats, settings.capacity, settings.sampling)
+  buckets = settings.buckets or default_buckets(settings.seats, block)
+  with shell.stderr.status("compiling") as status:
+    run = Executables(models, rows, lambda name: status.update(f"compiling {name}"), policy="scheduled",
+                      survival="head", buckets=buckets if drafter else (), chunk=settings.chunk, log_probs=False)
+  cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
+                    dtype=settings.dtype)
+  shell.say(table(cost))
+  result = to_json(cost)
+  if settings.out:
+    shell.write_json(settings.out, result)
+  return result
+
+
+def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter: str, dtype: str) -> tuple[Cost, Rows]:
+  """(what an engine's programs cost here, its rows, which are empty again). The rows given are gone."""
+  seats, block = rows.settings.calibration.shape
+  capacity = rows.cache.layers[0].v.shape[-2]
+  room = capacity - run.how["chunk"] - (CHAIN + 2) * (block + 1)
+  contexts = [max(int(share * room), 1) for share in (SHORT, LONG)]
+  found: dict[str, list[float]] = {}
+  names = [name for name in run.compiled if name not in ("own", "copy", "clear", "retire")]
+  with shell.bar() as bar:
+    task = bar.add_task("measuring", total=len(names) * len(contexts), note="")
+    for context in contexts:
+      for name in names:
+        bar.update(task, note=name)
+        seconds, rows = timed(run, rows, name, context, repeats)
+        found.setdefault(name, []).append(seconds)
+        bar.update(task, advance=1)
+  away = contexts[1] - contexts[0]
+  step = lambda name: Step(found[name][0], (found[name][1] - found[name][0]) / away) if name in found else None
+  sizes = sorted(int(name) for name in names if name.isdigit())
+  return Cost(
+      machine=platform.node(), device=jax.devices()[0].device_kind, target=target,
+      drafter=None if block == 0 else drafter, dtype=dtype, seats=seats, block=block,
+      capacity=capacity, context=contexts[0], source="measured", chunk=run.how["chunk"], plain=step("plain"),
+      plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"), full_chunk=step("full+chunk"),
+      packed=tuple(Bucket(tokens=size, **dataclasses.asdict(step(str(size)))) for size in sizes)), rows
+
+
+def timed(run: Executables, rows: Rows, name: str, context: int, repeats: int) -> tuple[float, Rows]:
+  """(seconds of a round of one program, the rows): CHAIN rounds in a run, the median of the runs after one."""
+  seats, block = rows.settings.calibration.shape
+  knobs, part, runs = Knobs.empty(seats, block, run.how["survival"]), None, []
+  if name.endswith("chunk"):  # of one real token, which costs what many do, so that its seat stays near the context
+    part = Chunk(np.zeros(run.how["chunk"], np.int32), np.int32(1), np.int32(0), np.int32(0))
+  for _ in range(repeats + 1):
+    rows = seated(run, rows, context, reading=part is not None)
+    drafted = run("draft", rows, knobs) if block else None
+    jax.block_until_ready((rows, drafted))
+    began = time.perf_counter()
+    for _ in range(CHAIN):
+      if name == "draft":
+        drafted = run(name, rows, knobs)
+      elif name.startswith("plain"):
+        rows, _ = run(name, rows, part)
+      else:
+        rows, _ = run(name, rows, drafted, part)
+    jax.block_until_ready((rows, drafted))
+    runs.append((time.perf_counter() - began) / CHAIN)
+  return statistics.median(runs[1:]), rows
+
+
+def seated(run: Executables, rows: Rows, context: int, reading: bool) -> Rows:
+  """Rows that all play, with so many tokens each; reading: but for the first."""
+  one = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), rows.settings)
+  one = one.replace(limit=np.full(1, 2 ** 30, np.int32), stop_ids=one.stop_ids - 1,
+                    calibration=one.calibration + 1, sampling=one.sampling.replace(
+                        temperature=np.float32([rows.settings.sampling.mode != "greedy"]), top_k=np.int32([20]),
+                        top_p=np.float32([0.9])))
+  seats = len(rows.done)
+  for seat in range(seats):
+    rows = run("own", rows, np.int32(seat), one, np.uint32(seat), np.int32(0), np.int32(context))
+  done = np.arange(seats) < int(reading)
+  return rows.replace(done=jax.device_put(done, rows.done.sharding))
+
+
+def table(cost: Cost) -> Table:
+  """The costs for people."""
+  out = Table("round", "tokens", f"ms at {cost.context}", "us per 1,000 tokens of context", "rounds/s")
+  for program in cost.programs:
+    seconds = cost.seconds(program, cost.context)
+    slope = 1e3 * (cost.seconds(program, cost.context + 1000) - seconds)
+    out.add_row(str(program), str(cost.tokens(program)), f"{1e3 * seconds:.2f}", f"{1e3 * slope:.1f}",
+                f"{1 / seconds:.1f}")
+  return out
+
+
+if __name__ == "__main__":
+  shell.run(main, Settings)

@@ -1,0 +1,226 @@
+"""The engine: whoever comes and goes, every request gets the text that it gets alone."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import monitoring
+
+import dspark_jax
+from dspark_jax.decoding.cost import Bucket, Cost, Step
+from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
+from folders import DSPARK, QWEN3
+
+CAPACITY, CHUNK, NEW = 192, 16, 20
+PROMPTS = [tuple(np.random.default_rng(row).integers(0, 100, n).tolist())
+           for row, n in enumerate((5, 17, 40, 3, 9, 33, 16))]
+ASKED = [dict(temperature=0.7 * (row % 2), top_p=0.9, seed=row) for row in range(len(PROMPTS))]
+
+
+@functools.cache
+def models():
+  target = dspark_jax.load_target(QWEN3, scanned=False)
+  return target, dspark_jax.load_drafter(DSPARK, target)
+
+
+@functools.cache
+def engine(policy, cost=None, **more):
+  config = dict(seats=3, capacity=CAPACITY, chunk=CHUNK, policy=policy, log_probabilities=True) | more
+  return Engine(*models(), EngineConfig(**config), cost=cost)
+
+
+@functools.cache
+def alone(row, drafts):
+  target, drafter = models()
+  return dspark_jax.generate(target, drafter if drafts else None, [PROMPTS[row]], max_new_tokens=NEW,
+                             **ASKED[row])
+
+
+def answers(engine, requests):
+  """Texts by place among the requests, with how they ended and their events."""
+  places, found = {}, [[] for _ in requests]
+  for place, request in enumerate(requests):
+    places[engine.submit(request)] = place
+  for event in engine.run():
+    assert not found[places[event.id]] or found[places[event.id]][-1].finish is None, "an event after the last"
+    found[places[event.id]].append(event)
+  return [(sum((event.tokens for event in events), ()), events[-1].finish, events) for events in found]
+
+
+def asked(row, **more):
+  return Request(PROMPTS[row], **{"max_new_tokens": NEW} | ASKED[row] | more)
+
+
+@pytest.mark.parametrize("policy", ["plain", "fixed"])
+def test_a_request_gets_the_text_that_it_gets_alone(policy):
+  """Greedy and sampled, in seats that others had, prompts in chunks beside their neighbours' rounds. Kills: a draw that
+  depends on the seat, on the neighbours or on how long a request waited; tokens lost between two rounds."""
+  found = answers(engine(policy), [asked(row, reuse=False) for row in range(len(PROMPTS))])
+  for row, (tokens, finish, events) in enumerate(found):
+    want = alone(row, policy != "plain")
+    assert (list(tokens), finish) == (want.tokens[0], "length")
+    if policy != "plain":
+      rounds = [event for event in events if event.drafted]
+      assert [min(event.accepted, event.verified) for event in rounds] == want.n_accept[0]
+
+
+def test_arrivals_in_any_order_change_nothing():
+  """Kills: rows that learn of who came before them."""
+  order = [6, 2, 5, 0, 3, 1, 4]
+  found = answers(engine("fixed"), [asked(row, reuse=False) for row in order])
+  assert [list(tokens) for tokens, _, _ in found] == [alone(row, True).tokens[0] for row in order]
+
+
+def test_who_is_cancelled_ends_and_nobody_else_notices():
+  """Kills: a seat that is not given back, another's text cut, events after the last."""
+  served = engine("fixed")
+  ids = [served.submit(asked(row, reuse=False)) for row in range(5)]
+  seen = {id: [] for id in ids}
+  for step in range(1000):
+    if step == 6:
+      served.cancel(ids[1])
+      served.cancel(ids[4])  # which still waits
+    for event in served.step():
+      seen[event.id].append(event)
+    if served.idle:
+      break
+  assert [seen[id][-1].finish for id in ids] == ["length", "cancelled", "length", "length", "cancelled"]
+  for row in (0, 2, 3):
+    assert [token for event in seen[ids[row]] for token in event.tokens] == alone(row, True).tokens[0]
+  text = alone(1, True).tokens[0]
+  cut = [token for event in seen[ids[1]] for token in event.tokens]
+  assert len(cut) < NEW and text[:len(cut)] == cut
+  served.cancel(ids[0])  # has ended
+  served.cancel(10 ** 9)
+  assert served.step() == [] and served.idle
+
+
+@pytest.mark.parametrize("kind", ["fixed", "plain"])
+def test_a_known_beginning_is_not_read_again(kind):
+  """A second turn goes on from the first one's caches, the target's and the drafter's: the same text, drafts and all.
+  Kills: a drafter whose context is lost with the prefix, a prefix that is one token too long."""
+  served = engine(kind)
+  (first, _, _), = answers(served, [asked(2, reuse=False)])
+  turn = Request(PROMPTS[2] + first + (7, 9, 11), max_new_tokens=NEW, reuse=True)
+  before = served.metrics()["prefix_tokens_reused"]
+  (text, _, events), = answers(served, [turn])
+  assert served.metrics()["prefix_tokens_reused"] - before == len(PROMPTS[2]) + NEW - 2
+  target, drafter = models()
+  want = dspark_jax.generate(target, drafter if kind == "fixed" else None, [turn.prompt], max_new_tokens=NEW)
+  assert list(text) == want.tokens[0]
+  if kind == "fixed":
+    assert [event.accepted for event in events if event.drafted] == want.n_accept[0]
+
+
+def test_a_beginning_is_taken_from_a_neighbour_at_work():
+  """Kills: a copy that takes what its owner has not committed, or that disturbs it."""
+  served = engine("fixed")
+  first = served.submit(asked(2, temperature=0.0, max_new_tokens=40, reuse=False))
+  for _ in range(6):
+    served.step()
+  before = served.metrics()["prefix_tokens_reused"]
+  second = served.submit(Request(PROMPTS[2] + (1, 2, 3), max_new_tokens=NEW))
+  texts = {first: [], second: []}
+  for event in served.run():
+    texts[event.id] += event.tokens
+  assert served.metrics()["prefix_tokens_reused"] - before == len(PROMPTS[2]) - 1
+  target, drafter = models()
+  for id, prompt, new in ((second, PROMPTS[2] + (1, 2, 3), NEW), (first, PROMPTS[2], 40)):
+    want = dspark_jax.generate(target, drafter, [prompt], max_new_tokens=new).tokens[0]
+    assert texts[id] == want[len(want) - len(texts[id]):]
+
+
+def test_nothing_compiles_while_it_serves():
+  """Kills: a program that a first cancellation, copy or chunk makes, seconds into somebody's answer."""
+  served, compiled = engine("fixed"), []
+  monitoring.register_event_duration_secs_listener(
+      lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None)
+  try:
+    ids = [served.submit(asked(row)) for row in range(7)]
+    served.step()
+    served.cancel(ids[2])
+    list(served.run())
+    during = len(compiled)
+    jax.jit(lambda x: x * 3)(np.float32(1))
+  finally:
+    monitoring.clear_event_listeners()
+  assert during == 0 and compiled, "or the listener is deaf"
+
+
+def test_log_probabilities_are_the_targets():
+  """Kills: log-probabilities of the draft, of another position, or after temperature."""
+  (tokens, _, events), (other, _, others) = answers(engine("fixed"), [
+      asked(1, log_probabilities=True, reuse=False), asked(2, log_probabilities=True, reuse=False)])
+  for prompt, text, own in ((PROMPTS[1], tokens, events), (PROMPTS[2], other, others)):
+    got = sum((event.log_probabilities for event in own), ())
+    np.testing.assert_allclose(got, reference(prompt, text), rtol=1e-3, atol=1e-4)
+
+
+def reference(prompt, text):
+  """Log-probabilities of a text by one pass over it."""
+  target = models()[0]
+  row = np.asarray([prompt + text], np.int32)
+  out, _ = target(row, target.init_cache(1, 128), ())
+  log_probs = np.asarray(jax.nn.log_softmax(target.head()(out.hidden)[0]))
+  return [log_probs[len(prompt) + i - 1, token] for i, token in enumerate(text)]
+
+
+def table(drafter, seats, **more):
+  """A cost table whose curve dips and recovers: what a search past dips has to get right."""
+  steps = dict(plain=Step(1.0), plain_chunk=Step(1.5), draft=Step(0.3), full=Step(1.4), full_chunk=Step(2.0))
+  packed = (Bucket(tokens=4, seconds=1.5), Bucket(tokens=8, seconds=0.9), Bucket(tokens=12, seconds=1.3))
+  return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=seats,
+              block=drafter.block_size, capacity=CAPACITY, context=16, source="invented", chunk=CHUNK,
+              **steps | dict(packed=packed) | more)
+
+
+THRESHOLDS = dict(confidence_threshold=0.3, survival_threshold=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["threshold", "early-stop", "scheduled"])
+def test_what_is_verified_changes_no_greedy_text(policy):
+  """Kills: a draft that counts as verified and was not, a bucket that holds another row's tokens, a plain round after
+  which the drafter has a hole in its context."""
+  served = engine(policy, cost=table(models()[1], 3), **THRESHOLDS if policy == "threshold" else {})
+  found = answers(served, [asked(row, temperature=0.0, reuse=False) for row in range(len(PROMPTS))])
+  for row, (tokens, finish, events) in enumerate(found):
+    want = dspark_jax.generate(*models(), [PROMPTS[row]], max_new_tokens=NEW)
+    assert (list(tokens), finish) == (want.tokens[0], "length")
+    assert all(event.accepted <= event.verified <= event.drafted for event in events)
+  metrics = served.metrics()
+  assert metrics["verified"] < metrics["drafted"]
+  assert any(name.startswith("program_") and name[8:].isdigit() for name in metrics)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(prompt=()), "empty"), (dict(prompt=(10 ** 6,)), "another tokenizer"), (dict(max_new_tokens=0), "at least 1"),
+    (dict(max_new_tokens=500), "do not fit"), (dict(temperature=-1.0), "temperature"), (dict(seed=-1), "seed"),
+    (dict(stop_token_ids=tuple(range(9))), "at most 8"), (dict(stop_token_ids=(10 ** 6,)), "stop_token_ids")])
+def test_what_cannot_be_served_is_refused_at_once(wrong, says):
+  """Kills: a request that fails after it has taken a seat."""
+  with pytest.raises(ValueError, match=says):
+    engine("fixed").submit(Request(**{"prompt": (1, 2, 3)} | wrong))
+
+
+def test_a_full_queue_and_what_an_engine_was_not_started_for():
+  """Kills: a queue without an end; a sampled request that a greedy engine answers greedily."""
+  target, _ = models()
+  small = Engine(target, None, EngineConfig(seats=1, capacity=128, chunk=CHUNK, sampling="greedy", queue=2))
+  with pytest.raises(ValueError, match="greedy"):
+    small.submit(Request((1, 2), max_new_tokens=3, temperature=1.0))
+  with pytest.raises(ValueError, match="log-probabilities"):
+    small.submit(Request((1, 2), max_new_tokens=3, log_probabilities=True))
+  ids = [small.submit(Request((1, 2), max_new_tokens=3)) for _ in range(2)]
+  with pytest.raises(Full, match="2 requests"):
+    small.submit(Request((1, 2), max_new_tokens=3))
+  assert [event.id for event in small.run() if event.finish] == ids
+  assert small.metrics()["occupied"] == 0
+
+
+@pytest.mark.parametrize("policy, says", [("fastest", "expected one of"), ("scheduled", "no cost table")])
+def test_a_policy_that_cannot_be_is_refused(policy, says):
+  """Kills: an engine that compiles for a minute before it finds out."""
+  with pytest.raises(ValueError, match=says):
+    Engine(*models(), EngineConfig(policy=policy))

@@ -1,0 +1,107 @@
+"""The online estimator of survival: by the formulas, by planted truths, and by what it must not look at."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.decoding import estimator as subject
+from dspark_jax.decoding.estimator import Estimator, feature, logit, survive
+
+BLOCK = 4
+
+
+def rounds(count, weights, intercepts, seed=0, scale=2.0):
+  """(features f64[n,G,F], drafts kept i[n]) of rounds that a planted model decides."""
+  rng = np.random.default_rng(seed)
+  f = scale * rng.normal(size=(count, len(intercepts), len(weights)))
+  p = 1 / (1 + np.exp(-(f @ np.asarray(weights) + intercepts)))
+  return f, np.cumprod(rng.random(p.shape) < p, axis=1).sum(1)
+
+
+@pytest.mark.parametrize("weights", [(0.8,), (0.6, 0.9)])
+def test_a_planted_model_is_found(weights):
+  """Kills: a step in the wrong direction, positions that share an intercept, a second feature that is lost."""
+  intercepts = np.array([0.7, 0.1, -0.4, -0.9])
+  f, kept = rounds(20_000, weights, intercepts)
+  found, states = Estimator(BLOCK, len(weights)), []
+  for one, n in zip(f, kept):
+    found.observe(one, BLOCK, n)
+    states.append(np.r_[found.weights, found.intercepts])
+  # Each step is of a hundred rounds, so it hovers: the mean of the second half.
+  np.testing.assert_allclose(np.mean(states[len(states) // 2:], axis=0), np.r_[weights, intercepts], atol=0.12)
+
+
+def test_one_step_is_the_formula():
+  """The sums by hand, loop by loop, for one feature. Kills: damping by another count, a ridge that is left out, b_k of
+  another position."""
+  f, kept = rounds(90, (0.5,), np.zeros(BLOCK), seed=3)
+  admitted = np.random.default_rng(1).integers(0, BLOCK + 1, len(f))
+  kept = np.minimum(kept, admitted)
+  found, (omega, beta) = Estimator(BLOCK), subject.START
+  a, g0 = 1e-3, 0.0
+  b, c, g1, n = np.zeros(BLOCK), np.full(BLOCK, 1e-3), np.zeros(BLOCK), np.zeros(BLOCK)
+  for one, there, y in zip(f[..., 0], admitted, kept):
+    for k in range(BLOCK):
+      if k <= y and k < there:
+        p = 1 / (1 + np.exp(-(omega * one[k] + beta)))
+        w, r = p * (1 - p), float(k < y) - p
+        a, g0 = a + w * one[k] ** 2, g0 + r * one[k]
+        b[k], c[k], g1[k], n[k] = b[k] + w * one[k], c[k] + w, g1[k] + r, n[k] + 1
+    found.observe(one[:, None], there, y)
+  found.update()
+  d_omega = (g0 - (b * g1 / c).sum()) / (a - (b ** 2 / c).sum()) * n.sum() / (n.sum() + 50)
+  np.testing.assert_allclose(found.weights, [omega + d_omega])
+  np.testing.assert_allclose(found.intercepts, beta + (g1 - b * d_omega) / c * n / (n + 50))
+
+
+def test_nothing_is_learnt_past_the_first_rejection():
+  """Kills: drafts behind a rejection, or behind the cut, that count as rejected."""
+  one, other = Estimator(BLOCK), Estimator(BLOCK)
+  for seed in range(50):
+    f = np.random.default_rng(seed).normal(size=(BLOCK, 1))
+    one.observe(f, 3, 1)
+    f[2:] = 1e6  # not observed: neither value nor label may matter
+    other.observe(f, 2, 1)
+  one.update(), other.update()
+  np.testing.assert_array_equal(one.intercepts, other.intercepts)
+  assert one.intercepts[2] == subject.START[1]
+
+
+@pytest.mark.parametrize("kept", [0, BLOCK])
+def test_extremes_stay_finite(kept):
+  """Kills: a division by weights that have vanished; all kept, or nothing, for thousands of rounds."""
+  found = Estimator(BLOCK, 2)
+  for seed in range(3000):
+    found.observe(np.full((BLOCK, 2), 40.0 if kept else -40.0) * (seed % 3 > 0), BLOCK, kept)
+  assert np.isfinite([*found.weights, *found.intercepts]).all() and (found.weights >= 0).all()
+  p = survive(jnp.zeros((1, BLOCK, 2)), jnp.asarray(found.weights)[None], jnp.asarray(found.intercepts)[None])
+  assert (p > 0.9).all() if kept else (p[:, 0] < 0.1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_the_feature_is_the_logit_of_the_largest_probability(temperature):
+  """In float64, by definition; ties and certainties. Kills: all of several largest left out, 1 - (1 - 1e-9) = 0."""
+  rng = np.random.default_rng(0)
+  logits = (3 * rng.normal(size=(5, 2, 50))).astype(np.float32)
+  logits[0, 0, :2] = 30.0                     # two equal ones: logit 0
+  logits[1, 0] = np.r_[20.0, np.full(49, -3)]  # e^-23 is far below what 1 + x can hold
+  logits[2, 0] = np.r_[0.0, np.full(49, -np.inf)]
+  z = logits.astype(np.float64) / (temperature or 1.0)
+  z -= z.max(-1, keepdims=True)
+  rest = np.exp(np.sort(z, axis=-1)[..., :-1]).sum(-1)
+  with np.errstate(divide="ignore"):
+    want = np.clip(-np.log(rest), -40, 40)
+  got = np.asarray(feature(jnp.asarray(logits), jnp.full(5, temperature)))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_goes_through_json():
+  found = Estimator(BLOCK, 2)
+  found.weights, found.intercepts = np.array([0.3, 1.0]), np.arange(BLOCK) / 3
+  again = Estimator.from_json(found.to_json())
+  np.testing.assert_array_equal(again.intercepts, found.intercepts)
+  np.testing.assert_array_equal(again.weights, found.weights)
+  for wrong in ({}, {"weights": [1, 2, 3], "intercepts": [1]}, {"weights": [float("nan")], "intercepts": [1.0]}):
+    with pytest.raises(ValueError, match="estimator's state"):
+      Estimator.from_json(wrong)
+  assert logit(jnp.asarray([0.0, 0.5, 1.0])).tolist() == [-40.0, 0.0, 40.0]
