@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -124,7 +125,7 @@ def mean_acceptance(length: float, block: int, concentration: float) -> float:
   """The mean of c that gives an accepted length, the bonus token included. ValueError for one that no block has."""
   if not 1 < length < block + 1:
     raise ValueError(f"an accepted length is {length}, expected more than 1 and less than {block + 1}, for blocks of "
-                     f"{block}")
+                     f"{block}: choose other --workloads or --lengths")
   low, high = 0.0, 1.0
   for _ in range(60):
     middle = (low + high) / 2
@@ -188,9 +189,9 @@ def main(settings: Settings) -> dict:
                      f"more than 0")
   workloads = {name: WORKLOADS[name] for name in settings.workloads}
   workloads |= {f"length {length:g}": (length,) for length in settings.lengths}
-  for length in itertools.chain(*workloads.values()):
-    mean_acceptance(length, machines.known().block, settings.concentration)  # before minutes of drawing
   found = tables(settings)
+  for (_, cost_at), length in itertools.product(found, itertools.chain(*workloads.values())):
+    mean_acceptance(length, cost_at(1)[0].block, settings.concentration)  # before minutes of drawing
   jobs = list(itertools.product(found, workloads.items(), sorted(set(settings.concurrencies))))
   rows, certainty = [], {}
   with shell.bar() as bar:
@@ -212,7 +213,8 @@ def main(settings: Settings) -> dict:
   for machine in dict.fromkeys(row.machine for row in rows):
     drawn |= figures.write(settings.out, [figures.Point(
         f"{row.machine}, {row.model}, {row.workload}", row.policy, row.concurrency, row.tokens_per_second,
-        row.tokens_per_second_per_user, row.budget) for row in rows if row.machine == machine], f"-{machine}")
+        row.tokens_per_second_per_user, row.budget) for row in rows if row.machine == machine],
+                           f"-{re.sub(r'[^a-z0-9.]+', '-', machine.lower())}")
   gains = [gain for case in cases for gain in case["gain_percent"].values()]
   return {"cases": cases, "least_gain_percent": min(gains), "most_gain_percent": max(gains), "figures": drawn}
 
@@ -220,7 +222,8 @@ def main(settings: Settings) -> dict:
 def tables(settings: Settings) -> list[tuple[str, Callable[[int], tuple[Cost, int]]]]:
   """(name, concurrency -> (its cost table, chips that its memory asks for)) of each machine."""
   if settings.costs:
-    given = [from_json(Cost, read_json(path), f"{path} is no cost table, measure it again") for path in settings.costs]
+    given = [from_json(Cost, read_json(path), f"{path} is no cost table, measure it again")
+             for path in settings.costs]
     for path, cost in zip(settings.costs, given):
       if not cost.full:
         raise ValueError(f"{path} is of a target without a drafter: measure one with a drafter")

@@ -133,8 +133,9 @@ def test_a_table_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("change, part", [
     ({"seat": 3}, "unknown key 'seat'"), ({"seats": None}, "key 'seats' is None"),
     ({"plain": {"slope": 1.0}}, "key 'plain.seconds' is missing"), ({"block": 0}, "block is 0, expected draft"),
-    ({"packed": [{"seconds": 1, "tokens": 16}]}, "packed has buckets of (16,) tokens"), ({"draft": None}, "expected draft"),
-    ({"full": {"seconds": -1.0, "slope": 0}}, "full.seconds' is -1.0"), ({"packed": {}}, "key 'packed' is {}")])
+    ({"packed": [{"seconds": 1, "tokens": 16}]}, "packed has buckets of (16,) tokens"),
+    ({"draft": None}, "expected draft"), ({"full": {"seconds": -1.0, "slope": 0}}, "full.seconds' is -1.0"),
+    ({"packed": {}}, "key 'packed' is {}")])
 def test_damaged_tables_are_refused(change, part):
   """Kills: an unknown key passed over, a bucket nothing fits in, negative times, half a drafter."""
   with complains("c.json", part):
