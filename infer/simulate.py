@@ -254,12 +254,12 @@ def summaries(rows: list[Outcome]) -> list[dict]:
   for key, some in itertools.groupby(rows, lambda row: (row.machine, row.model, row.workload)):
     by = {(row.concurrency, row.policy): row for row in some}
     speed = lambda n, policy: by[n, policy].tokens_per_second
+    better = lambda n: max(speed(n, "plain"), speed(n, "fixed"))
     counts = sorted({n for n, _ in by})
     plain = [n for n in counts if all(speed(m, "plain") > speed(m, "fixed") for m in counts if m >= n)]
     cases.append(dict(zip(("machine", "model", "workload"), key)) | {
         "plain_beats_fixed_from": min(plain, default=None),
-        "gain_percent": {str(n): round(100 * (speed(n, "scheduled") / max(speed(n, "plain"), speed(n, "fixed")) - 1), 2) + 0.0
-                         for n in counts},
+        "gain_percent": {str(n): round(100 * (speed(n, "scheduled") / better(n) - 1), 2) + 0.0 for n in counts},
         "over_plain": {str(n): round(speed(n, "scheduled") / speed(n, "plain"), 3) for n in counts},
         "budget": {str(n): round(by[n, "scheduled"].budget, 2) for n in counts},
         "chips": {str(n): by[n, "plain"].chips for n in counts}})

@@ -88,7 +88,8 @@ def test_scheduled_is_never_below_the_better_of_both():
       plain, fixed, scheduled = found
       assert [x.policy for x in found] == list(simulate.POLICIES)
       # A hundredth for the probes, and a little for choices between programs that are nearly equal.
-      assert scheduled.tokens_per_second >= 0.985 * max(plain.tokens_per_second, fixed.tokens_per_second), (machine, rows)
+      better = max(plain.tokens_per_second, fixed.tokens_per_second)
+      assert scheduled.tokens_per_second >= 0.985 * better, (machine, rows)
       assert plain.accepted_length == 1 == plain.budget and fixed.budget == 8
       assert fixed.accepted_length == pytest.approx(length, rel=0.12)
       assert 1 <= scheduled.accepted_length <= fixed.accepted_length + 1e-9 and 1 <= scheduled.budget <= 8
@@ -142,8 +143,9 @@ def test_measured_tables(capsys, tmp_path, monkeypatch):
   """Kills: a table of infer.profile_sps that cannot be used, or that is used for more rows than it has seats."""
   monkeypatch.setattr(figures, "write", lambda *_: {})
   shell.write_json(tmp_path / "cost.json", to_json(table(packed={8: 1.1}, machine="mine")))
-  result, _ = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "o", "--costs", tmp_path / "cost.json",
-                     "--concurrencies", 2, 4, 8, *SMALL, "--context", 10, "--lengths", 2.0)
+  result, _ = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "o",
+                     "--costs", tmp_path / "cost.json", "--concurrencies", 2, 4, 8, *SMALL, "--context", 10,
+                     "--lengths", 2.0)
   chat, two = result["cases"]
   assert chat["machine"] == "mine" and list(chat["gain_percent"]) == ["2", "4"] and two["workload"] == "length 2"
   shell.write_json(tmp_path / "plain.json", to_json(table(draft=None, full=None, block=0, chunks=(2.0, None))))
