@@ -277,7 +277,8 @@ def test_program_with_a_server(endpoint, capsys, tmp_path, monkeypatch):
   """Kills: bodies that the other endpoint wants, rates of one seed, a file that --beside cannot read."""
   monkeypatch.setattr(load.figures.shell, "image", lambda figure: b"drawn")
   with serving() as server:
-    args = ("--url", server.url, "--prompts", prompts(tmp_path), "--rates", 20, 40, "--seconds", 0.4, "--endpoint", endpoint, "--new-tokens", 4, 8)
+    args = ("--url", server.url, "--prompts", prompts(tmp_path), "--rates", 20, 40, "--seconds", 0.4,
+            "--endpoint", endpoint, "--new-tokens", 4, 8)
     result, err = called(capsys, load.main, load.Settings, *args, "--out", tmp_path / "a", "--name", "mine")
     assert {path for _, path, *_ in server.asked} == {
         "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"}
