@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dspark_jax.config import from_json
-from dspark_jax.decoding.cost import Bucket, Cost, Step
+from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.programs.compilers import CHIPS
 from dspark_jax.targets.sizes import MODELS
 from dspark_jax.text import read_json
@@ -204,8 +204,8 @@ def cost(chip: str, model: str, seats: int, context: int, *, packing: float = 0.
   return Cost(machine=chip, device=KIND[chip], target=model, drafter=f"dspark, {DRAFT_LAYERS} layers",
               dtype="bfloat16", seats=seats, block=block, capacity=context, context=context, source=source,
               plain=plain, draft=Step(draft, seats * slot(model, DRAFT_LAYERS) / read), full=full,
-              packed=tuple(Bucket(seconds=seconds("packed", n), slope=slope, tokens=n) for n in buckets(seats, block)),
-              chunk=1, plain_chunk=plain, full_chunk=full)  # prompts are not among what is simulated
+              packed={n: Step(seconds("packed", n), slope) for n in buckets(seats, block)}, chunk=0,
+              plain_chunk=plain, full_chunk=full)  # prompts are not among what is simulated
 
 
 def chips_needed(model: str, chip: str, seats: int, context: int) -> int:

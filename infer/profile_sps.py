@@ -27,8 +27,7 @@ import numpy as np
 from rich.table import Table
 
 import dspark_jax
-from dspark_jax.config import to_json
-from dspark_jax.decoding.cost import Bucket, Cost, Step
+from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.dispatch import default_buckets
 from dspark_jax.decoding.executables import Executables, Knobs, empty_rows
 from dspark_jax.decoding.round import Chunk, Models, Rows
@@ -78,7 +77,7 @@ def main(settings: Settings) -> dict:
   cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
                     dtype=settings.dtype)
   shell.say(table(cost))
-  result = to_json(cost)
+  result = cost.to_json()
   if settings.out:
     shell.write_json(settings.out, result)
   return result
@@ -108,7 +107,7 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
       drafter=None if block == 0 else drafter, dtype=dtype, seats=seats, block=block,
       capacity=capacity, context=contexts[0], source="measured", chunk=run.how["chunk"], plain=step("plain"),
       plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"), full_chunk=step("full+chunk"),
-      packed=tuple(Bucket(tokens=size, **dataclasses.asdict(step(str(size)))) for size in sizes)), rows
+      packed={size: step(str(size)) for size in sizes}), rows
 
 
 def timed(run: Executables, rows: Rows, name: str, context: int, repeats: int) -> tuple[float, Rows]:
@@ -151,10 +150,11 @@ def seated(run: Executables, rows: Rows, context: int, reading: bool) -> Rows:
 def table(cost: Cost) -> Table:
   """The costs for people."""
   out = Table("round", "tokens", f"ms at {cost.context}", "us per 1,000 tokens of context", "rounds/s")
-  for program in cost.programs:
+  for program in cost.programs():
     seconds = cost.seconds(program, cost.context)
     slope = 1e3 * (cost.seconds(program, cost.context + 1000) - seconds)
-    out.add_row(str(program), str(cost.tokens(program)), f"{1e3 * seconds:.2f}", f"{1e3 * slope:.1f}",
+    tokens = {"plain": cost.seats, "full": cost.most}.get(program, program)
+    out.add_row(str(program), str(tokens), f"{1e3 * seconds:.2f}", f"{1e3 * slope:.1f}",
                 f"{1 / seconds:.1f}")
   return out
 

@@ -31,16 +31,15 @@ from typing import Annotated, Any, Literal
 import jax
 
 import dspark_jax
-from dspark_jax.config import Range, from_json, to_json
+from dspark_jax.config import Range
 from dspark_jax.data import chat
+from dspark_jax.decoding import cost as costs
 from dspark_jax.decoding.calibration import mode_name
-from dspark_jax.decoding.cost import Cost, check_device
 from dspark_jax.decoding.engine import Engine, EngineConfig, Event
 from dspark_jax.loading import locate_target, stored_temperatures
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
-from dspark_jax.text import read_json
 from infer import profile_sps
 
 REPEATS = 3  # of each program, where costs are measured at the start
@@ -99,8 +98,8 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   config = EngineConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(EngineConfig)})
   cost = None
   if settings.cost and settings.cost.exists():
-    cost = from_json(Cost, read_json(settings.cost), f"{settings.cost}")
-    check_device(cost, jax.devices()[0].device_kind)
+    cost = costs.read(settings.cost)
+    cost.check(device=jax.devices()[0].device_kind)
   tokenizer = chat.load_tokenizer(locate_target(settings.target))
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = stored = None
@@ -126,7 +125,7 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   shell.say(f"{engine.config.seats} seats of {engine.config.capacity} tokens, policy {engine.config.policy}: ready "
             f"after {time.perf_counter() - began:.0f} s")
   if settings.cost and engine.cost and cost is None:
-    shell.write_json(settings.cost, to_json(engine.cost))
+    shell.write_json(settings.cost, engine.cost.to_json())
   return engine, tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -30,7 +31,7 @@ GAUGES = {"seats", "occupied", "queue", "device_idle_share"}
 def build(settings: Any, serving: Any, tokenizer: Any) -> Starlette:
   """The application. settings: `infer.serve.Settings`, serving: `infer.serve.Serving`."""
   served = App(settings, serving, tokenizer)
-  post = lambda path, chat_form: Route(path, lambda request: served.complete(request, chat_form), methods=["POST"])
+  post = lambda path, chat_form: Route(path, functools.partial(served.complete, chat_form=chat_form), methods=["POST"])
   routes = [post("/v1/completions", False), post("/v1/chat/completions", True), Route("/v1/models", served.models),
             Route("/health", served.health), Route("/metrics", served.metrics), Route("/", served.page)]
   handlers = {Refused: lambda _, error: JSONResponse(error.body(), error.status),

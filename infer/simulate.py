@@ -31,10 +31,9 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
-from dspark_jax.config import from_json
-from dspark_jax.decoding.cost import Cost, choose, probe_interval
+from dspark_jax.decoding import cost as costs
+from dspark_jax.decoding.cost import Cost, choose
 from dspark_jax.programs import shell
-from dspark_jax.text import read_json
 from infer import figures, machines
 
 # DSpark at temperature 1 with blocks of 7, Qwen3-4B: MT-Bench, Alpaca, Arena-Hard; MBPP, HumanEval, LiveCodeBench;
@@ -136,7 +135,7 @@ def mean_acceptance(length: float, block: int, concentration: float) -> float:
 def scheduled(cost: Cost, drawn: Rounds, context: float, history: int) -> tuple[float, float, float, dict[str, float]]:
   """(seconds, tokens, verified tokens, share of each program) of choosing every round."""
   rounds, rows, block = drawn.survival.shape
-  depth, probe = max(1, -(-history // rows)), probe_interval(cost, context)
+  depth, probe = max(1, -(-history // rows)), cost.probe_interval(context)
   seconds = tokens = verified = 0.0
   past, drafted, known = np.empty_like(drawn.survival), [], 0  # survivals of drafted rounds, and which those were
   programs, plain_for = {}, 0
@@ -144,9 +143,10 @@ def scheduled(cost: Cost, drawn: Rounds, context: float, history: int) -> tuple[
     known += sum(d <= t - LAG for d in drafted[known:])
     seen = past[max(known - depth, 0):known] if known else np.ones((rows, block))  # new rows are taken for the best
     choice = choose(cost, seen, context)
-    if choice.program == "plain" and plain_for >= probe:
-      choice = choose(cost, seen, context, drafts=True)
     program, budget = choice.program, choice.budget
+    if program == "plain" and plain_for >= probe:
+      program = cost.holding(rows + 1, context)
+      budget = cost.seats * block if program == "full" else program - rows
     plain_for = plain_for + 1 if program == "plain" else 0
     lengths = np.zeros(rows, np.int64)
     if program != "plain":
@@ -222,8 +222,7 @@ def main(settings: Settings) -> dict:
 def tables(settings: Settings) -> list[tuple[str, Callable[[int], tuple[Cost, int]]]]:
   """(name, concurrency -> (its cost table, chips that its memory asks for)) of each machine."""
   if settings.costs:
-    given = [from_json(Cost, read_json(path), f"{path} is no cost table, measure it again")
-             for path in settings.costs]
+    given = [costs.read(path) for path in settings.costs]
     for path, cost in zip(settings.costs, given):
       if not cost.full:
         raise ValueError(f"{path} is of a target without a drafter: measure one with a drafter")

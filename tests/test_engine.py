@@ -8,8 +8,9 @@ import pytest
 from jax import monitoring
 
 import dspark_jax
-from dspark_jax.decoding.cost import Bucket, Cost, Step
+from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
+from dspark_jax.nn.sharding import MeshConfig
 from folders import DSPARK, QWEN3
 
 CAPACITY, CHUNK, NEW = 192, 16, 20
@@ -168,8 +169,9 @@ def reference(prompt, text):
 
 def table(drafter, seats, **more):
   """A cost table whose curve dips and recovers: what a search past dips has to get right."""
-  steps = dict(plain=Step(1.0), plain_chunk=Step(1.5), draft=Step(0.3), full=Step(1.4), full_chunk=Step(2.0))
-  packed = (Bucket(tokens=4, seconds=1.5), Bucket(tokens=8, seconds=0.9), Bucket(tokens=12, seconds=1.3))
+  step = lambda seconds: Step(seconds, 0.0)
+  steps = dict(plain=step(1.0), plain_chunk=step(1.5), draft=step(0.3), full=step(1.4), full_chunk=step(2.0))
+  packed = {4: step(1.5), 8: step(0.9), 12: step(1.3)}
   return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=seats,
               block=drafter.block_size, capacity=CAPACITY, context=16, source="invented", chunk=CHUNK,
               **steps | dict(packed=packed) | more)
@@ -224,3 +226,19 @@ def test_a_policy_that_cannot_be_is_refused(policy, says):
   """Kills: an engine that compiles for a minute before it finds out."""
   with pytest.raises(ValueError, match=says):
     Engine(*models(), EngineConfig(policy=policy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(data=2, tensor=2)], ids=["tensor", "data x tensor"])
+def test_a_mesh_changes_no_text(sizes):
+  """Seats over data, heads and words over tensor: the same tokens as on one device, greedy and sampled, prompts in
+  chunks and known beginnings too. Kills: a chunk that is written into the row of that number on every device."""
+  with MeshConfig(**sizes).use():
+    target = dspark_jax.load_target(QWEN3, scanned=False)
+    drafter = dspark_jax.load_drafter(DSPARK, target)
+    served = Engine(target, drafter, EngineConfig(seats=4, capacity=CAPACITY, chunk=CHUNK, policy="fixed"))
+    found = answers(served, [asked(row, reuse=False) for row in range(len(PROMPTS))])
+    (again, _, _), = answers(served, [Request(PROMPTS[5] + (1, 2, 3), max_new_tokens=NEW)])
+  assert [list(tokens) for tokens, _, _ in found] == [alone(row, True).tokens[0] for row in range(len(PROMPTS))]
+  want = dspark_jax.generate(*models(), [PROMPTS[5] + (1, 2, 3)], max_new_tokens=NEW)
+  assert list(again) == want.tokens[0] and served.metrics()["prefix_tokens_reused"] > 0

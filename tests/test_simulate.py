@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from dspark_jax.config import to_json
 from dspark_jax.decoding.cost import Choice
 from dspark_jax.programs import shell
 from infer import figures, machines, simulate
@@ -56,13 +55,13 @@ def test_tables_are_near_the_cycles():
     ms = lambda cycles: cycles / machines.known().gigahertz[step.chip]
     assert 1e3 * cost.plain.seconds == pytest.approx(ms(step.plain), rel=0.06)
     assert step.full is None or 1e3 * cost.full.seconds == pytest.approx(ms(step.full), rel=0.06)
-    for bucket in cost.packed:
-      if str(bucket.tokens) in step.packed:
-        assert 1e3 * bucket.seconds == pytest.approx(ms(step.packed[str(bucket.tokens)]), rel=0.06)
+    for tokens, bucket in cost.packed.items():
+      if str(tokens) in step.packed:
+        assert 1e3 * bucket.seconds == pytest.approx(ms(step.packed[str(tokens)]), rel=0.06)
   for chip, model in ((c, m) for c in ("v5e", "v5p", "v6e", "h100") for m in ("qwen3-4b", "qwen3-8b")):
     for seats in (1, 8, 256):
       cost = machines.cost(chip, model, seats, 1024)
-      seconds = [cost.plain.seconds, *(b.seconds for b in cost.packed)]
+      seconds = [cost.plain.seconds, *(b.seconds for b in cost.packed.values())]
       assert seconds == sorted(seconds) and cost.full.seconds >= cost.plain.seconds and cost.draft.seconds > 0
       floor = machines.weights(model) / machines.CHIP[chip].bandwidth
       assert cost.plain.seconds > floor and (seats > 1 or cost.plain.seconds < 3 * floor)
@@ -112,7 +111,7 @@ def test_the_scheduler_sees_only_the_past(monkeypatch):
   """Kills: a choice by this round's survivals, or by the last one's, which the host has not read yet."""
   drawn = Rounds.draw((2.5,), 60, 4, 3, 3.0, np.random.default_rng(0))
   seen = []
-  monkeypatch.setattr(simulate, "choose", lambda cost, survival, context, drafts=False: seen.append(survival) or
+  monkeypatch.setattr(simulate, "choose", lambda cost, survival, context: seen.append(survival) or
                       simulate_choice(cost))
   simulate_choice = lambda cost: Choice("full", 12, 1.0, 1.0)
   simulate.scheduled(table(), drawn, 10.0, 8)
@@ -142,13 +141,13 @@ def test_program(capsys, tmp_path, monkeypatch):
 def test_measured_tables(capsys, tmp_path, monkeypatch):
   """Kills: a table of infer.profile_sps that cannot be used, or that is used for more rows than it has seats."""
   monkeypatch.setattr(figures, "write", lambda *_: {})
-  shell.write_json(tmp_path / "cost.json", to_json(table(packed={8: 1.1}, machine="mine")))
+  shell.write_json(tmp_path / "cost.json", table(packed={8: 1.1}, machine="mine").to_json())
   result, _ = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "o",
                      "--costs", tmp_path / "cost.json", "--concurrencies", 2, 4, 8, *SMALL, "--context", 10,
                      "--lengths", 2.0)
   chat, two = result["cases"]
   assert chat["machine"] == "mine" and list(chat["gain_percent"]) == ["2", "4"] and two["workload"] == "length 2"
-  shell.write_json(tmp_path / "plain.json", to_json(table(draft=None, full=None, block=0, chunks=(2.0, None))))
+  shell.write_json(tmp_path / "plain.json", table(draft=None, full=None, block=0, chunks=(2.0, None)).to_json())
   for file, part in (("plain.json", "is of a target without a drafter"), ("o/simulate.json", "is no cost table")):
     _, err = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "p", "--costs", tmp_path / file,
                     code=2)

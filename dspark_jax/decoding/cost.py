@@ -1,160 +1,190 @@
-"""What the engine's programs cost on one machine, and which of them brings most tokens a second for the survivals at
-hand (DSpark, 3.2.2: SPS; 5.2).
+"""What the engine's programs cost on one machine, and which of them brings most tokens per second (DSpark: 3.2.2, 5.2).
 
-A step's time is `seconds` at a reference context, and `slope` for every token by which the rows' mean context differs
-from it. Nothing is interpolated between buckets: a program takes its time whether its tokens are asked for or not.
+On accelerators a verified token is nearly free below a knee, and real curves of steps per second dip and recover: what
+is chosen is one of the programs that are there (plain, some buckets of packed tokens, the unpacked full one), the
+draft's time included, by an unconstrained search. That is lossless only on the past: survivals of two rounds before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated
+import os
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from dspark_jax.config import Count, Natural, Range, raise_all, wrong_choices
+from dspark_jax import config
+from dspark_jax.config import Count, Natural, Range
+from dspark_jax.text import read_json
 
-Program = str | int  # "plain", "full", or the tokens of a packed bucket
-Seconds = Annotated[float, Range(0)]
-PROBE = 0.01  # share of the time that may go to finding out whether drafting has begun to pay
-LEAST = 0.1   # of a step's seconds: a slope that was measured at long contexts makes nothing free at short ones
+Program = Literal["plain", "full"] | int  # an int: the bucket of so many packed tokens
+PROBES = 0.01   # share of the time that looking whether drafts would pay again may take
+LEAST = 0.1     # of a program's seconds: what a measured slope, extended to short contexts, cannot fall below
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One executable."""
-  seconds: Seconds     # median of repeated runs at `Cost.context` committed tokens in each row
-  slope: float = 0.0   # seconds more for a token more of the rows' mean context
+  """One executable of the engine."""
+  seconds: Annotated[float, Range(0)]  # median of repeated runs at `Cost.context` committed tokens per row
+  slope: float                         # seconds more per token of (mean context of the live rows - Cost.context)
 
-  def at(self, distance: float) -> float:
-    """Seconds so many tokens from the reference context."""
-    return max(self.seconds + self.slope * distance, LEAST * self.seconds)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bucket(Step):
-  """Verification of packed tokens."""
-  tokens: Count  # N, anchors included
+  def at(self, more: float) -> float:
+    """Seconds at a context that is longer by so many tokens."""
+    return max(self.seconds + self.slope * more, LEAST * self.seconds)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Cost:
-  """What an engine's programs cost. `infer.profile_sps` measures it; JSON in and out by `config`."""
+  """What the engine's programs cost on one machine. JSON: `to_json`, `from_json`, `read`."""
   machine: str
-  device: str        # jax's device kind
+  device: str              # jax's device_kind, or "cpu"
   target: str
   drafter: str | None
   dtype: str
-  seats: Count       # R: rows of every program
-  block: Natural     # G; 0 without a drafter
-  capacity: Count    # S slots of a seat
-  context: Natural   # committed tokens of each row while it was measured
-  source: str        # measured, or compiler and its topology
-  chunk: Count       # tokens of a prompt beside a round
-  plain: Step        # [R,1]: taps and absorbs, but does not draft
+  seats: Count             # R: rows of every program, whether they are live or not
+  block: Natural           # G: drafts of a round
+  capacity: Count          # S: slots of a seat
+  context: Natural         # reference context of `Step.seconds`, in tokens
+  source: str              # "measured", or what else the numbers come from
+  plain: Step              # [R,1]: taps and absorbs, drafts nothing
+  draft: Step | None       # propose and rank
+  full: Step | None        # unpacked [R,G+1]: verification, commit, absorb
+  packed: dict[int, Step]  # the same of N packed tokens, for N < R * (G + 1)
+  chunk: Natural           # prompt tokens that the next two take along
   plain_chunk: Step
-  draft: Step | None = None  # the block, and the order of its drafts
-  full: Step | None = None   # verification of [R,G+1], unpacked
-  full_chunk: Step | None = None
-  packed: tuple[Bucket, ...] = ()  # ascending
+  full_chunk: Step | None
 
   def __post_init__(self):
-    problems, sizes = wrong_choices(self), self.buckets
-    most = self.seats * (self.block + 1)
-    if sizes != tuple(sorted(set(sizes))) or sizes and not self.seats < sizes[0] <= sizes[-1] < most:
-      problems.append(f"packed has buckets of {sizes} tokens, expected them ascending, above {self.seats} and below "
-                      f"{most}, the tokens of a plain and a full round")
-    drafts = (self.draft, self.full, self.full_chunk)
-    if (self.block > 0) != all(drafts) or (self.block == 0 and any((*drafts, self.packed))):
-      problems.append(f"block is {self.block}, expected draft, full and full_chunk where it is above 0, none of them "
-                      f"(and nothing packed) where it is 0")
-    raise_all("cost table", problems)
+    packed = {_tokens(name): step for name, step in self.packed.items()}
+    object.__setattr__(self, "packed", dict(sorted(packed.items())))  # JSON's keys are text, and in any order
+    problems = [f"the bucket {n} is not among 1..{self.most - 1}, what {self.seats} rows of {self.block} drafts fill"
+                for n in self.packed if not 0 < n < self.most]
+    problems += [f"{name} takes {step.seconds} seconds, expected more" for name, step in self._steps().items()
+                 if not step.seconds > 0 and name != "draft"]
+    drafted = [self.full is not None, self.full_chunk is not None, bool(self.packed), self.block > 0]
+    if self.draft is None and any(drafted) or self.draft is not None and not (self.full and self.block):
+      problems.append("draft, full and block, with packed and full_chunk, are there together or not at all")
+    config.raise_all("a cost table", problems)
 
   @property
-  def buckets(self) -> tuple[int, ...]:
-    """Tokens of the packed programs."""
-    return tuple(step.tokens for step in self.packed)
+  def most(self) -> int:
+    """Tokens of the full program: R * (G + 1)."""
+    return self.seats * (self.block + 1)
 
-  @property
-  def programs(self) -> tuple[Program, ...]:
-    """What a round may run, by ascending tokens."""
-    return ("plain", *self.buckets, *(["full"] if self.full else []))
+  def _steps(self) -> dict[str, Step]:
+    named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    named |= {f"packed {n}": step for n, step in self.packed.items()}
+    return {name: step for name, step in named.items() if isinstance(step, Step)}
 
-  def tokens(self, program: Program) -> int:
-    """That the target runs for the rows."""
-    return {"plain": self.seats, "full": self.seats * (self.block + 1)}.get(program, program)
+  def programs(self, *, chunk: bool = False) -> list[Program]:
+    """Programs that are there, fewest tokens first; beside a prompt chunk only the unpacked ones."""
+    drafted = self.full_chunk if chunk else self.full
+    return ["plain", *([] if chunk else self.packed), *(["full"] if drafted else [])]
 
-  def seconds(self, program: Program, context: float, chunk: bool = False) -> float:
-    """Of a round at this mean context, its draft included; chunk: beside tokens of a prompt (plain and full alone)."""
-    away = context - self.context
+  def seconds(self, program: Program, context: float, *, chunk: bool = False) -> float:
+    """Seconds of a round by this program at a mean context of the live rows, the draft's included for all but plain.
+
+    KeyError for a bucket that is not there, and for one beside a prompt chunk.
+    """
+    more = context - self.context
     if program == "plain":
-      return (self.plain_chunk if chunk else self.plain).at(away)
-    if chunk and program != "full":
-      raise ValueError(f"a round of {program} packed tokens has no room for a prompt's: only plain and full have")
+      return (self.plain_chunk if chunk else self.plain).at(more)
     if program == "full":
-      verify = self.full_chunk if chunk else self.full
+      step = self.full_chunk if chunk else self.full
     else:
-      verify = self.packed[self.buckets.index(program)]
-    return self.draft.at(away) + verify.at(away)
+      step = (self.packed if not chunk else {})[program]
+    return step.at(more) + self.draft.at(more)
+
+  def holding(self, tokens: int, context: float, *, chunk: bool = False) -> Program:
+    """The drafted program that holds so many tokens in the least time; of equals the smallest. ValueError for none."""
+    fits = [p for p in self.programs(chunk=chunk)[1:] if tokens <= (self.most if p == "full" else p)]
+    if not fits:
+      raise ValueError(f"no program holds {tokens} tokens, the largest has {self.most if self.full else self.seats}")
+    return min(fits, key=lambda p: self.seconds(p, context, chunk=chunk))
 
   def sps(self, context: float) -> np.ndarray:
-    """f64[R*(G+1)+1]: drafted rounds per second with so many tokens to verify, at a mean context. A step function: what
-    exceeds a bucket costs the next."""
-    sizes = np.asarray([self.tokens(program) for program in self.programs[1:]])
-    rates = np.asarray([1 / max(self.seconds(program, context), 1e-12) for program in self.programs[1:]])
-    return rates[np.searchsorted(sizes, np.arange(sizes[-1] + 1))]
+    """Steps per second at B verified tokens, what Algorithm 1 reads: f64[R*(G+1)+1], the draft included.
+
+    Of the program that `holding` gives: constant up to a bucket's size, never interpolated. Entry 0 is not read.
+    """
+    seconds = np.full(self.most + 1, self.seconds("plain", context))  # stays where there is no drafter
+    for program in reversed(self.programs()[1:]):
+      size = self.most if program == "full" else program
+      seconds[:size + 1] = self.seconds(self.holding(size, context), context)
+    return 1 / seconds
+
+  def probe_interval(self, context: float) -> int:
+    """Plain rounds between drafted ones that see whether drafts would pay again: at least 1.
+
+    The costliest of them, if its drafts bring nothing, then takes less than a hundredth of the time.
+    """
+    plain = self.seconds("plain", context)
+    dearest = max(self.seconds(program, context) for program in self.programs())
+    return max(1, math.ceil((dearest - plain) / (PROBES * plain)))
+
+  def check(self, **found: Any) -> None:
+    """ValueError unless these fields (device, target, seats ...) are what is found where the table is to be used."""
+    others = [f"{name} {getattr(self, name)!r}, not {value!r}" for name, value in found.items()
+              if getattr(self, name) != value]
+    if others:
+      raise ValueError(f"the cost table is of {', '.join(others)}: measure one here with infer.profile_sps")
+
+  def to_json(self) -> dict[str, Any]:
+    """For JSON; programs write it with shell.write_json, whole or not at all."""
+    return config.to_json(self) | {"packed": {str(n): config.to_json(step) for n, step in self.packed.items()}}
+
+
+def from_json(data: dict[str, Any], what: str = "a cost table") -> Cost:
+  """The table in a JSON object; ValueError with all that is wrong, unknown and missing keys by name."""
+  return config.from_json(Cost, data, what)
+
+
+def read(path: str | os.PathLike) -> Cost:
+  """The table in a file; ValueError for another file, and for all that is wrong in it."""
+  return from_json(read_json(path), f"{path} is no cost table, measure it again with infer.profile_sps")
+
+
+def _tokens(name):
+  if not str(name).isdecimal():
+    raise ValueError(f"packed has the key {config.shown(name)}, expected a number of tokens")
+  return int(name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """A program, and what is expected of it."""
+  """The program of a round, and what it is predicted to bring."""
   program: Program
-  budget: int               # drafts that it has room for
-  seconds: float
+  budget: int               # K: drafts that may be admitted; a bucket is filled, since padding costs the same
   tokens_per_second: float
+  seconds: float
 
 
-def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = False, drafts: bool = False) -> Choice:
-  """The program of the most expected tokens per second, the smallest of equals.
+def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = False) -> Choice:
+  """The program with the most expected tokens per second; of equals the one with the fewest tokens.
 
-  survival: f[n,G] of the n live rows, non-increasing in G, or f[H,n,G] of H rounds, whose expectations are averaged: a
-  round of few rows says little of the next, and going by it alone loses a fifth (infer.simulate --history 1). For a
-  lossless choice none of them may be this round's: the search goes past dips of the curve. What is 0 or NaN brings
-  nothing. chunk: of a prompt is read beside, for which plain and full have room. drafts: a plain round is none of the
-  candidates. ValueError for more rows than seats.
+  survival: f[n,G] of the n live rows, non-increasing in G, from two rounds ago: chosen by this round's, the text would
+  be biased (Appendix A). Or f[H,n,G] of several past rounds, whose expectations are averaged: with few rows a single
+  round says little of the next. What is 0 or NaN is not verified. context: mean committed tokens of the live rows.
+  ValueError for more rows than seats, or other drafts than the table's.
   """
   rounds = survival if survival.ndim == 3 else survival[None]
   live = rounds.shape[1]
-  ordered = np.where(rounds > 0, rounds, 0).reshape(len(rounds), -1)
-  ordered.sort(axis=1)
-  likeliest = ordered.mean(0)[::-1] if len(rounds) > 1 else ordered[0, ::-1]
-  gains = np.concatenate([[live], live + np.cumsum(likeliest, dtype=np.float64)])
-  best = None
-  for program in cost.programs:
-    if chunk and program not in ("plain", "full") or drafts and program == "plain" or cost.tokens(program) < live:
+  if live > cost.seats or cost.block and rounds.shape[2] != cost.block:
+    raise ValueError(f"survivals are of {live} rows and {rounds.shape[2]} drafts, the cost table of {cost.seats} and "
+                     f"{cost.block}")
+  # Drafts admitted one by one, likeliest first: entry K is what the K likeliest of them bring.
+  gains = np.where(rounds > 0, rounds, 0).reshape(len(rounds), -1)
+  gains.sort(axis=1)
+  brought = np.cumsum(gains.mean(0)[::-1] if len(gains) > 1 else gains[0, ::-1], dtype=np.float64)
+  seconds = cost.seconds("plain", context, chunk=chunk)
+  best = Choice("plain", 0, live / seconds, seconds)
+  for program in cost.programs(chunk=chunk)[1:] if live else ():
+    budget = cost.seats * cost.block if program == "full" else program - live
+    if budget < 1:
       continue
-    budget = 0 if program == "plain" else cost.tokens(program) - live
-    seconds = cost.seconds(program, context, chunk)
-    rate = gains[min(budget, len(gains) - 1)] / max(seconds, 1e-12)
-    if best is None or rate > best.tokens_per_second:
-      best = Choice(program, budget, seconds, float(rate))
-  if best is None:
-    raise ValueError(f"no program has room for {live} rows: the cost table is of {cost.seats} seats")
+    seconds = cost.seconds(program, context, chunk=chunk)
+    speed = float(live + brought[min(budget, len(brought)) - 1]) / seconds
+    if speed > best.tokens_per_second:
+      best = Choice(program, budget, speed, seconds)
   return best
-
-
-def probe_interval(cost: Cost, context: float) -> int:
-  """Plain rounds after which a drafted one is played, so that whether drafting has begun to pay becomes known. At worst
-  it brings no more than a plain round, and costs PROBE of the time."""
-  if not cost.full:
-    return 2 ** 31
-  least = min(cost.seconds(program, context) for program in cost.programs[1:])
-  return max(math.ceil((least / max(cost.seconds("plain", context), 1e-12) - 1) / PROBE), 1)
-
-
-def check_device(cost: Cost, device: str) -> None:
-  """ValueError for a table of another kind of device."""
-  if cost.device != device:
-    raise ValueError(f"the cost table is of {cost.device} ({cost.source}), this is {device}: measure one here (python "
-                     f"-m infer.profile_sps)")

@@ -7,15 +7,17 @@ round's drafts decide is only their own order (`executables.draft`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dspark_jax.decoding.cost import Cost, Program, choose, probe_interval
+from dspark_jax.decoding.cost import Cost, Program, choose
 from dspark_jax.types import Drafter
 
 POLICIES = ("plain", "fixed", "threshold", "early-stop", "scheduled")
 BY_COST = ("early-stop", "scheduled")
+ROUNDS = 4   # of each row that a choice goes by: of few rows, one says little of the next
 STEPS = 64  # contexts are told apart in steps of so many tokens where a curve is made of them
 
 
@@ -60,53 +62,55 @@ class Dispatcher:
     """f32[R*(G+1)+1]: rounds per second over tokens verified, at the context of the newest choice."""
     return self._sps
 
-  def observe(self, confidence: np.ndarray) -> np.ndarray:
-    """Survival f[G] of a row's newest drafts, from its confidences f[G]; what new rows are taken to be like."""
+  def observe(self, confidence: np.ndarray) -> None:
+    """A row's newest confidences f[G]: what new rows are taken to be like."""
     self._typical += 0.02 * (np.cumprod(confidence) - self._typical)
-    return np.asarray(confidence)
 
-  def choose(self, confidences: list[np.ndarray | None], contexts: list[int], chunk: bool) -> Dispatch:
-    """For a round of rows with these confidences f[G] of their newest drafts that were read (None: none yet) and
-    so many committed tokens each; chunk: beside tokens of a prompt, which only plain and full have room for."""
-    live, context = len(confidences), float(np.mean(contexts)) if contexts else 0.0
+  def choose(self, past: list[Sequence[np.ndarray]], contexts: list[int], chunk: bool) -> Dispatch:
+    """For a round of rows with these confidences f[G] of their newest drafted rounds that were read, the newest last
+    (none yet: an empty one), and so many committed tokens each; chunk: beside tokens of a prompt, which only plain and
+    full have room for."""
+    live, context = len(past), float(np.mean(contexts)) if contexts else 0.0
     if self.policy == "plain" or not live:
       return self._dispatch("plain", context, chunk)
     if self.policy == "fixed":
       return self._dispatch("full", context, chunk)
-    typical = self._typical[None]
-    known = [x for x in confidences if x is not None]
-    survival = np.concatenate([np.cumprod(known, axis=1) if known else typical[:0],
-                               np.repeat(typical, live - len(known), axis=0)])
     if self.policy == "scheduled":
-      return self._scheduled(survival, context, chunk)
-    need = live + self._wanted(survival, np.asarray(known), live - len(known), context)
+      return self._scheduled(past, context, chunk)
+    need = live + self._wanted(past, context)
     program = "full" if chunk else next((size for size in self.buckets if size >= need), "full")
     return self._dispatch(program, context, chunk)
 
-  def _scheduled(self, survival, context, chunk):
-    choice = choose(self.cost, survival, context, chunk=chunk)
+  def _survivals(self, past, rounds):
+    """f[rounds,n,G] of the newest rounds of each row, the newest first; rows with fewer of them: again, or typical."""
+    typical = self._typical
+    known = [[np.cumprod(x) for x in list(row)[::-1][:rounds]] or [typical] for row in past]
+    return np.asarray([[row[min(at, len(row) - 1)] for row in known] for at in range(rounds)])
+
+  def _scheduled(self, past, context, chunk):
+    cost, survival = self.cost, self._survivals(past, ROUNDS)
+    choice = choose(cost, survival, context, chunk=chunk)
     self._plain_rounds = self._plain_rounds + 1 if choice.program == "plain" else 0
-    if self._plain_rounds >= probe_interval(self.cost, context):
+    if self._plain_rounds > cost.probe_interval(context) and cost.full:
       # Whoever no longer drafts would never learn that drafting has begun to pay.
-      self._plain_rounds = 0
-      choice = choose(self.cost, survival, context, chunk=chunk, drafts=True)
+      self._plain_rounds, never = 0, dataclasses.replace(cost.plain, seconds=np.inf)
+      choice = choose(dataclasses.replace(cost, plain=never, plain_chunk=never), survival, context, chunk=chunk)
     return self._dispatch(choice.program, context, chunk)
 
-  def _wanted(self, survival, confidence, new, context):
+  def _wanted(self, past, context):
     """Drafts that the policy's rule on the device would have asked for."""
     if self.policy == "threshold":
-      if not len(confidence):
-        return new * self.block
-      enough = (confidence >= self._thresholds[0]) & (survival[:len(confidence)] >= self._thresholds[1])
-      return int(np.cumprod(enough, axis=1).sum()) + new * self.block
-    at = int(context) // STEPS
+      confidence = np.asarray([row[-1] if len(row) else np.ones(self.block) for row in past])
+      enough = (confidence >= self._thresholds[0]) & (np.cumprod(confidence, axis=1) >= self._thresholds[1])
+      return int(np.cumprod(enough, axis=1).sum())
+    at, live, (survival,) = int(context) // STEPS, len(past), self._survivals(past, 1)
     if at not in self._curves:
       self._curves[at] = self.cost.sps(at * STEPS).astype(np.float32)
-    self._sps, live = self._curves[at], len(survival)
+    self._sps = self._curves[at]
     gains = np.concatenate([[live], -np.sort(-survival.ravel())])
     throughput = np.cumsum(gains) * self._sps[live:live + gains.size]
     return int(np.cumprod(throughput[1:] > throughput[:-1]).sum())
 
   def _dispatch(self, program, context, chunk):
     tokens = {"plain": self.seats, "full": self.seats * (self.block + 1)}.get(program, program)
-    return Dispatch(program, tokens, self.cost.seconds(program, context, chunk) if self.cost else 0.0)
+    return Dispatch(program, tokens, self.cost.seconds(program, context, chunk=chunk) if self.cost else 0.0)

@@ -74,7 +74,7 @@ class _Seat:
   tokens: list[int] = dataclasses.field(default_factory=list)  # of the prompt, then new ones as they are reported
   read: int = 0               # tokens of the prompt that both caches have, or will have after what is dispatched
   sent: int = 0               # new tokens in events
-  confidence: np.ndarray | None = None  # f[G]  of the newest drafted round that was read
+  past: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=dispatch.ROUNDS))
   clean: bool = True          # no failed request has left its NaN
   used: int = 0               # when it was last given up
 
@@ -156,7 +156,7 @@ class Engine:
       config = dataclasses.replace(config, survival="head" if head else "estimator")
     self.target, self.drafter, self.config = target, drafter, config
     dispatch.check(config, drafter, cost, measured=measure is not None)
-    buckets = () if config.policy in ("plain", "fixed") else cost.buckets if cost else (
+    buckets = () if config.policy in ("plain", "fixed") else tuple(cost.packed) if cost else (
         config.buckets or dispatch.default_buckets(config.seats, self.block))
     models = Models.of(target, drafter)
     self._rows = empty_rows(models, config.seats, config.capacity, config.sampling, config.verification)
@@ -286,7 +286,8 @@ class Engine:
       self._rows = self._run(how, self._rows, np.int32(seat.index), one, np.uint32(request.seed),
                              np.int32(source.index), np.int32(n))
       seat.id, seat.request, seat.tokens, seat.read, seat.sent = id, request, list(request.prompt), n, 0
-      seat.confidence, seat.clean = None, True
+      seat.clean = True
+      seat.past.clear()
       self._counts["prefix_tokens_reused"] += n
       self._counts["prompt_tokens"] += len(request.prompt)
 
@@ -305,7 +306,7 @@ class Engine:
 
   def _dispatch(self, plays, reads):
     """One round: of those who play, and a chunk of a prompt beside."""
-    choice = self._dispatcher.choose([seat.confidence for seat in plays], [seat.context for seat in plays], bool(reads))
+    choice = self._dispatcher.choose([seat.past for seat in plays], [seat.context for seat in plays], bool(reads))
     began = time.perf_counter()
     newest = self._flights[-1] if self._flights else None
     if newest and newest.report.n_new.is_ready():  # else the device is still at work
@@ -362,7 +363,8 @@ class Engine:
       tokens = tuple(report.tokens[row, :min(int(report.n_new[row]), left)].tolist())
       drafted = features is not None and live
       if drafted:
-        seat.confidence = self._dispatcher.observe(report.confidence[row])
+        seat.past.append(report.confidence[row])
+        self._dispatcher.observe(report.confidence[row])
         if features.shape[2]:
           state = self.estimators[int(seat.request.temperature > 0)]
           state.observe(features[row], int(report.n_verify[row]), int(report.n_accept[row]))

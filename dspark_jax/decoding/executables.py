@@ -75,8 +75,8 @@ def empty_rows(models: Models, seats: int, capacity: int, mode: str, verificatio
 def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str, survival: str) -> Draft:
   """A block for every row, and how much of it is worth verifying within the budget.
 
-  survival: of FEATURES, where confidences come from. The budget is known before the draft, and a draft's place in the order depends on itself and on those before it: what
-  is cut off has no say in it.
+  survival: of FEATURES, where confidences come from. The budget is known before the draft, and a draft's place in the
+  order depends on itself and on those before it: what is cut off has no say in it.
   """
   proposal, live, temperature = propose(models, rows), ~rows.done, rows.settings.sampling.temperature
   features = jnp.zeros((*proposal.tokens.shape, 0))
