@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dspark_jax.programs import shell
 from infer import plots
@@ -32,17 +32,19 @@ def draw(points: list[Point], x: str, y: str, xlabel: str, ylabel: str, *, log_y
   figure, axes = plots.grid(len(panels), columns=4)
   for ax, panel in zip(axes, panels):
     artists = []
-    for policy in dict.fromkeys(p.policy for p in points):
+    # Lines lie on each other where policies do the same: what is drawn first is larger, and shows.
+    for policy, size in zip(dict.fromkeys(p.policy for p in points), (9, 7, 5, 4, 3)):
       some = sorted((p for p in points if (p.panel, p.policy) == (panel, policy)), key=lambda p: p.concurrency)
       colour, dashes = colours[policy]
       artists += ax.plot([getattr(p, x) for p in some], [getattr(p, y) for p in some], color=colour, linestyle=dashes,
-                         marker="o", markersize=4, label=policy) if some else []
+                         marker="o", markersize=size, label=policy) if some else []
     ax.set(title=panel, xlabel=xlabel, ylabel=ylabel, xscale="log")
     if log_y:
       ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis)[:1 + log_y]:
-      axis.set_major_formatter(ScalarFormatter())
-      axis.set_minor_formatter("")
+      axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      axis.set_major_formatter("{x:g}")
+      axis.set_minor_formatter(NullFormatter())
     plots.legend(ax, artists)
   return figure
 

@@ -5,8 +5,10 @@ squares, with what weights and caches take at the published bandwidth (times a f
 unpacked row, one of a slot that several queries of a row look at, and a slope of tokens, with another past the knee. A
 packed row is dearer than a plain one, since q, k and v are gathered to rows and back; `packing` is the part of that
 which is kept: 0.5 for a gather of whole lanes before heads are split (measured at two of the points), 0 for a kernel
-that reads packed queries. A model that a chip has no cycles for takes the other's slopes, in proportion to arithmetic. H100: no compiler was asked;
-a step takes the longer of its bytes and its arithmetic, at assumed shares of the published peaks.
+that reads packed queries. A model that a chip has no cycles for takes the other's slopes, in proportion to arithmetic.
+H100: no compiler was asked; products take the longer of their weights' bytes and their arithmetic, caches their bytes,
+at assumed shares of the published peaks; packing, attention's arithmetic and launches are free, which flatters what
+verifies many tokens, and what packs them.
 """
 
 from __future__ import annotations
@@ -184,9 +186,9 @@ def cost(chip: str, model: str, seats: int, context: int, *, packing: float = 0.
   if chip in known().rooflines:
     attained, source = known().rooflines[chip], f"roofline estimate for {chip}"
     read, peak = CHIP[chip].bandwidth * attained.bandwidth, CHIP[chip].flops * attained.flops
-    seconds = lambda kind, tokens: max((weights(model) + cached()) / read, tokens * weights(model) / peak)
+    seconds = lambda kind, tokens: max(weights(model) / read, tokens * weights(model) / peak) + cached() / read
     size, work = drafter(model)
-    draft = max((size + cached(DRAFT_LAYERS)) / read, seats * work / peak)
+    draft = max(size / read, seats * work / peak) + cached(DRAFT_LAYERS) / read
   else:
     found, how = fitted(chip, model)
     source = f"{known().source}; {how}; clock {known().clocks}"
@@ -197,14 +199,13 @@ def cost(chip: str, model: str, seats: int, context: int, *, packing: float = 0.
         tokens * price["token"] + max(tokens - known().knees[chip], 0) * price["past"])
     fixed, row, _ = fit_draft(chip, model)
     draft = fixed + row * seats + cached(DRAFT_LAYERS) / read
-  step = lambda kind, tokens: Step(seconds(kind, tokens), seats * slot(model) / read)
-  plain = step("plain", seats)
+  slope = seats * slot(model) / read
+  plain, full = Step(seconds("plain", seats), slope), Step(seconds("full", seats * (block + 1)), slope)
   return Cost(machine=chip, device=KIND[chip], target=model, drafter=f"dspark, {DRAFT_LAYERS} layers",
               dtype="bfloat16", seats=seats, block=block, capacity=context, context=context, source=source,
-              plain=plain, draft=Step(draft, seats * slot(model, DRAFT_LAYERS) / read),
-              full=step("full", seats * (block + 1)),
-              packed={n: step("packed", n) for n in buckets(seats, block)},
-              chunk=0, plain_chunk=plain, full_chunk=None)  # prompts are not among what is simulated
+              plain=plain, draft=Step(draft, seats * slot(model, DRAFT_LAYERS) / read), full=full,
+              packed={n: Step(seconds("packed", n), slope) for n in buckets(seats, block)}, chunk=0,
+              plain_chunk=plain, full_chunk=full)  # prompts are not among what is simulated
 
 
 def chips_needed(model: str, chip: str, seats: int, context: int) -> int:

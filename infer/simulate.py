@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -123,7 +124,7 @@ def mean_acceptance(length: float, block: int, concentration: float) -> float:
   """The mean of c that gives an accepted length, the bonus token included. ValueError for one that no block has."""
   if not 1 < length < block + 1:
     raise ValueError(f"an accepted length is {length}, expected more than 1 and less than {block + 1}, for blocks of "
-                     f"{block}")
+                     f"{block}: choose other --workloads or --lengths")
   low, high = 0.0, 1.0
   for _ in range(60):
     middle = (low + high) / 2
@@ -140,10 +141,9 @@ def scheduled(cost: Cost, drawn: Rounds, context: float, history: int) -> tuple[
   programs, plain_for = {}, 0
   for t in range(rounds):
     known += sum(d <= t - LAG for d in drafted[known:])
-    program, budget = "full", cost.seats * block  # nothing is known yet
-    if known:
-      choice = choose(cost, past[max(known - depth, 0):known], context)
-      program, budget = choice.program, choice.budget
+    seen = past[max(known - depth, 0):known] if known else np.ones((rows, block))  # new rows are taken for the best
+    choice = choose(cost, seen, context)
+    program, budget = choice.program, choice.budget
     if program == "plain" and plain_for >= probe:
       program = cost.holding(rows + 1, context)
       budget = cost.seats * block if program == "full" else program - rows
@@ -189,9 +189,9 @@ def main(settings: Settings) -> dict:
                      f"more than 0")
   workloads = {name: WORKLOADS[name] for name in settings.workloads}
   workloads |= {f"length {length:g}": (length,) for length in settings.lengths}
-  for length in itertools.chain(*workloads.values()):
-    mean_acceptance(length, machines.known().block, settings.concentration)  # before minutes of drawing
   found = tables(settings)
+  for (_, cost_at), length in itertools.product(found, itertools.chain(*workloads.values())):
+    mean_acceptance(length, cost_at(1)[0].block, settings.concentration)  # before minutes of drawing
   jobs = list(itertools.product(found, workloads.items(), sorted(set(settings.concurrencies))))
   rows, certainty = [], {}
   with shell.bar() as bar:
@@ -213,7 +213,8 @@ def main(settings: Settings) -> dict:
   for machine in dict.fromkeys(row.machine for row in rows):
     drawn |= figures.write(settings.out, [figures.Point(
         f"{row.machine}, {row.model}, {row.workload}", row.policy, row.concurrency, row.tokens_per_second,
-        row.tokens_per_second_per_user, row.budget) for row in rows if row.machine == machine], f"-{machine}")
+        row.tokens_per_second_per_user, row.budget) for row in rows if row.machine == machine],
+                           f"-{re.sub(r'[^a-z0-9.]+', '-', machine.lower())}")
   gains = [gain for case in cases for gain in case["gain_percent"].values()]
   return {"cases": cases, "least_gain_percent": min(gains), "most_gain_percent": max(gains), "figures": drawn}
 
@@ -252,12 +253,12 @@ def summaries(rows: list[Outcome]) -> list[dict]:
   for key, some in itertools.groupby(rows, lambda row: (row.machine, row.model, row.workload)):
     by = {(row.concurrency, row.policy): row for row in some}
     speed = lambda n, policy: by[n, policy].tokens_per_second
+    better = lambda n: max(speed(n, "plain"), speed(n, "fixed"))
     counts = sorted({n for n, _ in by})
     plain = [n for n in counts if all(speed(m, "plain") > speed(m, "fixed") for m in counts if m >= n)]
     cases.append(dict(zip(("machine", "model", "workload"), key)) | {
         "plain_beats_fixed_from": min(plain, default=None),
-        "gain_percent": {str(n): round(100 * (speed(n, "scheduled") / max(speed(n, "plain"), speed(n, "fixed")) - 1), 2) + 0.0
-                         for n in counts},
+        "gain_percent": {str(n): round(100 * (speed(n, "scheduled") / better(n) - 1), 2) + 0.0 for n in counts},
         "over_plain": {str(n): round(speed(n, "scheduled") / speed(n, "plain"), 3) for n in counts},
         "budget": {str(n): round(by[n, "scheduled"].budget, 2) for n in counts},
         "chips": {str(n): by[n, "plain"].chips for n in counts}})

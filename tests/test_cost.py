@@ -83,6 +83,14 @@ def test_ties_verify_fewer_tokens():
   assert choose(table(), one[:0], 10.0) == Choice("plain", 0, 0.0, 1.0)  # nobody there
 
 
+def test_rounds_of_few_rows_are_averaged():
+  """Kills: one unlucky round of a single row that ends drafting, and one lucky one that begins it."""
+  cost = table(1.0, 0.5, 1.0, seats=1)
+  unlucky, usual = np.zeros((1, 3)), np.full((1, 3), 0.5)
+  assert choose(cost, unlucky, 10.0).program == "plain"
+  assert choose(cost, np.stack([unlucky, usual, usual]), 10.0) == Choice("full", 3, pytest.approx(2 / 1.5), 1.5)
+
+
 def test_what_algorithm_1_reads():
   """Kills: a curve between the points, a draft that is free, a bucket that does not hold its tokens, one entry less."""
   cost = table(1.0, STEP(0.5, 0.01), STEP(2.0, 0.1), {6: 1.0, 9: 1.25})
