@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,17 +57,62 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
   0. Rows that hold NaN, +inf or no finite logit become NaN (greedy: 0 where `argmax` finds no token);
   `draw` then returns V. A row's numbers are the same in every mode that can hold it.
   """
-  logits = logits.astype(jnp.float32)
-  tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  best = (tokens == argmax(logits)[..., None]).astype(jnp.float32)
   if sampling.mode == "greedy":
-    return best
-  temperature = _over(sampling.temperature, logits)
+    return _one_hot(argmax(logits), logits.shape[-1])
+  return distributions(logits, sampling).whole()
+
+
+@flax.struct.dataclass
+class Distributions:
+  """What `probabilities` gives, bit for bit, of which only what is asked for is made: the whole of it has V numbers for
+  every position. All but the first field have one number for each position, f32[B,...,1]."""
+  values: Array   # f32[B,...,V]  as they lie in memory: whatever is gathered from another form of them, is made whole
+  largest: Array  # goes from the values,
+  divisor: Array  # divides what is left,
+  lowest: Array   # and from below this nothing is drawn
+  top: Array      # of the result; it is 0, but see `distributions`
+  total: Array    # of its exponentials
+  best: Array     # i32[B,...,1]  the token of a greedy row
+  sampled: Array  # bool  whether a row is not greedy
+
+  def of(self, tokens: Array) -> Array:
+    """Probabilities of tokens i32[B,T], one for each of the first T positions: f32[B,T]."""
+    first = jax.tree.map(lambda x: x[:, :tokens.shape[1]], self)
+    drawn = first.replace(values=jnp.take_along_axis(first.values, tokens[..., None], axis=-1))
+    return drawn._of(tokens[..., None])[..., 0]
+
+  def at(self, position: Array) -> Array:
+    """The whole distribution at one position i32[B] of each row: f32[B,V]."""
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, position[:, None, None], axis=1), self).whole()[:, 0]
+
+  def whole(self) -> Array:
+    """f32[B,...,V]."""
+    return self._of(jax.lax.broadcasted_iota(jnp.int32, self.values.shape, self.values.ndim - 1))
+
+  def _of(self, tokens):
+    drawn = jnp.exp(self._scaled() - self.top) / self.total
+    return jnp.where(self.sampled, drawn, (tokens == self.best).astype(jnp.float32))
+
+  def _scaled(self):
+    scaled = (self.values - self.largest) / self.divisor
+    return jnp.where(scaled < self.lowest, -jnp.inf, scaled)  # turned so that a NaN stays in and poisons its row
+
+
+def distributions(logits: Array, sampling: Sampling) -> Distributions:
+  """`probabilities`, of logits f[B,...,V], for whom some of them are enough. Not for greedy settings."""
+  logits = logits.astype(jnp.float32)
+  each = (*logits.shape[:-1], 1)
+  temperature = jnp.broadcast_to(_over(sampling.temperature, logits), each)
   # The maximum goes first: a small temperature would overflow the raw logits.
-  scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1)
+  found = Distributions(logits, jnp.max(logits, axis=-1, keepdims=True), jnp.where(temperature > 0, temperature, 1),
+                        jnp.full(each, -jnp.inf), jnp.zeros(each), jnp.ones(each), argmax(logits)[..., None],
+                        temperature > 0)
   if sampling.mode == "truncated":
-    scaled = _truncate(scaled, sampling)
-  return jnp.where(temperature > 0, jax.nn.softmax(scaled, axis=-1), best)
+    scaled, lowest = _cut(found._scaled(), sampling)
+    found = found.replace(values=scaled, largest=jnp.zeros(each), divisor=jnp.ones(each), lowest=lowest[..., None])
+  # As softmax does it: otherwise CPUs round what comes before and after in one, and a row's bits depend on the mode.
+  found = found.replace(top=jnp.max(found._scaled(), axis=-1, keepdims=True))
+  return found.replace(total=jnp.sum(jnp.exp(found._scaled() - found.top), axis=-1, keepdims=True))
 
 
 def draw(keys: Array, probs: Array) -> Array:
@@ -96,8 +142,8 @@ def split_keys(keys: Array, n: int) -> Array:
   return jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(keys)
 
 
-def _truncate(scaled, sampling):
-  """scaled with -inf outside top-k and top-p. scaled: f32[B,...,V], maximum 0."""
+def _cut(scaled, sampling):
+  """scaled f32[B,...,V], maximum 0, in memory, and the smallest of it inside top-k and top-p: f32[B,...]."""
   top_k, top_p = (_over(x, scaled)[..., 0] for x in (sampling.top_k, sampling.top_p))
   # Nothing is cut at infinity. Sums in float32 reach the total before the last token, so at top_p = 1 they would cut.
   count = jnp.where((top_k > 0) & (top_k < scaled.shape[-1]), top_k.astype(jnp.float32), jnp.inf)
@@ -105,9 +151,7 @@ def _truncate(scaled, sampling):
   limits = (jnp.broadcast_to(x, scaled.shape[:-1]) for x in (count, share))
   # What is compared with the lowest must be, to the last bit, what the lowest was taken from.
   scaled = jax.lax.optimization_barrier(scaled)
-  lowest = jax.lax.platform_dependent(scaled, *limits, tpu=_lowest_of_candidates, default=_lowest_by_search)
-  # Turned so that a NaN stays in and poisons its row.
-  return jnp.where(scaled < lowest[..., None], -jnp.inf, scaled)
+  return scaled, jax.lax.platform_dependent(scaled, *limits, tpu=_lowest_of_candidates, default=_lowest_by_search)
 
 
 def _lowest(threshold, scaled, count, share):
@@ -149,6 +193,12 @@ def _lowest_of_candidates(scaled, count, share):
 
   found = jax.lax.while_loop(lambda found: jnp.any(found == jnp.inf), search, found)
   return found.reshape(count.shape)
+
+
+def _one_hot(token, size):
+  """f32[...,V] of tokens i32[...]; zeros for one that is none."""
+  place = jax.lax.broadcasted_iota(jnp.int32, (*token.shape, size), token.ndim)
+  return (place == token[..., None]).astype(jnp.float32)
 
 
 def _over(setting, logits):

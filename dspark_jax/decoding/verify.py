@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.sampling import argmax, draw, probabilities
+from dspark_jax.sampling import argmax, distributions, draw
 from dspark_jax.types import Array, Proposal, Sampling, Verdict
 
 Rule = Literal["token", "block"]
@@ -41,16 +41,16 @@ def verify(target_logits: Array, proposal: Proposal, sampling: Sampling, *, acce
     best = argmax(target_logits)
     n_accept = accepted_prefix(best[:, :block] == proposal.tokens, lengths)
     return Verdict(n_accept, jnp.take_along_axis(best, n_accept[:, None], axis=1)[:, 0])
-  target_probs = probabilities(target_logits, sampling)
+  target = distributions(target_logits, sampling)
   if not block:  # plain decoding: nothing to accept
-    return Verdict(lengths, draw(bonus_keys, target_probs[:, 0]))
-  p, q = drafted_probs(target_probs, proposal)
+    return Verdict(lengths, draw(bonus_keys, target.at(lengths)))
   uniforms = jax.vmap(lambda key: jax.random.uniform(key, (block,)))(accept_keys)
+  p, q = target.of(proposal.tokens), _drafted(proposal, target_logits.shape[-1])
   if rule == "block":
-    n_accept, following = kept_block(target_probs, proposal, p, q, uniforms, lengths)
+    n_accept, following = kept_block(target.whole(), proposal, p, q, uniforms, lengths)
     return Verdict(n_accept, draw(bonus_keys, following))
   n_accept = accepted_prefix(uniforms * q < p, lengths)
-  return Verdict(n_accept, draw(bonus_keys, next_probs(target_probs, proposal, n_accept, lengths)))
+  return Verdict(n_accept, draw(bonus_keys, _following(target.at(n_accept), proposal, n_accept, lengths)))
 
 
 def accept_prob(p: Array, q: Array) -> Array:
@@ -110,14 +110,8 @@ def _over_vocabulary(proposal, like):
 
 def drafted_probs(target_probs: Array, proposal: Proposal) -> tuple[Array, Array]:
   """p(x) and q(x) of the drafted tokens: f32[B,G] each. target_probs: f32[B,G+1,V]."""
-  tokens, columns = proposal.tokens, proposal.tokens
-  if proposal.words is not None:
-    words = proposal.words
-    column_of = jnp.zeros(target_probs.shape[-1], jnp.int32)
-    columns = column_of.at[words].set(jnp.arange(words.size, dtype=jnp.int32))[tokens]
-  p = jnp.take_along_axis(target_probs[:, :-1], tokens[..., None], axis=-1)
-  q = jnp.take_along_axis(proposal.probs, columns[..., None], axis=-1)
-  return p[..., 0], q[..., 0]
+  p = jnp.take_along_axis(target_probs[:, :-1], proposal.tokens[..., None], axis=-1)[..., 0]
+  return p, _drafted(proposal, target_probs.shape[-1])
 
 
 def next_probs(target_probs: Array, proposal: Proposal, n_accept: Array, lengths: Array) -> Array:
@@ -125,11 +119,7 @@ def next_probs(target_probs: Array, proposal: Proposal, n_accept: Array, lengths
 
   The residual where draft n_accept was rejected; the target's own where all `lengths` drafts were kept.
   """
-  p = _at(target_probs, n_accept)
-  q = _at(proposal.probs, jnp.minimum(n_accept, proposal.tokens.shape[1] - 1))
-  if proposal.words is not None:
-    q = jnp.zeros_like(p).at[:, proposal.words].set(q)
-  return jnp.where((n_accept < lengths)[:, None], residual(p, q), p)
+  return _following(_at(target_probs, n_accept), proposal, n_accept, lengths)
 
 
 def residual(p: Array, q: Array) -> Array:
@@ -155,6 +145,24 @@ def cut_at_stop(tokens: Array, n_accept: Array, stop_ids: Array) -> tuple[Array,
 def is_stop(tokens: Array, stop_ids: Array) -> Array:
   """bool[B,T]: whether tokens i32[B,T] are among their row's stop tokens i32[B,M], where -1 is padding."""
   return jnp.any((tokens[..., None] == stop_ids[:, None]) & (stop_ids >= 0)[:, None], axis=-1)
+
+
+def _drafted(proposal, vocabulary):
+  """q(x) of the drafted tokens: f32[B,G]."""
+  columns = proposal.tokens
+  if proposal.words is not None:
+    words = proposal.words
+    column_of = jnp.zeros(vocabulary, jnp.int32)
+    columns = column_of.at[words].set(jnp.arange(words.size, dtype=jnp.int32))[columns]
+  return jnp.take_along_axis(proposal.probs, columns[..., None], axis=-1)[..., 0]
+
+
+def _following(p, proposal, n_accept, lengths):
+  """`next_probs`, of the target's f32[B,V] after the kept drafts."""
+  q = _at(proposal.probs, jnp.minimum(n_accept, proposal.tokens.shape[1] - 1))
+  if proposal.words is not None:
+    q = jnp.zeros_like(p).at[:, proposal.words].set(q)
+  return jnp.where((n_accept < lengths)[:, None], residual(p, q), p)
 
 
 def _at(x, index):
