@@ -132,31 +132,74 @@ def position_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, ta
     if which is not None:
       return soften.teacher(base(rows), which, position, words, log_total)
     if log_total is None:
-      return jax.nn.softmax(whole(rows)), 0.0
+      return softmax(whole(rows))[0], jnp.ones(position.shape)
     total = jnp.take_along_axis(log_total, position, axis=1)[..., None]
     p = jnp.exp(base(rows) - total)
-    return p, jnp.maximum(1 - p.sum(-1), 0)
+    return p, over_words(p)
 
   def terms(drafts, bias, fixed):
     (hidden, latent), (position, column, which) = drafts, fixed
-    p, outside = teacher(position, which)
+    p, mass = teacher(position, which)
     mine = DraftHead(jax.tree.map(lambda x: x.astype(hidden.dtype), base), bias)
     # In float32, as heads give it: elsewhere, TV in bfloat16 had gradients that were 6 to 31 % off.
     logits = mine(hidden, latent)
-    log_q = jax.nn.log_softmax(logits)
-    # By comparison: the gradient of a look-up is a scatter into another array of logits.
-    label = jax.lax.broadcasted_iota(jnp.int32, log_q.shape, log_q.ndim - 1) == column[..., None]
-    ce = -jnp.where(label, log_q, 0).sum(-1)
-    log_q = log_q if which is None else soften(logits, which)
-    tv = jnp.abs(jnp.exp(log_q) - p).sum(-1) + outside
-    found = ce, tv, -(p * log_q).sum(-1)
-    return found if which is None else (*found, soften.accept(logits, p, tv, which))
+    found = divergences(logits, None if which is None else soften.divisor(which), p, mass, column)
+    return found if which is None else (*found, soften.accept(logits, p, found[1], which))
 
   flat = lambda x: x.reshape(batch, -1, *x.shape[3:])
   drafts = jax.tree.map(flat, (outputs.hidden, outputs.latent))
   weights, fixed = jax.tree.map(flat, (weights, (position, columns, which)))
   loss, found = _sum_of_chunks(terms, weights, drafts, head.bias, fixed, chunk)
   return loss, tuple(jax.lax.stop_gradient(x).reshape(columns.shape) for x in found)
+
+
+@jax.custom_vjp
+def divergences(logits: Array, divisor: Array | None, p: Array, mass: Array, column: Array) -> tuple[Array, ...]:
+  """(CE, TV, H), f32[B,N] each, of q = softmax(logits f32[B,N,W]) and p f32[B,N,W], which sums up to mass f32[B,N].
+
+  divisor: f32[B,N] of the logits, for TV and H; or None. column: i32[B,N] of the label. Differentiable in the logits
+  alone, by hand: what JAX derives keeps eight arrays of [B,N,W], this keeps q and p.
+  """
+  return _divergences(logits, divisor, p, mass, column)[0]
+
+
+def _divergences(logits, divisor, p, mass, column):
+  plain, log_total = softmax(logits)
+  ce = log_total - jnp.take_along_axis(logits, column[..., None], axis=-1)[..., 0]
+  q = plain
+  if divisor is not None:
+    logits = logits / divisor[..., None]
+    q, log_total = softmax(logits)
+  tv = over_words(jnp.abs(q - p)) + jnp.maximum(1 - mass, 0)
+  return (ce, tv, mass * log_total - over_words(p * logits)), (plain, q, divisor, p, mass, column)
+
+
+def _divergences_backward(saved, cotangents):
+  plain, q, divisor, p, mass, column = saved
+  d_ce, d_tv, d_soft = (x[..., None] for x in cotangents)
+  # By comparison: a scatter would go into another array of logits.
+  label = jax.lax.broadcasted_iota(jnp.int32, q.shape, q.ndim - 1) == column[..., None]
+  away = jnp.sign(q - p)
+  change = d_tv * q * (away - over_words(away * q)[..., None]) + d_soft * (mass[..., None] * q - p)
+  change = change if divisor is None else change / divisor[..., None]
+  return d_ce * (plain - label.astype(jnp.float32)) + change, None, None, None, None
+
+
+divergences.defvjp(_divergences, _divergences_backward)
+
+
+def softmax(logits: Array) -> tuple[Array, Array]:
+  """(softmax f32[B,N,W], log-sum-exp f32[B,N])."""
+  largest = logits.max(-1)
+  weight = jnp.exp(logits - largest[..., None])
+  total = over_words(weight)
+  return weight * (1 / total)[..., None], largest + jnp.log(total)
+
+
+def over_words(x: Array) -> Array:
+  """f32[B,N]: the sums of x f32[B,N,W] over words."""
+  # XLA's CPU backend makes a sum and what it is of one fusion, which one thread runs. A product it leaves alone.
+  return jax.lax.platform_dependent(x, cpu=lambda x: x @ jnp.ones(x.shape[-1:]), default=lambda x: x.sum(-1))
 
 
 class Softened:
@@ -167,9 +210,9 @@ class Softened:
     self._greedy = jnp.asarray([t == 0 for t in temperatures])
     self._divisor = jnp.asarray([t or 1.0 for t in temperatures], jnp.float32)
 
-  def __call__(self, logits: Array, which: Array) -> Array:
-    """f32[B,N,W]: log-probabilities; at 0 those of 1."""
-    return jax.nn.log_softmax(logits / self._divisor[which][..., None])
+  def divisor(self, which: Array) -> Array:
+    """f32[B,N]: what logits are divided by; at 0 the 1."""
+    return self._divisor[which]
 
   def known(self, head: Head, target_hidden: Array, chunk: int) -> tuple[Array, Array]:
     """(log-sum-exp at each temperature f32[B,T,n], the most likely token i32[B,T]) of the target at every position,
@@ -181,19 +224,19 @@ class Softened:
     return in_chunks(one, target_hidden, chunk)[1]
 
   def teacher(self, logits: Array, which: Array, position: Array, words: Array | None, known) -> tuple[Array, Array]:
-    """(p f32[B,N,W], what it has outside the draft words f32[B,N]) of the target's logits at these words. known: None,
-    or with a reduced vocabulary what `known` gave."""
-    scaled = logits / self._divisor[which][..., None]
+    """(p f32[B,N,W], what it sums up to f32[B,N]) of the target's logits at these words. known: None, or with a
+    reduced vocabulary what `known` gave."""
+    scaled = logits / self.divisor(which)[..., None]
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     if known is None:
-      p, best = jax.nn.softmax(scaled), column == jnp.argmax(logits, -1).astype(jnp.int32)[..., None]
+      p, best = softmax(scaled)[0], column == jnp.argmax(logits, -1).astype(jnp.int32)[..., None]
     else:
       totals, tokens = (jnp.take_along_axis(x, position.reshape(*position.shape, *(1,) * (x.ndim - 2)), axis=1)
                         for x in known)
       p = jnp.exp(scaled - jnp.take_along_axis(totals, which[..., None], axis=-1))
       best = words.reshape(1, 1, -1) == tokens[..., None]
     p = jnp.where(self._greedy[which][..., None], best.astype(jnp.float32), p)
-    return p, jnp.maximum(1 - p.sum(-1), 0)
+    return p, over_words(p)
 
   def accept(self, logits: Array, p: Array, tv: Array, which: Array) -> Array:
     """f32[B,N]: the probability that a draft of these logits is accepted, 1 - TV / 2; at 0 whether their argmax is p's.
