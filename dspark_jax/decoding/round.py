@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dspark_jax import sampling as sp
 from dspark_jax.decoding.calibration import calibrate
-from dspark_jax.decoding.verify import Rule, cut_at_stop, is_stop, verify
+from dspark_jax.decoding.verify import Rule, cut_at_stop, is_stop, verify, verify_greedy
 from dspark_jax.nn.packing import Chosen, Packing
 from dspark_jax.types import Array, Committed, Drafter, DraftHead, Head, Proposal, Sampling, Target, TargetOutput
 
@@ -129,9 +129,12 @@ def settle(models: Models, rows: Rows, proposal: Proposal, confidence: Array, le
   live, settings = ~rows.done, rows.settings
   inputs = jnp.concatenate([rows.anchor[:, None], proposal.tokens], axis=1)
   held = jnp.where(live, lengths + 1, 0)
-  out, logits, read, cache = _run(models, inputs, rows.cache, held, bucket, chunk)
-  verdict = verify(logits, proposal, settings.sampling, accept_keys=accept_keys, bonus_keys=bonus_keys,
-                   lengths=lengths, rule=settings.verification)
+  out, logits, rows_of, read, cache = _run(models, inputs, rows.cache, held, bucket, chunk)
+  if settings.sampling.mode == "greedy":  # of packed logits, none are spread over the rows
+    verdict = verify_greedy(rows_of(sp.argmax(logits)), proposal, lengths)
+  else:
+    verdict = verify(rows_of(logits), proposal, settings.sampling, accept_keys=accept_keys, bonus_keys=bonus_keys,
+                     lengths=lengths, rule=settings.verification)
   kept, stopped = cut_at_stop(proposal.tokens, verdict.n_accept, settings.stop_ids)
 
   tokens = jnp.concatenate([proposal.tokens, jnp.zeros_like(rows.anchor)[:, None]], axis=1)
@@ -152,7 +155,7 @@ def settle(models: Models, rows: Rows, proposal: Proposal, confidence: Array, le
       cache=models.target.commit(cache, n_commit), draft=draft, anchor=verdict.next_token,
       keys=jnp.where(live, keys, rows.keys), count=count, done=rows.done | failed | ended, failed=rows.failed | failed)
   report = Report(tokens, n_new, kept, jnp.where(stopped, kept, lengths), confidence, live, after.done, after.failed,
-                  _log_probs(logits, tokens) if log_probs else None)
+                  _log_probs(rows_of(logits), tokens) if log_probs else None)
   return (after, report) if chunk is None else _read(models, after, report, chunk, *read)
 
 
@@ -162,11 +165,11 @@ def _keys(rows):
 
 
 def _run(models, inputs, cache, held, bucket, chunk):
-  """(what the target says of rows [B,T,...], their logits f32[B,T,V], the cache) and, before the cache, of a chunk
-  (what it says [1,C,...], logits f32[1,V] after its last token)."""
+  """(what the target says of rows [B,T,...], their logits f32[N,V] or f32[B,T,V], what makes rows [B,T,...] of such,
+  of a chunk (what it says [1,C,...], logits f32[1,V] after its last token), the cache)."""
   if bucket is None and chunk is None:
     out, cache = models.target(inputs, cache, models.taps)
-    return out, models.head(out.hidden), None, cache
+    return out, models.head(out.hidden), lambda x: x, None, cache
   steps = inputs.shape[1]
   chosen = None if bucket is None else Chosen.of(held, bucket, steps)
   packing = Packing(chosen, None, steps)
@@ -177,7 +180,7 @@ def _run(models, inputs, cache, held, bucket, chunk):
   words = hidden[0] if chunk is None else jnp.concatenate([hidden[0], hidden[1][chunk.n - 1][None]])
   logits, n = models.head(words), hidden[0].shape[0]
   read = TargetOutput(hidden[1][None], features[1][None]), logits[n:]
-  return TargetOutput(*map(packing.rows, (hidden[0], features[0]))), packing.rows(logits[:n]), read, cache
+  return TargetOutput(*map(packing.rows, (hidden[0], features[0]))), logits[:n], packing.rows, read, cache
 
 
 def _read(models, rows, report, chunk, out, logits):

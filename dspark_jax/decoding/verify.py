@@ -38,9 +38,7 @@ def verify(target_logits: Array, proposal: Proposal, sampling: Sampling, *, acce
   if lengths is None:
     lengths = jnp.full(batch, block, jnp.int32)
   if sampling.mode == "greedy":
-    best = argmax(target_logits)
-    n_accept = accepted_prefix(best[:, :block] == proposal.tokens, lengths)
-    return Verdict(n_accept, jnp.take_along_axis(best, n_accept[:, None], axis=1)[:, 0])
+    return verify_greedy(argmax(target_logits), proposal, lengths)
   target = distributions(target_logits, sampling)
   if not block:  # plain decoding: nothing to accept
     return Verdict(lengths, draw(bonus_keys, target.at(lengths)))
@@ -51,6 +49,12 @@ def verify(target_logits: Array, proposal: Proposal, sampling: Sampling, *, acce
     return Verdict(n_accept, draw(bonus_keys, following))
   n_accept = accepted_prefix(uniforms * q < p, lengths)
   return Verdict(n_accept, draw(bonus_keys, _following(target.at(n_accept), proposal, n_accept, lengths)))
+
+
+def verify_greedy(best: Array, proposal: Proposal, lengths: Array) -> Verdict:
+  """`verify` where every row is greedy, given the target's own tokens, best i32[B,G+1]: `argmax` of its logits."""
+  n_accept = accepted_prefix(best[:, :-1] == proposal.tokens, lengths)
+  return Verdict(n_accept, jnp.take_along_axis(best, n_accept[:, None], axis=1)[:, 0])
 
 
 def accept_prob(p: Array, q: Array) -> Array:

@@ -1,0 +1,276 @@
+"""The server: OpenAI's own client and plain requests against an engine that says a script, then against a real one."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx2
+import openai
+import pytest
+import uvicorn
+
+from dspark_jax.data import chat
+from dspark_jax.decoding.engine import Event, Full
+from dspark_jax.programs.openai_api import Refused, Speaker, parse
+from infer.serve import Serving
+from infer.serve_app import build
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return chat.load_tokenizer(chat.smollm2_path())
+
+
+class Scripted:
+  """An engine whose every answer is a text, some tokens a round, a round late, as the real one tells them."""
+
+  def __init__(self, tokens, seats=4, queue=8):
+    self.tokens, self.seats, self.most = tokens, seats, queue
+    self.asked, self.open, self.late, self.cancelled, self.broken = {}, {}, [], [], False
+    self.lock = threading.Lock()
+
+  @property
+  def idle(self):
+    return not (self.open or self.late)
+
+  def submit(self, request):
+    if len(request.prompt) > 200:
+      raise ValueError("a prompt of many tokens does not fit: shorten it")
+    with self.lock:
+      if len(self.open) >= self.most:
+        raise Full("8 requests are waiting, the most that may: try again later")
+      id = len(self.asked) + 1
+      self.asked[id] = request
+      self.open[id] = 0
+    return id
+
+  def cancel(self, id):
+    self.cancelled.append(id)
+    with self.lock:
+      self.open.pop(id, None)
+
+  def step(self):
+    if self.broken:
+      raise RuntimeError("the device is gone")
+    said, self.late = self.late, []
+    time.sleep(0.002)
+    with self.lock:
+      for id, at in list(self.open.items()):
+        request = self.asked[id]
+        part = tuple(self.tokens[at:at + (3 if at else 1)][:request.max_new_tokens - at])
+        logs = tuple(-0.5 for _ in part) if request.log_probabilities else None
+        over = at + len(part) >= min(len(self.tokens), request.max_new_tokens)
+        self.late.append(Event(id, part, logs, 7 * bool(at), 5 * bool(at), max(len(part) - 1, 0) * bool(at),
+                               "length" if over else None))
+        self.open[id] = at + len(part)
+        if over:
+          del self.open[id]
+    return said
+
+  def metrics(self):
+    return {"requests": len(self.asked), "queue": 0, "program_full": 3, "row_rounds": 1, "round_tokens": 3}
+
+
+TEXT = "Lists hold things — naïve ones, 😀 too. They have an order. " * 4
+
+
+@contextlib.contextmanager
+def served(tokenizer, engine, **limits):
+  """A server of this engine in this process: its address."""
+  settings = SimpleNamespace(**{"target": "toy", "max_tokens": 40, "max_body": 5000} | limits)
+  with Serving(engine) as serving, contextlib.closing(socket.socket()) as listener:
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(build(settings, serving, tokenizer), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+      yield f"http://127.0.0.1:{listener.getsockname()[1]}", serving
+    finally:
+      server.should_exit = True
+      thread.join()
+
+
+@pytest.fixture(scope="module")
+def toy(tokenizer):
+  engine = Scripted(tokenizer.encode(TEXT))
+  with served(tokenizer, engine) as (url, serving):
+    yield SimpleNamespace(url=url, engine=engine, serving=serving,
+                          client=openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def test_a_conversation_whole_and_streamed(toy):
+  """Kills: characters that are cut between two rounds, a chunk that is lost, usage of another answer."""
+  whole = toy.client.chat.completions.create(model="toy", messages=HELLO, max_tokens=30, seed=4)
+  stream = toy.client.chat.completions.create(model="toy", messages=HELLO, max_tokens=30, stream=True,
+                                              stream_options={"include_usage": True})
+  chunks = list(stream)
+  text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+  assert text == whole.choices[0].message.content and TEXT.startswith(text.rstrip("\ufffd"))
+  assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+  assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens == 30
+  assert whole.usage.accepted_length == pytest.approx(29 / 10)
+
+
+def test_several_answers_and_log_probabilities(toy):
+  """Kills: answers in each other's place, one seed for all of them."""
+  before = len(toy.engine.asked)
+  found = toy.client.completions.create(model="toy", prompt="Once", n=3, max_tokens=5, seed=7, logprobs=1)
+  assert [choice.index for choice in found.choices] == [0, 1, 2]
+  assert [toy.engine.asked[before + i].seed for i in (1, 2, 3)] == [7, 8, 9]
+  assert found.choices[2].logprobs.token_logprobs == [-0.5] * 5
+  spoken = toy.client.chat.completions.create(model="toy", messages=HELLO, max_tokens=4, logprobs=True)
+  assert len(spoken.choices[0].logprobs.content) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_across_tokens(toy, stream):
+  """Kills: a stop text that is seen only inside one token, a part of it that was told already, decoding on."""
+  before = len(toy.engine.cancelled)
+  found = toy.client.completions.create(model="toy", prompt="Once", max_tokens=40, stop=["ones, 😀 t", "zzz"],
+                                        stream=stream)
+  if stream:
+    found = list(found)
+    text, last = "".join(chunk.choices[0].text for chunk in found), found[-1].choices[0].finish_reason
+  else:
+    text, last = found.choices[0].text, found.choices[0].finish_reason
+  assert (text, last) == (TEXT[:TEXT.index("ones,")], "stop")
+  assert len(toy.engine.cancelled) >= before and toy.engine.idle is not None
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(messages=[]), "messages"), (dict(messages=[{"role": "user"}]), "only text"), (dict(max_tokens=0), "max_tokens"),
+    (dict(temperature=-1), "temperature"), (dict(temperature="hot"), "temperature"), (dict(top_p=2), "top_p"),
+    (dict(n=1000), "n is"), (dict(seed=2 ** 40), "seed"), (dict(stop=[""]), "stop"), (dict(stop=3), "stop"),
+    (dict(frequency_penalty=1), "frequency_penalty"), (dict(tools=[{"type": "function"}]), "tools"),
+    (dict(logit_bias={"1": 3}), "logit_bias"), (dict(top_logprobs=4), "top_logprobs"), (dict(sleepy=True), "sleepy"),
+    (dict(stream="yes"), "stream"), (dict(response_format={"type": "json_object"}), "response_format"),
+    (dict(temperature=float("nan")), "temperature"), (dict(max_tokens=True), "max_tokens")])
+def test_what_is_not_understood_is_refused_by_name(toy, change, says):
+  """Kills: a field that would change the answer and is passed over; 500 for a client's mistake."""
+  body = json.dumps({"model": "toy", "messages": HELLO} | change)
+  found = httpx2.post(f"{toy.url}/v1/chat/completions", content=body)
+  assert found.status_code == 400 and says in found.json()["error"]["message"]
+
+
+def test_bodies_paths_and_limits(toy, tokenizer):
+  """Kills: a server that holds what it will not read, and tracebacks where a sentence is due."""
+  post = lambda path, body: httpx2.post(f"{toy.url}{path}", content=body)
+  assert post("/v1/completions", b'{"prompt": "a"').status_code == 400
+  assert post("/v1/completions", b"[" * 4000).status_code == 400
+  assert post("/v1/completions", b"[]").status_code == 400
+  assert post("/v1/completions", b"x" * 6000).status_code == 413
+  assert post("/v1/completions", json.dumps({"prompt": [1] * 300}).encode()).status_code == 400
+  assert post("/v1/chat", b"{}").status_code == 404
+  assert httpx2.get(f"{toy.url}/v1/completions").status_code == 405
+  assert httpx2.get(f"{toy.url}/health").json()["status"] == "ok"
+  assert toy.client.models.list().data[0].id == "toy"
+  metrics = httpx2.get(f"{toy.url}/metrics").text
+  assert 'dspark_program_rounds_total{program="full"} 3.0' in metrics and "dspark_accepted_length_count" in metrics
+  page = httpx2.get(f"{toy.url}/")
+  assert "default-src 'none'" in page.headers["content-security-policy"] and "http" not in page.text.split("<body")[-1]
+
+
+def test_curl(toy):
+  said = subprocess.run(["curl", "-sN", f"{toy.url}/v1/completions", "-d",
+                         '{"prompt": "Once", "max_tokens": 6, "stream": true, "dspark": true}'],
+                        capture_output=True, text=True, timeout=20).stdout
+  events = [line[6:] for line in said.split("\n\n") if line]
+  assert events[-1] == "[DONE]"
+  details = [json.loads(event)["dspark"] for event in events[:-1]]
+  assert [len(d["pieces"]) for d in details] == [1, 3, 2] and details[1]["verified"] == 5
+  assert [kept for _, kept in details[1]["pieces"]] == [True, True, False]
+
+
+def test_a_full_queue_is_429_and_who_leaves_is_cancelled(tokenizer):
+  """Kills: a queue that grows without end; seats that decode for nobody."""
+  engine = Scripted(tokenizer.encode(TEXT) * 200)
+  with served(tokenizer, engine, max_tokens=10 ** 6) as (url, _):
+    with httpx2.Client() as client:
+      streams = [contextlib.ExitStack() for _ in range(8)]
+      for stream in streams:
+        stream.enter_context(client.stream("POST", f"{url}/v1/completions", content=json.dumps(
+            {"prompt": "Once", "stream": True})))
+      assert httpx2.post(f"{url}/v1/completions", content='{"prompt": "Once"}').status_code == 429
+      for stream in streams:
+        stream.close()
+    for _ in range(200):
+      if not engine.open:
+        break
+      time.sleep(0.05)
+    assert sorted(engine.cancelled) == list(range(1, 9))
+
+
+def test_an_engine_that_fails_is_told(tokenizer):
+  """Kills: clients that wait for ever, health that is ok while nothing works."""
+  engine = Scripted(tokenizer.encode(TEXT))
+  with served(tokenizer, engine) as (url, _):
+    engine.broken = True
+    assert httpx2.post(f"{url}/v1/completions", content='{"prompt": "Once"}').status_code == 500
+    assert httpx2.get(f"{url}/health").status_code == 503
+    assert "start the server again" in httpx2.post(f"{url}/v1/completions", content='{"prompt": "a"}').text
+
+
+def test_while_it_drains_new_requests_are_refused(tokenizer):
+  with served(tokenizer, Scripted(tokenizer.encode(TEXT))) as (url, serving):
+    serving.draining = True
+    assert httpx2.post(f"{url}/v1/completions", content='{"prompt": "Once"}').status_code == 503
+
+
+def test_words_as_they_come(tokenizer):
+  """Any cut of the tokens into rounds tells the same text. Kills: half a character, text told twice."""
+  tokens = tokenizer.encode(TEXT)
+  for size in (1, 2, 5):
+    speaker, told = Speaker(tokenizer, ("They",)), ""
+    for at in range(0, len(tokens), size):
+      part = tuple(tokens[at:at + size])
+      text, _ = speaker.feed(Event(1, part, None, 0, 0, 0, "length" if at + size >= len(tokens) else None))
+      assert "\ufffd" not in text
+      told += text
+      if speaker.stopped:
+        break
+    assert told == TEXT[:TEXT.index("They")]
+
+
+def test_defaults_are_openais(tokenizer):
+  job = parse({"prompt": "Once"}, tokenizer, chat_form=False, most=33)
+  (request,) = job.requests
+  assert (request.temperature, request.top_p, request.max_new_tokens, job.stream) == (1.0, 1.0, 33, False)
+  assert set(request.stop_token_ids) == set(chat.stop_ids(tokenizer))
+  with pytest.raises(Refused, match="chat template"):
+    bare = SimpleNamespace(chat_template=None)
+    parse({"messages": HELLO}, bare, chat_form=True, most=3)
+
+
+@pytest.mark.slow
+def test_the_real_thing_answers_and_ends_in_order():
+  """SmolLM2 in a process of its own: the text of infer.generate; SIGTERM finishes what runs, refuses the rest, exits 0
+  with what it did. Kills: a server that works with a script alone, requests that are lost at the end."""
+  command = [sys.executable, "-m", "infer.serve", "--target", "smollm2", "--drafter", "none", "--port", "0", "--seats",
+             "2", "--capacity", "256", "--sampling", "greedy"]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    url = next(line.split()[-1] for line in process.stderr if "serving" in line)
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    ask = lambda new: httpx2.post(f"{url}/v1/completions", timeout=300, content=json.dumps(
+        {"prompt": "Once upon a time", "max_tokens": new, "temperature": 0}))
+    first, answers = ask(12).json(), []
+    workers = [threading.Thread(target=lambda: answers.append(ask(100).json())) for _ in range(3)]
+    [worker.start() for worker in workers]
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(httpx2.HTTPError):
+      ask(3).raise_for_status()
+    [worker.join() for worker in workers]
+    said, code = process.stdout.read(), process.wait()
+  assert code == 0 and json.loads(said.splitlines()[-1])["requests"] == 4
+  texts = {answer["choices"][0]["text"] for answer in answers}
+  assert len(answers) == 3 and len(texts) == 1 and texts.pop().startswith(first["choices"][0]["text"])
