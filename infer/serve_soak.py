@@ -1,4 +1,4 @@
-"""Keep a server under load for half an hour, with clients that leave and ask for too much, and see that nothing is lost.
+"""Keep a server under load for half an hour, with clients that leave and ask too much, and see that nothing is lost.
 
 When to use it: after a change of the engine or the server. It starts `infer.serve`, asks every prompt alone, then all
 of them in random order from several clients, of which some leave in the middle, and in between bodies that are no JSON,
@@ -6,6 +6,7 @@ prompts that do not fit and fields that are not understood. Every greedy answer 
 alone; every bad request a 4xx with a sentence; memory flat; nothing compiled. At the end it is told to stop under load.
 
     python -m infer.serve_soak --target smollm2 --drafter runs/demo --minutes 30 --requests 500
+    python -m infer.serve_soak --target smollm2 --drafter none --minutes 1 --requests 30
 
 The last line of stdout is a JSON object: requests by what became of them, wrong answers, compilations, resident memory
 at a tenth of the time and at the end, and how the server ended. Anything wrong exits 1.

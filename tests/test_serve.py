@@ -147,7 +147,8 @@ def test_a_stop_text_across_tokens(toy, stream):
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(messages=[]), "messages"), (dict(messages=[{"role": "user"}]), "only text"), (dict(max_tokens=0), "max_tokens"),
+    (dict(messages=[]), "messages"), (dict(messages=[{"role": "user"}]), "only text"),
+    (dict(max_tokens=0), "max_tokens"),
     (dict(temperature=-1), "temperature"), (dict(temperature="hot"), "temperature"), (dict(top_p=2), "top_p"),
     (dict(n=1000), "n is"), (dict(seed=2 ** 40), "seed"), (dict(stop=[""]), "stop"), (dict(stop=3), "stop"),
     (dict(frequency_penalty=1), "frequency_penalty"), (dict(tools=[{"type": "function"}]), "tools"),
