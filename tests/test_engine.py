@@ -26,9 +26,9 @@ def models():
 
 
 @functools.cache
-def engine(policy, cost=None, **more):
+def engine(policy, priced=False, **more):
   config = dict(seats=3, capacity=CAPACITY, chunk=CHUNK, policy=policy, log_probabilities=True) | more
-  return Engine(*models(), EngineConfig(**config), cost=cost)
+  return Engine(*models(), EngineConfig(**config), cost=table(models()[1], 3) if priced else None)
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def asked(row, **more):
   return Request(PROMPTS[row], **{"max_new_tokens": NEW} | ASKED[row] | more)
 
 
-@pytest.mark.parametrize("policy", ["plain", "fixed"])
+@pytest.mark.parametrize("policy", [pytest.param("plain", marks=pytest.mark.slow), "fixed"])
 def test_a_request_gets_the_text_that_it_gets_alone(policy):
   """Greedy and sampled, in seats that others had, prompts in chunks beside their neighbours' rounds. Kills: a draw that
   depends on the seat, on the neighbours or on how long a request waited; tokens lost between two rounds."""
@@ -97,7 +97,7 @@ def test_who_is_cancelled_ends_and_nobody_else_notices():
   assert served.step() == [] and served.idle
 
 
-@pytest.mark.parametrize("kind", ["fixed", "plain"])
+@pytest.mark.parametrize("kind", ["fixed", pytest.param("plain", marks=pytest.mark.slow)])
 def test_a_known_beginning_is_not_read_again(kind):
   """A second turn goes on from the first one's caches, the target's and the drafter's: the same text, drafts and all.
   Kills: a drafter whose context is lost with the prefix, a prefix that is one token too long."""
@@ -185,7 +185,7 @@ THRESHOLDS = dict(confidence_threshold=0.3, survival_threshold=0.1)
 def test_what_is_verified_changes_no_greedy_text(policy):
   """Kills: a draft that counts as verified and was not, a bucket that holds another row's tokens, a plain round after
   which the drafter has a hole in its context."""
-  served = engine(policy, cost=table(models()[1], 3), **THRESHOLDS if policy == "threshold" else {})
+  served = engine(policy, priced=True, **THRESHOLDS if policy == "threshold" else {})
   found = answers(served, [asked(row, temperature=0.0, reuse=False) for row in range(len(PROMPTS))])
   for row, (tokens, finish, events) in enumerate(found):
     want = dspark_jax.generate(*models(), [PROMPTS[row]], max_new_tokens=NEW)
@@ -229,11 +229,10 @@ def test_a_policy_that_cannot_be_is_refused(policy, says):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(data=2, tensor=2)], ids=["tensor", "data x tensor"])
-def test_a_mesh_changes_no_text(sizes):
+def test_a_mesh_changes_no_text():
   """Seats over data, heads and words over tensor: the same tokens as on one device, greedy and sampled, prompts in
   chunks and known beginnings too. Kills: a chunk that is written into the row of that number on every device."""
-  with MeshConfig(**sizes).use():
+  with MeshConfig(data=2, tensor=2).use():
     target = dspark_jax.load_target(QWEN3, scanned=False)
     drafter = dspark_jax.load_drafter(DSPARK, target)
     served = Engine(target, drafter, EngineConfig(seats=4, capacity=CAPACITY, chunk=CHUNK, policy="fixed"))
