@@ -8,9 +8,10 @@ do not fit; bodies that are no JSON; fields of no meaning. At the end SIGTERM co
     python -m infer.soak_serve --target smollm2 --drafter none
     python -m infer.soak_serve --target smollm2 --drafter runs/demo --minutes 5 --requests 80
 
-The last line of stdout is a JSON object: ok, and what it follows from: counts (of each kind of request, and what came of
-it), wrong (sentences, the first twenty), compiled (programs that were compiled while it served), megabytes (of the
-server's memory: after the first third, at the end) and code (its exit code). Its log is OUT/server.log.
+The last line of stdout is a JSON object: ok, and what it follows from: counts (of each kind of request, and what came
+of it), wrong (sentences, the first twenty), compiled (programs that were compiled while it served), megabytes (of the
+server's memory: after the first third, at the end), code (its exit code) and server (its own last line). Its log is
+OUT/server.log.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class Soak:
         self.alone[prompt] = (await self.post(client, prompt)).json()["choices"][0]["text"]
       going = []
       with shell.bar() as bar:
-        for number in bar.track(range(self.settings.requests), description="requests"):
+        task = bar.add_task("requests", total=self.settings.requests, note="")
+        for number in range(self.settings.requests):
+          bar.update(task, completed=number, note=f"{len(self.wrong)} wrong")
           going.append(asyncio.create_task(self.ask(client, self.random.choices(*zip(*KINDS.items()))[0])))
           await asyncio.sleep(self.random.expovariate(1 / wait))
           if number == self.settings.requests // 3:
