@@ -36,8 +36,8 @@ from dspark_jax.config import Range
 from dspark_jax.programs import shell
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def reverse(items):", "A list of primes: 2, 3, 5,",
-           "My favourite fruit is the", "In the year 1900, the", "To be or not to be", "Water boils at", "import json\n",
-           "Dear Sir or Madam, ", "She opened the door and", "The three laws of motion are " * 4)
+           "My favourite fruit is the", "In the year 1900, the", "To be or not to be", "Water boils at",
+           "import json\n", "Dear Sir or Madam, ", "She opened the door and", "The three laws of motion are " * 4)
 # kind -> how often
 KINDS = {"whole": 35, "stream": 25, "sampled": 10, "leaves": 12, "impatient": 6, "too long": 4, "no json": 4,
          "unknown field": 4}
