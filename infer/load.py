@@ -183,7 +183,9 @@ def start_engine(settings: Settings, policy: str):
   """(an engine of this policy, the tokenizer), as infer.serve starts them."""
   shared = {field.name for field in dataclasses.fields(EngineConfig)} | {"target", "drafter", "cost", "dtype"}
   given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name in shared}
-  return serve.start_engine(serve.Settings(**given, policy=policy, queue=10 ** 6))
+  # What a request cannot ask for costs nothing.
+  sampling = "full" if settings.temperature else "greedy"
+  return serve.start_engine(serve.Settings(**given, policy=policy, sampling=sampling, queue=10 ** 6))
 
 
 def of_server(settings: Settings):

@@ -115,13 +115,15 @@ def joint_of_four(target, prompt, *settings):
   return joint.reshape([size] * 4)
 
 
-@pytest.mark.parametrize("kind, top, words", [
-  pytest.param("vanilla", (0, 1.0), None, id="full"),
-  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), id="truncated", marks=pytest.mark.slow),
-  pytest.param("eagle3", (0, 1.0), None, id="eagle3", marks=pytest.mark.slow),
-  pytest.param("mtp", (4, 0.8), (0, 1, 3, 4), id="mtp", marks=pytest.mark.slow),
+@pytest.mark.parametrize("kind, top, words, rule", [
+  pytest.param("vanilla", (0, 1.0), None, "token", id="full"),
+  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), "token", id="truncated", marks=pytest.mark.slow),
+  pytest.param("eagle3", (0, 1.0), None, "token", id="eagle3", marks=pytest.mark.slow),
+  pytest.param("mtp", (4, 0.8), (0, 1, 3, 4), "token", id="mtp", marks=pytest.mark.slow),
+  pytest.param("vanilla", (0, 1.0), None, "block", id="block", marks=pytest.mark.slow),
+  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), "block", id="block-truncated", marks=pytest.mark.slow),
 ])
-def test_text_follows_the_target(kind, top, words, monkeypatch):
+def test_text_follows_the_target(kind, top, words, rule, monkeypatch):
   """Kills: what is not lossless from end to end: drafts and q under different settings, residual at the wrong
   slot, a cut by the confidence of the drawn token itself, random numbers shared between draws."""
   for bucket in ("PROMPT_BUCKET", "CACHE_BUCKET"):
@@ -134,7 +136,7 @@ def test_text_follows_the_target(kind, top, words, monkeypatch):
     proj.set_value(jnp.where(jnp.arange(20)[None] < 16, 0, 16 * proj[...]))  # the token alone decides the cut
   for temperature, threshold in ((0.7, 0.0), (1.0, 0.5 * drafter.has_confidence)):
     out = generate(target, drafter, [prompt] * ROWS, max_new_tokens=4, temperature=temperature, top_k=top[0],
-                   top_p=top[1], seed=int(10 * temperature), confidence_threshold=threshold)
+                   top_p=top[1], seed=int(10 * temperature), confidence_threshold=threshold, verification=rule)
     expected = ROWS * joint_of_four(target, prompt, temperature, *top)
     observed = np.zeros_like(expected)
     np.add.at(observed, tuple(np.array(out.tokens).T), 1)

@@ -116,8 +116,8 @@ class EngineConfig:
   verification: Rule = "token"
   """at temperatures above 0: drafts tested one by one, or as a block, which keeps a few more"""
   survival: Literal["auto", "head", "estimator", "both"] = "auto"
-  """what the last three policies go by: the confidence head, what is learnt while serving, or both; auto: the head
-  where there is one"""
+  """what the last three policies go by: the confidence head, what is learnt while serving, or both; auto: what is
+  learnt, which foretold best wherever it was measured (train.survival)"""
   sampling: Literal["greedy", "full", "truncated"] = "truncated"
   """the most that requests may ask for: temperature (full), top-k and top-p (truncated); the least is the fastest"""
   chunk: Count = 64
@@ -152,8 +152,7 @@ class Engine:
     if config.policy == "plain" or drafter is None:
       drafter, config = None, dataclasses.replace(config, policy="plain")
     if config.survival == "auto":
-      head = drafter is not None and drafter.has_confidence
-      config = dataclasses.replace(config, survival="head" if head else "estimator")
+      config = dataclasses.replace(config, survival="estimator")
     self.target, self.drafter, self.config = target, drafter, config
     dispatch.check(config, drafter, cost, measured=measure is not None)
     buckets = () if config.policy in ("plain", "fixed") else tuple(cost.packed) if cost else (
@@ -227,8 +226,8 @@ class Engine:
     ValueError for one that has programs of its own, or where there is no drafter or no cost table.
     """
     if policy not in ("plain", "fixed", "scheduled") or not self.drafter or policy == "scheduled" and not self.cost:
-      raise ValueError(f"the policy {policy} cannot be taken on by an engine that was started for {self.config.policy}: "
-                       f"start one for it")
+      raise ValueError(f"the policy {policy} cannot be taken on by an engine that was started for "
+                       f"{self.config.policy}: start one for it")
     self._dispatcher.policy = policy
 
   def metrics(self) -> dict[str, float]:

@@ -158,12 +158,18 @@ def _drafted(proposal, vocabulary):
     words = proposal.words
     column_of = jnp.zeros(vocabulary, jnp.int32)
     columns = column_of.at[words].set(jnp.arange(words.size, dtype=jnp.int32))[columns]
-  return jnp.take_along_axis(proposal.probs, columns[..., None], axis=-1)[..., 0]
+  return jnp.take_along_axis(_drawn(proposal), columns.T[..., None], axis=-1)[..., 0].T
+
+
+def _drawn(proposal):
+  """proposal.probs as f32[G,B,W]: position by position, as drafting left them. Gathered from [B,G,W], TPUs copy all."""
+  return jnp.swapaxes(proposal.probs, 0, 1)
 
 
 def _following(p, proposal, n_accept, lengths):
   """`next_probs`, of the target's f32[B,V] after the kept drafts."""
-  q = _at(proposal.probs, jnp.minimum(n_accept, proposal.tokens.shape[1] - 1))
+  last = jnp.minimum(n_accept, proposal.tokens.shape[1] - 1)
+  q = jnp.take_along_axis(_drawn(proposal), last[None, :, None], axis=0)[0]
   if proposal.words is not None:
     q = jnp.zeros_like(p).at[:, proposal.words].set(q)
   return jnp.where((n_accept < lengths)[:, None], residual(p, q), p)

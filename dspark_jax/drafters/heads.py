@@ -105,20 +105,25 @@ def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Arra
   bias: of the `DraftHead`. confidence(hidden f[B,D], embedding f[B,R] | None) -> f32[B] logits, or None.
   """
   def step(carry, position):
-    """Draft position k: (state, previous token) and (k, hidden, base logits) -> the next carry and what k gives."""
-    state, previous = carry
-    k, h, logits = position
+    """Draft position k: (state, previous token, rest) and (k, hidden) -> the next carry and what k gives."""
+    state, previous, rest = carry
+    k, h = position
+    logits = jax.lax.dynamic_index_in_dim(rest, k, keepdims=False)
     embedding = None
     if head is not None:
       embedding = head.markov_w1(previous)
       state, latent = head.step(state, embedding, h)
       logits = logits + bias(latent)
     token, probs = choose(logits, keys, k, words, sampling)
+    if probs is not None:
+      rest = jax.lax.dynamic_update_index_in_dim(rest, probs, k, 0)
     survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
-    return (state, token), (token, logits, probs, survive)
+    return (state, token, rest), (token, logits, survive)
 
-  along = (jnp.arange(base.shape[1], dtype=jnp.int32), jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(base, 0, 1))
+  along = (jnp.arange(base.shape[1], dtype=jnp.int32), jnp.swapaxes(hidden, 0, 1))
   state = None if head is None else head.first(head.markov_w1(anchor))
-  _, out = jax.lax.scan(step, (state, anchor), along)
-  tokens, logits, probs, survive = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out)
-  return Proposal(tokens, logits, probs, survive, words)
+  # Probabilities take the place of the base logits that they are made of: beside them, TPUs would hold both while the
+  # target's logits are there.
+  (_, _, rest), out = jax.lax.scan(step, (state, anchor, jnp.swapaxes(base, 0, 1)), along)
+  tokens, logits, survive, rest = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*out, rest))
+  return Proposal(tokens, logits, None if sampling.mode == "greedy" else rest, survive, words)

@@ -171,7 +171,8 @@ def _divergences(logits, divisor, p, mass, column):
     logits = logits / divisor[..., None]
     q, log_total = softmax(logits)
   tv = over_words(jnp.abs(q - p)) + jnp.maximum(1 - mass, 0)
-  return (ce, tv, mass * log_total - over_words(p * logits)), (plain, q, divisor, p, mass, column)
+  soft = -over_words(p * (logits - log_total[..., None]))
+  return (ce, tv, soft), (plain, q, divisor, p, mass, column)
 
 
 def _divergences_backward(saved, cotangents):

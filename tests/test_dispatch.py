@@ -1,0 +1,46 @@
+"""What the engine's choice of a program goes by."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dspark_jax.decoding import dispatch
+from dspark_jax.decoding.dispatch import Dispatcher
+from test_cost import table
+
+
+def dispatcher(cost, policy="scheduled"):
+  config = types.SimpleNamespace(policy=policy, seats=cost.seats, confidence_threshold=0.0, survival_threshold=0.0)
+  return Dispatcher(config, cost, cost.block, tuple(cost.packed))
+
+
+def test_a_past_is_filled_with_what_is_typical():
+  """Kills: a first bad round that counts as all of a new row's past, the oldest rounds in place of the newest."""
+  found = dispatcher(table())
+  found.observe(np.array([0.5, 0.5, 0.5]))
+  typical = 1 + 0.02 * (np.array([0.5, 0.25, 0.125]) - 1)
+  rows = [[], [np.full(3, 0.5)], [np.full(3, x) for x in (0.1, 0.2, 0.3)]]
+  survival = found._survivals(rows, 2)
+  assert survival.shape == (2, 3, 3)
+  np.testing.assert_allclose(survival[:, 0], [typical, typical])
+  np.testing.assert_allclose(survival[:, 1], [[0.5, 0.25, 0.125], typical])
+  np.testing.assert_allclose(survival[:, 2], [np.cumprod(np.full(3, 0.3)), np.cumprod(np.full(3, 0.2))])
+
+
+def test_one_bad_round_of_a_single_row_ends_nothing():
+  """Kills: a program chosen by the newest round alone, after which a row that would have paid is decoded plainly."""
+  cost = table(1.0, 0.2, 1.0, seats=1)
+  usual, bad = np.full(3, 0.6), np.zeros(3)
+  chosen = lambda past: dispatcher(cost).choose([past], [10], False).program
+  assert chosen([usual] * 15 + [bad]) == "full" == chosen([bad]) and chosen([bad] * 16) == "plain"
+
+
+@pytest.mark.parametrize("live", [1, 8, 60, 200])
+def test_as_many_rounds_as_few_rows_need(live, monkeypatch):
+  """Kills: rounds of hundreds of rows sorted sixteen times."""
+  seen = []
+  monkeypatch.setattr(dispatch, "choose", lambda cost, survival, context, chunk: seen.append(survival.shape) or
+                      types.SimpleNamespace(program="full"))
+  dispatcher(table(seats=200)).choose([[np.ones(3)] * 16] * live, [10] * live, False)
+  assert seen == [({1: 16, 8: 16, 60: 3, 200: 1}[live], live, 3)]
