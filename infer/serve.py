@@ -148,8 +148,10 @@ class Serving:
     self._thread.join()
 
   def submit(self, request: Any, events: asyncio.Queue) -> int:
-    """The engine's id of a request, whose events go to a queue of the running loop."""
+    """The engine's id of a request, whose events go to a queue of the running loop. RuntimeError: it has stopped."""
     with self._lock:  # else its first event could be there before it is waited for
+      if self.error:
+        raise RuntimeError(f"the engine has stopped ({self.error}): start the server again")
       id = self.engine.submit(request)
       self._waiting[id] = asyncio.get_running_loop(), events
     self._wake.set()
@@ -163,6 +165,11 @@ class Serving:
       self.engine.cancel(id)
     self._wake.set()
 
+  @property
+  def busy(self) -> bool:
+    """Whether anybody waits for an answer."""
+    return bool(self._waiting)
+
   def _run(self):
     try:
       while not self._stop:
@@ -172,9 +179,9 @@ class Serving:
         for event in self.engine.step():
           self._tell(event)
     except Exception as error:  # whatever it is, those who wait must hear of it
-      self.error = f"{type(error).__name__}: {error}"
-      shell.say(f"the engine stopped: {self.error}")
-      with self._lock:
+      shell.say(f"the engine stopped: {type(error).__name__}: {error}")
+      with self._lock:  # from here on nobody begins to wait
+        self.error = f"{type(error).__name__}: {error}"
         waiting = list(self._waiting)
       for id in waiting:
         self._tell(Event(id, (), None, 0, 0, 0, "failed"))
@@ -197,7 +204,11 @@ def serve(settings: Settings, engine: Engine, tokenizer: Any, listener: socket.s
   with Serving(engine) as serving:
     class Server(uvicorn.Server):
       def handle_exit(self, sig, frame):  # without uvicorn's own end, which is by the signal once more
-        self.force_exit, self.should_exit, serving.draining = self.should_exit, True, True
+        self.force_exit = self.should_exit = serving.draining
+        serving.draining = True
+
+      async def on_tick(self, counter):  # the port stays open meanwhile, for whoever must hear a 503
+        return await super().on_tick(counter) or serving.draining and not serving.busy
 
     app = build(settings, serving, tokenizer)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5)

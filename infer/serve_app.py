@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,28 @@ def build(settings: Any, serving: Any, tokenizer: Any) -> Starlette:
             Route("/health", served.health), Route("/metrics", served.metrics), Route("/", served.page)]
   handlers = {Refused: lambda _, error: JSONResponse(error.body(), error.status),
               404: lambda request, _: refusal(f"there is no {request.url.path}", 404),
-              405: lambda request, _: refusal(f"{request.url.path} takes no {request.method}", 405)}
+              405: lambda request, _: refusal(f"{request.url.path} takes no {request.method}", 405),
+              500: lambda *_: refusal("the server has a fault, which its own log tells", 500)}
   return Starlette(routes=routes, exception_handlers=handlers)
 
 
 def refusal(sentence: str, status: int) -> JSONResponse:
   """An error as OpenAI's clients expect it."""
   return JSONResponse(Refused(sentence, status=status).body(), status)
+
+
+class Stream(StreamingResponse):
+  """Server-sent events; `leave` is called at their end, also where the client has left before the first."""
+
+  def __init__(self, told: AsyncIterator[str], leave: Callable[[], None]):
+    super().__init__(told, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    self._leave = leave
+
+  async def __call__(self, scope, receive, send):
+    try:
+      await super().__call__(scope, receive, send)
+    finally:  # a generator that was never begun has no end of its own
+      self._leave()
 
 
 class App:
@@ -64,19 +79,19 @@ class App:
     """A completion, of a text or of a conversation."""
     if self.serving.draining:
       raise Refused("the server is shutting down: ask another", status=503)
-    if self.serving.error:
-      raise Refused(f"the engine has stopped ({self.serving.error}): start the server again", status=500)
-    job = parse(await self._json(request), self.tokenizer, chat_form=chat_form, most=self.settings.max_tokens)
+    job = parse(await self._json(request), self.tokenizer, chat_form=chat_form, most=self.settings.max_tokens,
+                model=self.settings.target)
     answer, arrived, events, ids = Answer(job, self.settings.target), time.perf_counter(), asyncio.Queue(), []
     try:
       for one in job.requests:
         ids.append(self.serving.submit(one, events))
-    except (ValueError, Full) as error:
+    except (ValueError, Full, RuntimeError) as error:
       self.serving.cancel(ids)
-      raise Refused(str(error), status=429 if isinstance(error, Full) else 400) from error
+      status = 400 if isinstance(error, ValueError) else 429 if isinstance(error, Full) else 500
+      raise Refused(str(error), status=status) from error
     told = self._tell(job, answer, ids, events, arrived)
     if job.stream:
-      return StreamingResponse(told, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+      return Stream(told, functools.partial(self.serving.cancel, ids))
     return await self._whole(request, told, ids)
 
   async def _whole(self, request, told, ids):
@@ -102,7 +117,7 @@ class App:
                   ) -> AsyncIterator[Any]:
     """A stream's chunks as they come; or, of an answer that is not streamed, its body alone."""
     speakers = {id: Speaker(self.tokenizer, job.stops) for id in ids}
-    finishes, begun, first = {}, {}, True
+    finishes, begun, greeted = {}, {}, set()
     try:
       while len(finishes) < len(ids):
         event = await events.get()
@@ -125,8 +140,8 @@ class App:
           if job.details:
             details = {"drafted": event.drafted, "verified": event.verified, "accepted": event.accepted,
                        "pieces": pieces}
-          yield sse(answer.chunk(ids.index(event.id), text, finish, logs, details, first))
-          first = False
+          yield sse(answer.chunk(ids.index(event.id), text, finish, logs, details, event.id not in greeted))
+          greeted.add(event.id)
       spoken = [speakers[id] for id in ids]
       if not job.stream:
         yield answer.whole(spoken, [finishes[id] for id in ids])

@@ -1,7 +1,9 @@
 """The server: OpenAI's own client and plain requests against an engine that says a script, then against a real one."""
 
+import asyncio
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +16,13 @@ import httpx2
 import openai
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Full
 from dspark_jax.programs.openai_api import Refused, Speaker, parse
 from infer.serve import Serving
-from infer.serve_app import build
+from infer.serve_app import Stream, build
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,8 @@ def test_a_stop_text_across_tokens(toy, stream):
 
 @pytest.mark.parametrize("change, says", [
     (dict(messages=[]), "messages"), (dict(messages=[{"role": "user"}]), "only text"),
-    (dict(max_tokens=0), "max_tokens"),
+    (dict(messages=[{"role": "user", "content": "a", "tokens": [1]}]), "'tokens'"),
+    (dict(messages=[{"role": "user", "content": "\ud800"}]), "cannot read"), (dict(max_tokens=0), "max_tokens"),
     (dict(temperature=-1), "temperature"), (dict(temperature="hot"), "temperature"), (dict(top_p=2), "top_p"),
     (dict(n=1000), "n is"), (dict(seed=2 ** 40), "seed"), (dict(stop=[""]), "stop"), (dict(stop=3), "stop"),
     (dict(frequency_penalty=1), "frequency_penalty"), (dict(tools=[{"type": "function"}]), "tools"),
@@ -170,6 +174,8 @@ def test_bodies_paths_and_limits(toy, tokenizer):
   assert post("/v1/completions", b"[]").status_code == 400
   assert post("/v1/completions", b"x" * 6000).status_code == 413
   assert post("/v1/completions", json.dumps({"prompt": [1] * 300}).encode()).status_code == 400
+  assert post("/v1/completions", b'{"prompt": "\\ud800"}').status_code == 400
+  assert post("/v1/completions", b'{"prompt": "a", "model": "other"}').status_code == 404
   assert post("/v1/chat", b"{}").status_code == 404
   assert httpx2.get(f"{toy.url}/v1/completions").status_code == 405
   assert httpx2.get(f"{toy.url}/health").json()["status"] == "ok"
@@ -220,6 +226,22 @@ def test_an_engine_that_fails_is_told(tokenizer):
     assert "start the server again" in httpx2.post(f"{url}/v1/completions", content='{"prompt": "a"}').text
 
 
+def test_who_leaves_before_the_first_word(tokenizer):
+  """Kills: a generator that was never begun, whose end cancels nothing."""
+  left = []
+
+  async def told():
+    yield "data: never\n\n"
+
+  async def gone(*_):
+    raise OSError("the client has left")
+
+  gone_at_once = Stream(told(), lambda: left.append(True))
+  with pytest.raises(ClientDisconnect):
+    asyncio.run(gone_at_once({"type": "http", "asgi": {"spec_version": "2.4"}}, gone, gone))
+  assert left == [True]
+
+
 def test_while_it_drains_new_requests_are_refused(tokenizer):
   with served(tokenizer, Scripted(tokenizer.encode(TEXT))) as (url, serving):
     serving.draining = True
@@ -268,10 +290,47 @@ def test_the_real_thing_answers_and_ends_in_order():
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    with pytest.raises(httpx2.HTTPError):
-      ask(3).raise_for_status()
+    assert httpx2.get(f"{url}/health").status_code == 503
+    late = ask(3)
+    assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
     [worker.join() for worker in workers]
     said, code = process.stdout.read(), process.wait()
   assert code == 0 and json.loads(said.splitlines()[-1])["requests"] == 4
   texts = {answer["choices"][0]["text"] for answer in answers}
   assert len(answers) == 3 and len(texts) == 1 and texts.pop().startswith(first["choices"][0]["text"])
+
+
+@pytest.mark.slow
+def test_the_page_shows_where_tokens_come_from(toy):
+  """In Chromium, under the page's own policy: drafted and own tokens in their colours, the counts of all rounds, the
+  talk going on. Kills: a policy that forbids the page its own script, a page that shows text and no provenance."""
+  sync_api = pytest.importorskip("playwright.sync_api")
+  found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+  if not found:
+    pytest.skip("no chromium on the path")
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    page, faults = browser.new_page(), []
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(toy.url)
+    page.fill("#text", "hello")
+    page.fill("#most", "31")
+    page.click("#send")
+    page.wait_for_selector("#send:enabled", timeout=20000)
+    assert page.text_content("#talk .answer") == TEXT[:len(page.text_content("#talk .answer"))]
+    kinds = page.eval_on_selector_all("#talk .answer span", "spans => spans.map(span => span.className)")
+    assert kinds == ["own"] + ["kept", "kept", "own"] * 10
+    assert [page.text_content(f"#{name}") for name in ("length", "budget", "rounds")] == ["3.00", "50 of 70", "10"]
+    page.fill("#text", "<b>again</b>")
+    page.click("#send")
+    page.wait_for_selector("#send:enabled", timeout=20000)
+    assert len(page.query_selector_all("#talk .answer")) == 2 and not page.query_selector_all("#talk b")
+    page.fill("#most", "0")
+    page.fill("#text", "refused")
+    page.eval_on_selector("#form", "form => form.noValidate = true")
+    page.click("#send")
+    page.wait_for_selector("#talk .error", timeout=20000)
+    assert "max_tokens" in page.text_content("#talk .error")
+    browser.close()
+  assert [fault for fault in faults if "400" not in fault] == []

@@ -55,13 +55,18 @@ class Job:
     return self.requests[0].log_probabilities
 
 
-def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: int) -> Job:
-  """The job of a request's JSON. most: new tokens where it names none. `Refused` says what is wrong with it."""
+def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: int, model: str | None = None) -> Job:
+  """The job of a request's JSON. most: new tokens where it names none; model: the one that it may name.
+
+  `Refused` says what is wrong with it.
+  """
   if not isinstance(body, dict):
     raise Refused(f"the body is a {type(body).__name__}, expected a JSON object")
   fields = _Fields({name: value for name, value in body.items() if value is not None})
+  if model is not None and (asked := fields.take("model", str, model)) != model:
+    raise Refused(f"the model {asked!r:.80} is not served here, {model!r} is", "model", status=404)
+  fields.left.pop("model", None)
   prompt = _messages(fields, tokenizer) if chat_form else _prompt(fields, tokenizer)
-  fields.take("model", str, None)
   limits = [fields.take(name, int, None, 1) for name in ("max_completion_tokens", "max_tokens")]
   n, seed = fields.take("n", int, 1, 1, MOST), fields.take("seed", int, None, 0, 2 ** 32 - MOST)
   ids = fields.take("stop_token_ids", list, [])
@@ -114,19 +119,24 @@ def _messages(fields, tokenizer):
   messages = fields.take("messages", list, None)
   if not messages:
     raise Refused("messages are missing, expected a list of {role, content}", "messages")
+  asked = []
   for message in messages:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
       raise Refused("a message is no object with a role", "messages")
     content = message.get("content")
+    # Clients send a reply back with all of its empty fields.
+    if wrong := [name for name, value in message.items() if value and name not in ("role", "content")]:
+      raise Refused(f"a message has {wrong[0]!r:.60}, which is not supported here: leave it out", "messages")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" and isinstance(
         part.get("text"), str) for part in content):
-      message["content"] = "".join(part["text"] for part in content)
-    elif not isinstance(content, str):
+      content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
       raise Refused("a message's content is not text, and only text is read", "messages")
+    asked.append({"role": message["role"], "content": content})
   if not tokenizer.chat_template:
     raise Refused("the model has no chat template, as base models have none: use /v1/completions", "messages")
   try:
-    return chat.encode_prompt(tokenizer, messages)
+    return chat.encode_prompt(tokenizer, asked)
   except ValueError as error:
     raise Refused(str(error), "messages") from error
 
@@ -139,7 +149,10 @@ def _prompt(fields, tokenizer):
     return prompt
   if not isinstance(prompt, str) or not prompt:
     raise Refused("prompt is missing, expected a text or a list of token ids, one in a request", "prompt")
-  return chat.encode_text(tokenizer, prompt)
+  try:
+    return chat.encode_text(tokenizer, prompt)
+  except ValueError as error:
+    raise Refused(str(error), "prompt") from error
 
 
 def _stops(fields):
