@@ -170,7 +170,7 @@ def reference(prompt, text):
 def table(drafter, seats, **more):
   """A cost table whose curve dips and recovers: what a search past dips has to get right."""
   step = lambda seconds: Step(seconds, 0.0)
-  steps = dict(plain=step(1.0), plain_chunk=step(1.5), draft=step(0.3), full=step(1.4), full_chunk=step(2.0))
+  steps = dict(plain=step(1.0), plain_chunk=step(1.5), draft=step(0.3), full=step(2.4), full_chunk=step(3.0))
   packed = {4: step(1.5), 8: step(0.9), 12: step(1.3)}
   return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=seats,
               block=drafter.block_size, capacity=CAPACITY, context=16, source="invented", chunk=CHUNK,
