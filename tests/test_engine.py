@@ -149,6 +149,7 @@ def test_nothing_compiles_while_it_serves():
   assert during == 0 and compiled, "or the listener is deaf"
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_the_targets():
   """Kills: log-probabilities of the draft, of another position, or after temperature."""
   (tokens, _, events), (other, _, others) = answers(engine("fixed"), [
