@@ -102,7 +102,7 @@ def measured_cost(settings: Settings) -> Cost:
 
 def how(settings: Settings, buckets: tuple[int, ...]) -> dict:
   """Of `executables.lowered`."""
-  return dict(policy="scheduled", survival="head", buckets=tuple(buckets), chunk=settings.chunk, log_probs=False)
+  return dict(policy="scheduled", survival="estimator", buckets=tuple(buckets), chunk=settings.chunk, log_probs=False)
 
 
 def compiled_cost(settings: Settings) -> Cost:

@@ -26,7 +26,7 @@ from dspark_jax.types import Array, Proposal
 
 STOP_IDS = 8  # of a request, at most
 FEATURES = {"head": 0, "estimator": 1, "both": 2}  # where survival comes from, and how many features are learnt from
-SMALL = 2 ** 28  # bytes of temporaries beyond which a program is taken to copy a cache, where the cache is larger
+SMALL = 2 ** 28  # bytes of temporaries that any program may have
 
 
 @flax.struct.dataclass
@@ -196,14 +196,17 @@ class Executables:
     self.compiled: dict[str, jax.stages.Compiled] = {}
     devices = 1 if jax.sharding.get_mesh().empty else jax.sharding.get_mesh().size
     held = sum(x.nbytes for x in jax.tree.leaves((rows.cache, rows.draft))) // devices
+    seats, block = rows.settings.calibration.shape
+    # A quarter: who lays out the keys anew, or the values, needs half of the caches. Logits are there several times.
+    most = max(SMALL, 32 * seats * (block + 1) * models.target.vocab_size) + held // 4
     for name, program in lowered(models, rows, **how):
       say(name)
       self.compiled[name] = program.compile()
       memory = self.compiled[name].memory_analysis()
-      if name != "draft" and (memory.alias_size_in_bytes < held or memory.temp_size_in_bytes > max(held, SMALL)):
+      if name != "draft" and (memory.alias_size_in_bytes < held or memory.temp_size_in_bytes > most):
         raise RuntimeError(f"the program {name} updates {memory.alias_size_in_bytes} bytes in place and takes "
-                           f"{memory.temp_size_in_bytes} for a while, expected the {held} of the caches in place: the "
-                           f"compiler copies them")
+                           f"{memory.temp_size_in_bytes} for a while, expected the {held} of the caches in place and "
+                           f"at most {most} for a while: the compiler copies a cache")
 
   def __call__(self, name: str, rows: Rows, *args: Any) -> Any:
     """What a program makes of rows, which are gone afterwards, but for "draft"."""
