@@ -164,19 +164,6 @@ def called(capsys, main, settings, *args, code: int = 0):
   return json.loads(out.splitlines()[-1]) if got == 0 else None, err
 
 
-@contextlib.contextmanager
-def compilation_cache(folder: Path):
-  """Programs that run again in the block are compiled once; gives what makes other processes share the cache."""
-  cache = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
-           "jax_persistent_cache_min_entry_size_bytes": -1}
-  before = {name: getattr(jax.config, name) for name in cache}
-  for name, value in cache.items():
-    jax.config.update(name, value)
-  yield {name.upper(): str(value) for name, value in cache.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
 def packed_rows(folder: Path, documents, length: int, vocab_size: int = 2 ** 16) -> Rows:
   """Documents as rows on disk, in two parts; sources are their numbers, from 1, as lines of a file."""
   sizes = np.array([len(document.tokens) for document in documents], np.int32)

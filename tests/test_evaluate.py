@@ -22,7 +22,7 @@ from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
 from infer import evaluate
 from infer.evaluate import Case, Models, Settings
-from folders import DSPARK, GOLDEN, LLAMA, QWEN3, compilation_cache, complains, with_tokenizer
+from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, with_tokenizer
 
 SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head", "dataset", "mode", "threshold",
           "samples", "tokens", "rounds", "accepted_length", "accepted_length_interval", "acceptance", "reached",
@@ -33,9 +33,9 @@ SAMPLES = [["w116 w94 w16"], ["w25 w66 w108 w21 w53", "w84 w84"], ["w77"], ["w22
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The same few programs run again and again: they are compiled once, and with one layer instead of six."""
-  with compilation_cache(tmp_path_factory.mktemp("cache")), pytest.MonkeyPatch.context() as patch:
+def one_layer():
+  """The same few programs run again and again: they are compiled with one layer instead of six."""
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(dspark_jax, "load_target", functools.partial(dspark_jax.load_target, scanned=True))
     yield
 

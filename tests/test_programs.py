@@ -25,19 +25,12 @@ from dspark_jax.programs import hosts, run_folder, shell
 from infer import convert, generate
 from train import answers, train
 from train.config import TrainConfig, read_config
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, compilation_cache, complains, copied,
+from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, called, complains, copied,
                      cut, files, llama, with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
 TRAINED = {"steps", "loss", "tau", "accept_rate", "tokens_per_second", "checkpoint"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The same few programs run again and again, in this process and in others: they are compiled once."""
-  with compilation_cache(tmp_path_factory.mktemp("cache")) as environment:
-    yield environment | {"JAX_NUM_CPU_DEVICES": "8"}
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +54,19 @@ def read(path: Path):
   return json.loads(path.read_text())
 
 
-def spawn(environment, *args):
+def spawn(*args):
   """A program in a process of its own."""
   return subprocess.Popen([sys.executable, "-m", *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
+                          stderr=subprocess.PIPE, env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"})
 
 
 # infer.generate
 
 
 @pytest.mark.slow
-def test_generate_as_a_process(folder, compiled_once):
+def test_generate_as_a_process(folder):
   """Kills: a result mixed with progress on stdout; a missing key; other tokens than plain greedy decoding's."""
-  run = spawn(compiled_once, "infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens",
+  run = spawn("infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens",
               folder / "prompts.json",
               "--max-new-tokens", 32)
   out, err = run.communicate()
@@ -173,7 +166,7 @@ def test_no_tokenizer(capsys):
 
 def test_mistake_as_a_process():
   """Kills: an exit code or a traceback that only the real process has."""
-  run = spawn({}, "infer.generate", "--target", QWEN3, "--drafter", "none", "--prompt-tokens", "/nowhere.json")
+  run = spawn("infer.generate", "--target", QWEN3, "--drafter", "none", "--prompt-tokens", "/nowhere.json")
   out, err = run.communicate()
   assert run.returncode == 2 and out == ""
   assert [line for line in err.splitlines() if line] == ["error: /nowhere.json is missing: check the path, or restore "
@@ -390,7 +383,7 @@ def test_a_damaged_checkpoint(folder, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path):
+def test_kill_and_the_run_goes_on(folder, uninterrupted, tmp_path):
   """Kills: a run that a real SIGKILL spoils, or that goes on from another step than the newest saved one."""
   out = tmp_path / "run"
   config = tmp_path / "config.py"
@@ -401,7 +394,7 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, compiled_once, tmp_path
                     "from dspark_jax.programs.hosts import HostsConfig\n"
                     f"from train.config import TrainConfig\nconfig = {experiment(folder, out)!r}\n")
   assert read_config(str(config)) == experiment(folder, out)
-  run = spawn(compiled_once, "train.train", "--config", config)
+  run = spawn("train.train", "--config", config)
   until = time.monotonic() + 300
   while time.monotonic() < until and run.poll() is None:
     if (out / "metrics.jsonl").exists() and len(log_of(out)) >= 4:

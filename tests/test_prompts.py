@@ -9,17 +9,10 @@ import pytest
 import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.decoding.session import PromptBatch
-from folders import DSPARK, LLAMA, QWEN3, called, compilation_cache, llama, with_tokenizer
+from folders import DSPARK, LLAMA, QWEN3, called, llama, with_tokenizer
 from infer import generate
 
 PROMPTS = [[5, 17, 33, 2, 90], [7, 7, 64]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The same few programs run again and again: they are compiled once."""
-  with compilation_cache(tmp_path_factory.mktemp("cache")):
-    yield
 
 
 @pytest.fixture(scope="module")

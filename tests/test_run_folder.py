@@ -14,7 +14,7 @@ from dspark_jax.programs import run_folder
 from infer import evaluate
 from train import answers, calibrate, compare, demo, train
 from train.config import read_config
-from folders import LLAMA, QWEN3, compilation_cache, complains, files, with_tokenizer
+from folders import LLAMA, QWEN3, complains, files, with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -264,8 +264,7 @@ def targets(tmp_path_factory):
   template.write_text(template.read_text() + "{# other #}")
   (folder / "asked.jsonl").write_text('{"prompt": "w7"}\n{"prompt": "w8"}\n')
   (folder / "other.jsonl").write_text('{"prompt": "w7"}\n{"prompt": "w9"}\n')
-  with compilation_cache(folder / "cache"):
-    yield folder
+  return folder
 
 
 @pytest.fixture(scope="module")

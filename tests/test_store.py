@@ -34,7 +34,7 @@ from dspark_jax.training.step import init_state
 from dspark_jax.types import Batch, TargetOutput
 from train import cache_hidden, prepare, train
 from train.config import TrainConfig
-from folders import LLAMA, called, compilation_cache, complains, copied, files, packed_rows, with_tokenizer
+from folders import LLAMA, called, complains, copied, files, packed_rows, with_tokenizer
 from test_training import CONFIG, LENGTH, SPEC, VOCABULARY, step_of, target_of
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -352,12 +352,6 @@ def test_no_place():
 
 
 # The programs.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  with compilation_cache(tmp_path_factory.mktemp("cache")):
-    yield
 
 
 @pytest.fixture(scope="module")

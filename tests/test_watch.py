@@ -15,11 +15,11 @@ from dspark_jax.programs import run_folder
 from dspark_jax.training.step import step_flops
 from train import report, train
 from folders import called, complains, llama, packed_rows
-from test_programs import STEPS, compiled_once, experiment, folder, log_of  # noqa: F401 (fixtures)
+from test_programs import STEPS, experiment, folder, log_of  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
-def watched(folder, compiled_once):  # noqa: F811
+def watched(folder):  # noqa: F811
   """A run in which all is measured."""
   config = experiment(folder, folder / "watched", eval_every=4, eval_rows=4, decode_every=8, decode_prompts=2,
                       profile_steps=(2, 3), log_every=2)
@@ -40,7 +40,7 @@ def test_held_out_rows_are_held_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_words_of_held_out_documents_do_not_count(folder, compiled_once, tmp_path, monkeypatch):  # noqa: F811
+def test_words_of_held_out_documents_do_not_count(folder, tmp_path, monkeypatch):  # noqa: F811
   """Kills: a draft vocabulary, or bigrams, of documents that are held out; ones that a chunk's end cuts off; a start
   that counts again what its checkpoint holds."""
   rng = np.random.default_rng(0)
