@@ -31,14 +31,20 @@ LLAMA = GOLDEN / "target_llama"
 DSPARK = GOLDEN / "generate_dspark_qwen3"
 
 
+def slow_but(kept, values):
+  """Parameters of a test that takes long: of the values, those that are kept are for the fast suite, too."""
+  return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+# Scanned, which compiles one layer instead of six; that unrolled ones say the same is test_targets'.
 @functools.cache
-def qwen3():
-  return dspark_jax.load_target(QWEN3, scanned=False)
+def qwen3(scanned=True):
+  return dspark_jax.load_target(QWEN3, scanned=scanned)
 
 
 @functools.cache
-def llama():
-  return dspark_jax.load_target(LLAMA, scanned=False)
+def llama(scanned=True):
+  return dspark_jax.load_target(LLAMA, scanned=scanned)
 
 
 @functools.cache

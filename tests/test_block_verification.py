@@ -202,11 +202,12 @@ def test_greedy_rows_and_what_is_not_a_number():
   draft = jax.nn.one_hot(tokens, 5)
   sampling = make_sampling([0.0] * 399 + [1.0])
   keys = jax.random.split(jax.random.key(0), 400)
-  verdicts = [verify(logits, Proposal(tokens, draft, draft, jnp.ones(tokens.shape), None), sampling, accept_keys=keys,
+  judged = jax.jit(verify, static_argnames="rule")
+  verdicts = [judged(logits, Proposal(tokens, draft, draft, jnp.ones(tokens.shape), None), sampling, accept_keys=keys,
                      bonus_keys=keys, rule=rule)
               for rule in ("token", "block")]
   np.testing.assert_array_equal(verdicts[0].n_accept[:399], verdicts[1].n_accept[:399])
   np.testing.assert_array_equal(verdicts[0].next_token[:399], verdicts[1].next_token[:399])
-  broken = verify(logits.at[:, 1].set(jnp.nan), Proposal(tokens, draft, draft * 0 + 0.2, jnp.ones(tokens.shape), None),
+  broken = judged(logits.at[:, 1].set(jnp.nan), Proposal(tokens, draft, draft * 0 + 0.2, jnp.ones(tokens.shape), None),
                   make_sampling(1.0), accept_keys=keys, bonus_keys=keys, rule="block")
   assert (broken.next_token == 5).all()

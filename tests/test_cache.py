@@ -15,6 +15,7 @@ from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.sampling import make_sampling
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.types import Committed
+from folders import slow_but
 from test_drafters import KINDS, small_drafter
 from test_targets import LAYOUTS, close, extend, random_tokens, small_target
 
@@ -83,7 +84,7 @@ def test_an_inserted_row_goes_on_as_it_would_have_alone(layout):
   assert jax.tree.structure(both) == jax.tree.structure(cache)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["vanilla"], KINDS))
 def test_an_inserted_draft_goes_on_as_it_would_have_alone(kind):
   """Kills: a part of a drafter's state that has no row axis, or is forgotten when a request takes a seat."""
   target = small_target("qwen3")

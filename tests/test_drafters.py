@@ -19,7 +19,7 @@ from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
-from folders import assert_same_weights
+from folders import assert_same_weights, slow_but
 from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target
 
 WORDS = (1, 2, 5, 7, 8, 11)
@@ -104,7 +104,7 @@ def test_contract(family, kind):
   assert drafter.block_size == 3 and drafter.taps == (-1, 0)
 
 
-@pytest.mark.parametrize("kind", [*NAMED.values(), "lens"])
+@pytest.mark.parametrize("kind", slow_but(["vanilla"], [*NAMED.values(), "lens"]))
 def test_rows_absorbed_at_once_or_one_by_one(kind, target):
   """Kills: only the anchor's row reaches the draft cache; context positions that do not follow the length."""
   drafter = small_drafter(target, kind)
@@ -199,7 +199,7 @@ def sampled_and_forced(kind):
   return proposal, (drafter, target, batch, encode(target, batch), np.array([4, 8], np.int32))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["vanilla", "mtp"], KINDS))
 def test_teacher_forced_equals_sampled(kind):
   """Kills: slots, positions or previous tokens that differ by one between training and drafting."""
   proposal, args = sampled_and_forced(kind)

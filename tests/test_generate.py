@@ -13,6 +13,7 @@ from dspark_jax.decoding.policy import All, EarlyStop, Stale, Threshold
 from dspark_jax.decoding.session import Session, generate
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.types import Proposal
+from folders import slow_but
 from test_drafters import KINDS, golden_drafter, small_drafter
 from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens, small_target, stack_layers
 
@@ -97,7 +98,7 @@ def test_golden_plain_generation():
   assert [prompt + text for prompt, text in zip(prompts, texts, strict=True)] == wanted
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["vanilla", "eagle3"], KINDS))
 def test_greedy_speculative_equals_plain(kind):
   """Kills: a draft kept that the target would not say; a row that depends on its neighbours or its place."""
   text, accepted = greedy_text().tolist(), 0

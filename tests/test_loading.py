@@ -123,7 +123,7 @@ def test_what_has_no_deepspec_form(tmp_path, differs, complaint):
 
 def test_shards(tmp_path):
   """Kills: reading the first shard alone, or by the order of the files."""
-  assert_same_weights(dspark_jax.load_target(sharded(QWEN3, tmp_path / "a")), qwen3())
+  assert_same_weights(dspark_jax.load_target(sharded(QWEN3, tmp_path / "a")), qwen3(False))
   dspark_jax.import_drafter(sharded(DSPARK, tmp_path / "b"), tmp_path / "ours", qwen3())
   assert_same_weights(dspark_jax.load_drafter(tmp_path / "ours", qwen3()), dspark_jax.load_drafter(DSPARK, qwen3()))
 
@@ -189,7 +189,7 @@ def test_dtypes(tmp_path):
   low = dspark_jax.load_target(QWEN3, dtype="bfloat16")
   for name, variable in parameters(low).items():
     assert variable.dtype == jnp.bfloat16, name
-    np.testing.assert_array_equal(variable[...], parameters(qwen3())[name][...].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(variable[...], parameters(qwen3(False))[name][...].astype(jnp.bfloat16))
   back = dspark_jax.load_target(copied(QWEN3, tmp_path / "bf16", dtype="bfloat16"))
   for name, variable in parameters(back).items():
     assert variable.dtype == jnp.float32, name
@@ -200,10 +200,10 @@ def test_scanned_is_stacked():
   """Kills: layers stacked in another order (10 before 2), or unrolled where one layer was to be compiled."""
   (layer,) = dspark_jax.load_target(QWEN3, scanned=True).layers  # a period of one
   stacked = parameters(layer)
-  assert isinstance(dspark_jax.load_target(QWEN3).layers, type(qwen3().layers))  # the default on a CPU
+  assert isinstance(dspark_jax.load_target(QWEN3).layers, type(qwen3(False).layers))  # the default on a CPU
   assert [scans(platform) for platform in ("cpu", "gpu", "cuda", "tpu")] == [False, False, False, True]
   for name, variable in stacked.items():
-    for index, layer in enumerate(qwen3().layers):
+    for index, layer in enumerate(qwen3(False).layers):
       np.testing.assert_array_equal(variable[index], parameters(layer)[name][...])
 
 
@@ -282,7 +282,7 @@ def test_hub_id(monkeypatch):
     return str(QWEN3)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
   assert locate_target("Qwen/Qwen3-4B") == QWEN3
-  assert_same_weights(dspark_jax.load_target("Qwen/Qwen3-4B"), qwen3())
+  assert_same_weights(dspark_jax.load_target("Qwen/Qwen3-4B"), qwen3(False))
   (name, first), (_, second) = asked  # what it is, then its weights; each once
   assert name == "Qwen/Qwen3-4B" and "config.json" in first and not [p for p in first if "*" in p]
   assert {"*.json", "*.safetensors"} <= set(second)

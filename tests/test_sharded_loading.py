@@ -250,7 +250,7 @@ def test_a_flipped_bit_in_a_target(tmp_path):
   with complains("weights is damaged or incomplete"):
     dspark_jax.load_target(folder)
   data.write_bytes(before)
-  assert_same_weights(dspark_jax.load_target(folder), qwen3())
+  assert_same_weights(dspark_jax.load_target(folder), qwen3(False))
   text = (folder / "target.json").read_text()
   (folder / "target.json").write_text(text.replace('"hidden_act": "silu"', '"hidden_act": "gelu"'))
   with complains("target.json: its config is not what was saved"):
@@ -272,10 +272,10 @@ def test_convert_a_target(capsys, tmp_path):
   assert chat.encode_prompt(ours, messages) == chat.encode_prompt(theirs, messages)
   assert chat.stop_ids(ours) == chat.stop_ids(theirs) and 7 in chat.stop_ids(ours)
   assert not list((tmp_path / "ours").glob("*.safetensors"))
-  assert_same_weights(dspark_jax.load_target(tmp_path / "ours"), qwen3())
+  assert_same_weights(dspark_jax.load_target(tmp_path / "ours"), qwen3(False))
   before = files(tmp_path / "ours")
   called(capsys, convert.main, convert.Settings, "--target", tmp_path / "ours", "--destination", tmp_path / "again")
-  assert_same_weights(dspark_jax.load_target(tmp_path / "again"), qwen3())
+  assert_same_weights(dspark_jax.load_target(tmp_path / "again"), qwen3(False))
   copied(QWEN3, tmp_path / "bad", tensors=spoiled("model."))
   _, err = called(capsys, convert.main, convert.Settings, "--target", tmp_path / "bad", "--destination",
                   tmp_path / "ours", code=2)
@@ -302,7 +302,7 @@ def test_a_head_that_is_stored_stays_one(tmp_path):
   """Kills: a trained head dropped because the configuration that goes along says that it is tied."""
   config = lambda c: c | {"tie_word_embeddings": True}
   dspark_jax.import_target(copied(QWEN3, tmp_path / "t", config=config), tmp_path / "ours")
-  assert_same_weights(dspark_jax.load_target(tmp_path / "ours"), qwen3())
+  assert_same_weights(dspark_jax.load_target(tmp_path / "ours"), qwen3(False))
 
 
 def test_an_orbax_target_from_the_hub(orbax, monkeypatch):
