@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -76,7 +75,11 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, seats=1, chunk=1, repeats=1, capacity=64)
-  cost = compiled_cost(settings) if settings.compiler else measured_cost(settings)
+  if settings.compiler:
+    cost = compiled_cost(settings)
+  else:
+    with shell.joint_mesh(settings.mesh):
+      cost = measured_cost(settings)
   shell.say(table(cost))
   result = cost.to_json()
   if settings.out:
@@ -227,4 +230,4 @@ def table(cost: Cost) -> Table:
 
 if __name__ == "__main__":
   # A compiler's mesh is of devices that are not here.
-  shell.run(main, Settings, mesh="--compiler" not in " ".join(sys.argv))
+  shell.run(main, Settings, mesh=False)
