@@ -6,11 +6,10 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all of the suite's time is compilation, of programs that then run for milliseconds: it is quick, and of what
-# the other process, a process that a test starts, or a run before has compiled there is none.
+# took the other process, a process that a test starts, or a run before more than a second there is none. (Of smaller
+# ones, too, it would save a little; but jaxlib 0.12 once crashed as it wrote one down, in some thousands.)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
