@@ -5,9 +5,9 @@ import platform
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nearly all of the suite's time is compilation, of programs that then run for milliseconds: it is quick, and of what
-# took the other process, a process that a test starts, or a run before more than a second there is none. (Of smaller
-# ones, too, it would save a little; but jaxlib 0.12 once crashed as it wrote one down, in some thousands.)
+# Nearly all of the suite's time is compilation, of programs that then run for milliseconds. So it is quick, and what
+# takes more than a second is compiled once for all processes and runs. (Smaller ones, too, would save little, and
+# jaxlib 0.12 once crashed as it wrote a program down.)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 import jax

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,8 +42,8 @@ def qwen3(scanned=True):
 
 
 @functools.cache
-def llama(scanned=True):
-  return dspark_jax.load_target(LLAMA, scanned=scanned)
+def llama():
+  return dspark_jax.load_target(LLAMA, scanned=True)
 
 
 @functools.cache
