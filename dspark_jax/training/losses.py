@@ -262,6 +262,7 @@ def _sum_of_chunks(terms, weights, drafts, bias, fixed, chunk):
     return weighted_sum(weights, found), found
 
   def forward(drafts, bias):
+    """`total`, and its gradients, which are all that `backward` needs."""
     # Devices that have rows of their own add up gradients of their own: a sum in every chunk would be an exchange in
     # each.
     batch = weights[0].shape[0]
