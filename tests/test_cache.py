@@ -15,7 +15,7 @@ from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.sampling import make_sampling
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.types import Committed
-from folders import slow_but
+from folders import slow_but, thorough_but
 from test_drafters import KINDS, small_drafter
 from test_targets import LAYOUTS, close, extend, random_tokens, small_target
 
@@ -62,7 +62,7 @@ def test_caches_can_be_donated(layout):
   assert all(x.is_deleted() for x in jax.tree.leaves(caches))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["scanned"], LAYOUTS))
 def test_an_inserted_row_goes_on_as_it_would_have_alone(layout):
   """Kills: a layer axis taken for rows, a length left behind, a neighbour that is touched."""
   target, tokens = LAYOUTS[layout](small_target("qwen3")), random_tokens(3, 10)
@@ -84,7 +84,7 @@ def test_an_inserted_row_goes_on_as_it_would_have_alone(layout):
   assert jax.tree.structure(both) == jax.tree.structure(cache)
 
 
-@pytest.mark.parametrize("kind", slow_but(["vanilla"], KINDS))
+@pytest.mark.parametrize("kind", thorough_but([], ["vanilla", "mtp"], KINDS))
 def test_an_inserted_draft_goes_on_as_it_would_have_alone(kind):
   """Kills: a part of a drafter's state that has no row axis, or is forgotten when a request takes a seat."""
   target = small_target("qwen3")

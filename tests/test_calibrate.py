@@ -148,6 +148,7 @@ save_temperatures(sys.argv[1], SimpleNamespace(block_size=4), {"greedy": [2.0] *
 """
 
 
+@pytest.mark.slow
 def test_killed_save(tmp_path):
   """Kills: half a sidecar over the only good one; what a kill leaves, in the way of the next save of either sort."""
   folder = tmp_path / "d"
@@ -250,6 +251,7 @@ def test_fits_on_one_half_and_reports_on_the_other(mode, calibrated):
     np.testing.assert_allclose(stored[when]["brier"], by_hand.brier, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder, calibrated, monkeypatch, capsys, tmp_path):
   """Kills: prompts decoded twice, a line cut in the middle that is fatal or kept, seeds that depend on the batch, a
   rerun that decodes anything at all."""
@@ -366,7 +368,7 @@ def test_too_few_observations(capsys):
 # infer.generate
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_threshold_changes_no_text(folder, calibrated, capsys, tmp_path):
   """Kills: lengths that depend on later drafts; temperatures that are stored and never used, or for another mode."""
   drafter = tmp_path / "drafter"

@@ -132,7 +132,7 @@ def test_where_texts_part():
   assert report.parted(target, [3], [7, 1], [7, 1]) == 0 and report.parted(target, [3], [7, 1], [7]) == float("inf")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("scanned", [False, True])
 def test_standing_rows(scanned):
   """Kills: rows at another place, rows that are done, a round that walks on and is timed at a longer context, caches

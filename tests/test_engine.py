@@ -11,7 +11,7 @@ import dspark_jax
 from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
 from dspark_jax.nn.sharding import MeshConfig
-from folders import DSPARK, QWEN3
+from folders import DSPARK, QWEN3, thorough_but
 
 CAPACITY, CHUNK, NEW = 192, 16, 20
 PROMPTS = [tuple(np.random.default_rng(row).integers(0, 100, n).tolist())
@@ -181,8 +181,7 @@ def table(drafter, seats, **more):
 THRESHOLDS = dict(confidence_threshold=0.3, survival_threshold=0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["threshold", "early-stop", "scheduled"])
+@pytest.mark.parametrize("policy", thorough_but([], ["scheduled"], ["threshold", "early-stop", "scheduled"]))
 def test_what_is_verified_changes_no_greedy_text(policy):
   """Kills: a draft that counts as verified and was not, a bucket that holds another row's tokens, a plain round after
   which the drafter has a hole in its context."""

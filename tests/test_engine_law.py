@@ -22,7 +22,7 @@ from test_policy import BLOCK, TARGET, WORDS, Chain, Moody
 from test_sampled import exact_probs
 from test_verify import chi_square
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 SEATS, WINDOW, NEW, ALARM = 2, 2, 121, 1e-6
 SAMPLED = ((1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 2, 1.0), (0.9, 0, 0.85))  # temperature, top_k, top_p
 

@@ -94,7 +94,7 @@ def models(folder, **more) -> Models:
   return Models(target(), dspark_jax.load_drafter(DSPARK, target()), tokenizer, chat.stop_ids(tokenizer), **more)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_evaluation_on_a_mesh(folder, whole, tmp_path):
   """Kills: a program that leaves its mesh aside, samples or drafts that depend on it."""
   with (mesh := MeshConfig(data=2, tensor=2)).use():
@@ -179,6 +179,7 @@ def test_delivered():
   assert acceptance.accepted_length([2, 1, 1]) == 4 / 3
 
 
+@pytest.mark.slow
 def test_one_accepted_length():
   """Kills: programs that count a cut round in ways of their own. Every count is of the tokens that were delivered."""
   drafter = dspark_jax.load_drafter(DSPARK, target())
@@ -266,7 +267,7 @@ def arguments(folder, out, **changes) -> list:
   return [x for name, value in args.items() for x in (name, *(value if isinstance(value, list) else [value]))]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_target_has_its_own_drafters(folder, tmp_path, capsys):
   """Kills: a drafter that is tried with another's target, which ends the whole run; a threshold that means nothing, as
   there is no confidence, taken for another result."""

@@ -214,6 +214,7 @@ def test_training_settings_at_fault():
     fresh_drafter(lens=True, sample_from_anchor=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", ["target", "drafter"])
 def test_nan_logits(whose):
   """Kills: argmax of NaN, which is token 0 every time: drafts all accepted, and nonsense out."""

@@ -13,7 +13,7 @@ from dspark_jax.decoding.policy import All, EarlyStop, Stale, Threshold
 from dspark_jax.decoding.session import Session, generate
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.types import Proposal
-from folders import slow_but
+from folders import slow_but, thorough_but
 from test_drafters import KINDS, golden_drafter, small_drafter
 from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens, small_target, stack_layers
 
@@ -63,7 +63,7 @@ def golden_run(case):
   return inputs, outputs, prompts, int(inputs["max_new_tokens"])
 
 
-@pytest.mark.parametrize("case", GOLDENS)
+@pytest.mark.parametrize("case", slow_but(["generate_dspark_qwen3"], GOLDENS))
 def test_golden_generation(case):
   """Kills: a slot, position or context row off by one, which costs accepted length and nothing else."""
   inputs, outputs, prompts, limit = golden_run(case)
@@ -84,6 +84,7 @@ def test_golden_generation(case):
         assert out.n_verify[0] == outputs[f"{where}/proposal_lengths"][useful].tolist()
 
 
+@pytest.mark.slow
 def test_golden_plain_generation():
   """Kills: plain decoding that skips a position, or a prompt whose padding leaks into its neighbour."""
   asked = []
@@ -98,7 +99,7 @@ def test_golden_plain_generation():
   assert [prompt + text for prompt, text in zip(prompts, texts, strict=True)] == wanted
 
 
-@pytest.mark.parametrize("kind", slow_but(["vanilla", "eagle3"], KINDS))
+@pytest.mark.parametrize("kind", thorough_but(["vanilla"], ["eagle3", "mtp"], KINDS))
 def test_greedy_speculative_equals_plain(kind):
   """Kills: a draft kept that the target would not say; a row that depends on its neighbours or its place."""
   text, accepted = greedy_text().tolist(), 0
@@ -252,15 +253,14 @@ def broken(module, name):
   return copy
 
 
-@pytest.mark.parametrize("settings", [{}, dict(temperature=0.8, top_k=8)], ids=["greedy", "sampled"])
-def test_nan_is_an_error(settings):
+@pytest.mark.parametrize("kind", thorough_but(["vanilla"], ["rnn, sampled"], [*KINDS, "rnn, sampled"]))
+def test_nan_is_an_error(kind):
   """Kills: NaN logits whose argmax is token 0 on both sides: acceptance 100 %, and the text is garbage."""
-  kinds = ("rnn",) if settings else KINDS
-  names = {kind: {"norm.weight", "markov_head.markov_w2.weight"} & set(parameters(drafter(kind))) for kind in kinds}
-  pairs = [(target(), broken(drafter(kind), name)) for kind in kinds for name in names[kind]]
-  pairs += [(broken(target(), "norm.weight"), drafter(kind)) for kind in kinds]
-  pairs += [] if settings else [(broken(target(), "lm_head.weight"), drafter("vanilla")),
-                                (target(), broken(drafter("vanilla"), "confidence_head.proj.weight"))]
+  settings = dict(temperature=0.8, top_k=8) if "sampled" in kind else {}
+  kind = kind.removesuffix(", sampled")
+  names = {"norm.weight", "markov_head.markov_w2.weight", "confidence_head.proj.weight"}
+  pairs = [(target(), broken(drafter(kind), name)) for name in names & set(parameters(drafter(kind)))]
+  pairs += [(broken(target(), name), drafter(kind)) for name in ("norm.weight", "lm_head.weight")]
   for models in pairs:
     with pytest.raises(ValueError, match="NaN logits or confidences in rows"):
       generate(*models, PROMPTS, max_new_tokens=NEW, **settings)

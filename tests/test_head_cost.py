@@ -66,7 +66,7 @@ def test_slots_draw_the_same_blocks():
   assert looped.confidence.shape == unrolled.confidence.shape and len(np.unique(looped.tokens)) > 2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_layers_are_counted_each(monkeypatch):
   """Kills: bodies of loops counted once, for layers or for slots; layers added together with the head."""
   monkeypatch.setattr(head_cost, "CONTEXT", 128)
@@ -96,7 +96,7 @@ def test_bytes_that_must_be_read():
   assert plain == 2 * (2 * layer + 151_936 * 4096 + 4096 + caches * 2 // 3) and rows - plain == 2 * caches * 4 // 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_program(capsys, tmp_path):
   """Kills: a file that infer.plots cannot draw, a block measured twice, a percentage of something else than rounds."""
   out = tmp_path / "new" / "head_cost.json"

@@ -16,7 +16,7 @@ import pytest
 import dspark_jax
 from dspark_jax.nn.sharding import MeshConfig, rows_share
 from dspark_jax.programs import hosts
-from folders import LLAMA, complains, llama, with_tokenizer
+from folders import LLAMA, complains, llama, slow_but, thorough_but, with_tokenizer
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 DEVICES = 4  # of all processes together, so that the mesh, and with it every sum, is the same
@@ -170,7 +170,7 @@ def until_together(running):
       assert line, "it ended before"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", slow_but([0], [0, 1]))
 def test_a_dead_process_is_named(victim):
   """Kills: a process that waits for ever for one that is gone, or ends without saying which."""
   running = members()
@@ -215,8 +215,7 @@ def undisturbed(folder):
   return folder / "undisturbed", losses(folder / "undisturbed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", thorough_but([], [4], [1, 4]))
 def test_the_same_numbers_on_any_number_of_hosts(processes, folder, undisturbed):
   """Kills: batches that depend on the number of processes, a mean of the processes' means, a drafter of which a part is
   stored; more than one that speaks."""
@@ -232,8 +231,7 @@ def test_the_same_numbers_on_any_number_of_hosts(processes, folder, undisturbed)
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", thorough_but([], [0], [0, 1]))
 def test_kill_one_and_the_run_goes_on(victim, folder, undisturbed):
   """Kills: a state that one process saved without the other; a batch, an anchor or a moment that a restart changes; a
   process that waits for the dead one."""
@@ -251,8 +249,7 @@ def test_kill_one_and_the_run_goes_on(victim, folder, undisturbed):
   assert losses(out) == undisturbed[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", thorough_but([], [1], [0, 1]))
 def test_sigterm_to_one_stops_all(told, folder, undisturbed):
   """Kills: processes that stop at different steps, or do not hear of it; a restart by one process of what two saved,
   unchecked or not at all."""

@@ -87,8 +87,8 @@ def test_blocks_with_ranges_and_masks_of_their_own(decode, monkeypatch):
 
 
 @pytest.mark.parametrize("decode, kind", [
-    ("pallas", "vanilla"), *(pytest.param(*case, marks=pytest.mark.slow)
-                             for case in (("pallas", "eagle3"), ("triton", "vanilla")))])
+    pytest.param("pallas", "vanilla", marks=pytest.mark.slow),
+    *(pytest.param(*case, marks=pytest.mark.thorough) for case in (("pallas", "eagle3"), ("triton", "vanilla")))])
 def test_texts_are_the_same(decode, kind, monkeypatch):
   """Kills: a drafter that does not follow its target's kernels; a layer's cache in another's place; a prompt, a plain
   step, a verification or a draft that one of both computes otherwise."""

@@ -27,7 +27,7 @@ from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, blocks_of, gradients
 from dspark_jax.types import Batch, DraftHead, DraftOutputs, TargetOutput
-from folders import complains
+from folders import complains, slow_but
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -69,7 +69,7 @@ def run(drafter, target, given, step):
               blocks=blocks, candidates=candidates(batch), loss=loss, metrics=metrics, grads=grads)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["dspark_qwen3_vanilla"], CASES))
 def test_blocks_are_the_reference_s(case):
   """Kills a loss mask read at anchor + k, supervision that resumes after a gap, anchors before a gap."""
   expected, ours = golden(case)
@@ -78,7 +78,7 @@ def test_blocks_are_the_reference_s(case):
   np.testing.assert_array_equal(ours["blocks"].supervised, expected["train/eval_mask"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["dspark_qwen3_vanilla"], CASES))
 def test_training_forward(case):
   """Kills a wrong slot, RoPE position, mask, previous token or recurrence of the sequential head."""
   expected, ours = golden(case)
@@ -88,7 +88,7 @@ def test_training_forward(case):
     np.testing.assert_allclose(ours["outputs"].confidence, expected["train/confidence_pred"], atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["dspark_qwen3_vanilla"], CASES))
 def test_loss_and_metrics(case):
   """Kills a factor 1/2 in TV, decay from k = 1, a teacher one position off, means over all slots."""
   expected, ours = golden(case)
@@ -107,6 +107,7 @@ def test_loss_and_metrics(case):
       np.testing.assert_allclose(mean(ours["metrics"][name]), wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eagle3_blocks_forward_and_loss():
   """Kills a RoPE offset left out, keys of other columns, a normaliser of supervised positions, a shifted teacher."""
   expected, ours = golden("eagle3_qwen3")
@@ -124,7 +125,7 @@ def test_eagle3_blocks_forward_and_loss():
   np.testing.assert_array_equal(ours["metrics"]["accept_rate"].weight, expected["metric/valid_tokens"])
 
 
-@pytest.mark.parametrize("case", (*CASES, "eagle3_qwen3"))
+@pytest.mark.parametrize("case", slow_but(["dspark_qwen3_vanilla"], [*CASES, "eagle3_qwen3"]))
 def test_every_gradient(case):
   """Kills a teacher or a confidence target that is not detached, a parameter that the loss does not reach."""
   expected, ours = golden(case)

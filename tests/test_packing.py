@@ -9,7 +9,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.nn.packing import Chosen, Packing
-from folders import LLAMA, QWEN3
+from folders import LLAMA, QWEN3, slow_but, thorough_but
 
 CAPACITY = 48
 
@@ -38,8 +38,8 @@ def slots(cache, row, count):
   return np.stack([np.asarray(x[..., :count, :]) for layer, k in zip(one.layers, keys) for x in (k, layer.v)])
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-@pytest.mark.parametrize("case", ["qwen3", "llama"])
+@pytest.mark.parametrize("scanned", thorough_but([True], [], [False, True]))
+@pytest.mark.parametrize("case", slow_but(["qwen3"], ["qwen3", "llama"]))
 def test_packed_says_what_rows_say(case, scanned):
   """Kills: a token at another's position, keys in another's slot, a bucket's padding that is written."""
   target, taps = target_of(case, scanned), (0,)
@@ -62,6 +62,7 @@ def test_packed_says_what_rows_say(case, scanned):
     np.testing.assert_allclose(slots(after, row, committed + n), slots(full, row, committed + n), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_every_packing_of_a_few_rows():
   """Kills: an order or a padding that is wrong for some lengths only. All lengths of 3 rows of 3 tokens, by hand."""
   for lengths in np.ndindex(4, 4, 4):
@@ -76,8 +77,8 @@ def test_every_packing_of_a_few_rows():
       assert chosen.held.tolist() == [n > 0 for n in lengths]
 
 
-@pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("packs", thorough_but([True], [], [False, True]))
+@pytest.mark.parametrize("scanned", thorough_but([True], [], [False, True]))
 def test_a_chunk_beside_the_rows(scanned, packs):
   """A prompt in chunks, each beside other rows' tokens, leaves what it leaves alone. Kills: a chunk that is written
   before the rows' scratch, in another row, or that sees another row."""
@@ -107,6 +108,7 @@ def test_a_chunk_beside_the_rows(scanned, packs):
   np.testing.assert_allclose(slots(cache, 0, 9), slots(rows_alone, 0, 9), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stays_in_its_row():
   """Kills: steps past a row's last token that are taken from the next row's: 0 * NaN is NaN in a later round."""
   target = target_of("qwen3", False)

@@ -107,8 +107,8 @@ def chance(texts):
   return stats.chi2.sf(np.sum((pooled[0] - pooled[1]) ** 2 / pooled[1]), large.sum())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", [EarlyStop(SPS), Stale(SPS)], ids=["early stop", "stale"])
+@pytest.mark.parametrize("policy", [pytest.param(EarlyStop(SPS), id="early stop", marks=pytest.mark.thorough),
+                                    pytest.param(Stale(SPS), id="stale", marks=pytest.mark.slow)])
 def test_text_follows_the_target(policy):
   """Kills: a length that depends on drafts it cuts off; a capacity of this round; a residual where the policy cut."""
   out = decoded(policy)

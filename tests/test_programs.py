@@ -91,6 +91,7 @@ def test_generate_without_a_drafter(folder, capsys):
   assert result["accepted_length"] == 1 and result["rounds"] == 2 * 31  # the prompt pass brings the first token
 
 
+@pytest.mark.slow
 def test_generate_llama_and_nothing_to_do(folder, capsys):
   """Kills: NaN in the JSON, which is no JSON, when not a single round was run."""
   result, _ = called(capsys, generate.main, generate.Settings, "--target", LLAMA, "--drafter", "none",
@@ -332,7 +333,7 @@ def test_sigterm_saves_and_the_run_goes_on(folder, uninterrupted, monkeypatch, t
   assert again["steps"] == STEPS and again["loss"] == result["loss"] and set(again) == TRAINED
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_goes_on_on_another_mesh(folder, uninterrupted, monkeypatch, capsys, tmp_path):
   """Kills: a program that leaves its mesh aside; a mesh among what tells runs apart; a state that only the mesh which
   saved it can read; text that depends on the mesh."""
@@ -357,6 +358,7 @@ def test_a_run_goes_on_on_another_mesh(folder, uninterrupted, monkeypatch, capsy
     train.main(experiment(folder, tmp_path / "other", batch=2))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges(folder, tmp_path):
   """Kills: a broken state among the checkpoints; a sentence that does not say which rows to look at."""
   config = experiment(folder, tmp_path / "run", diverged_at=1.0)
@@ -470,6 +472,7 @@ def test_a_lens_is_fitted_once(folder, monkeypatch, tmp_path):
   assert losses(tmp_path / "stopped") == losses(tmp_path / "asked")
 
 
+@pytest.mark.slow
 def test_train_by_the_clock(folder, tmp_path):
   """Kills: --minutes that never fixes the number of steps, or times them on the state that is trained."""
   result = train.main(experiment(folder, tmp_path / "run", steps=None, minutes=1e-6))
@@ -477,6 +480,7 @@ def test_train_by_the_clock(folder, tmp_path):
   assert train.main(experiment(folder, tmp_path / "run", steps=None, minutes=2))["steps"] == 8  # it has its steps
 
 
+@pytest.mark.slow
 def test_train_by_epochs(folder, uninterrupted, monkeypatch, tmp_path):
   """Kills: epochs of all rows where some are held out; a run that goes on for another number of steps."""
   rows = len(Rows(uninterrupted[0] / "rows"))

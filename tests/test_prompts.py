@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_settings_of_a_line(folder, capsys, tmp_path):
   """Kills: a line's own max_tokens, temperature or seed passed over; one line's settings used for another."""
   lines = [{"prompt": "w7"}, {"prompt": "w7", "max_tokens": 2, "id": "a"},
@@ -79,6 +80,7 @@ def test_settings_that_a_line_cannot_have(more, part, folder, capsys, tmp_path):
   assert "p.jsonl, line 1" in err and part in err and err.count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_base_models(folder, capsys, tmp_path, monkeypatch):
   """Kills: a traceback of the template library for a model that has none; messages sent to it as if it could chat."""
   load = chat.load_tokenizer

@@ -20,7 +20,7 @@ from dspark_jax.training.anchors import all_blocks
 from dspark_jax.training.losses import EAGLE3, draft_loss
 from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state
 from dspark_jax.types import Committed, TargetOutput
-from folders import assert_same_weights, qwen3, slow_but, words
+from folders import assert_same_weights, qwen3, words
 from test_drafters import small_drafter
 from test_targets import batch_of, packed, random_tokens, small_target
 
@@ -76,7 +76,8 @@ def test_long_prompts_in_blocks(kind, monkeypatch):
   np.testing.assert_allclose(blocks, hidden(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", slow_but(["mtp"], KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_packing_changes_nothing(kind):
   """Kills context or RoPE positions that cross documents: two of them packed in a row, or apart."""
   target, drafter = small_target("qwen3"), small_drafter(small_target("qwen3"), kind)

@@ -88,7 +88,8 @@ def test_a_row_is_exchanged(stacked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling, policy", [
-  ("greedy", All()), ("greedy", Stale(SPS)), ("truncated", EarlyStop(SPS)), ("mixed", Threshold())],
+  ("greedy", All()), pytest.param("greedy", Stale(SPS), marks=pytest.mark.thorough),
+  pytest.param("truncated", EarlyStop(SPS), marks=pytest.mark.thorough), ("mixed", Threshold())],
   ids=["greedy", "greedy scheduled", "sampled scheduled", "mixed"])
 def test_reports_tell_the_texts(sampling, policy):
   """Kills: a report that is not of this round, or of rows that did not play; a loop that logs something else than

@@ -14,7 +14,7 @@ from dspark_jax.programs import run_folder
 from infer import evaluate
 from train import answers, calibrate, compare, demo, train
 from train.config import read_config
-from folders import LLAMA, QWEN3, complains, files, slow_but, with_tokenizer
+from folders import LLAMA, QWEN3, complains, files, thorough_but, with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -240,7 +240,7 @@ PROGRAMS = {
   "evaluate": lambda out, at: evaluate.main(evaluate.Settings(("/nowhere",), out))}
 
 
-@pytest.mark.parametrize("name", slow_but(["train"], PROGRAMS))
+@pytest.mark.parametrize("name", thorough_but(["train"], ["answers", "demo"], PROGRAMS))
 def test_every_program_owns_what_it_writes(name, tmp_path):
   """Kills: a program that does not ask whether its folder is in use, or asks after minutes of loading."""
   (tmp_path / "drafter.json").write_text("{}")

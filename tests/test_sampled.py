@@ -9,6 +9,7 @@ from scipy import stats
 from dspark_jax.decoding import session as subject
 from dspark_jax.decoding.generate import decode
 from dspark_jax.decoding.session import Session, generate
+from folders import thorough_but
 from test_drafters import small_drafter
 from test_generate import NEW, PROMPTS, STOPS, drafter, target
 from test_targets import batch_of, encoded, small_target
@@ -17,6 +18,7 @@ ROWS = 8000
 ALARM = 1e-6  # a correct sampler fails one chi-square with this probability; the seeds are fixed
 
 
+@pytest.mark.slow
 def test_sampled_rows_are_independent():
   """Kills: random numbers per slot of the batch instead of per request; one key used for two draws."""
   settings = dict(max_new_tokens=NEW, temperature=0.8, top_k=8, top_p=0.95, stop_token_ids=STOPS)
@@ -40,8 +42,7 @@ CUTS = dict(confidence_threshold=[0.0, 0.4, 0.0, 0.5, 0.5, 0.0, 0.0, 0.3],
 MODES = {"greedy": (0, 3), "full": (1, 6), "truncated": (2, 4, 5, 7)}  # the rows of MIXED
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "rnn"])
+@pytest.mark.parametrize("kind", thorough_but([], ["rnn"], [None, "rnn"]))
 def test_rows_with_settings_of_their_own(kind):
   """Kills: one row's temperature, top-k, top-p, limit, stop tokens, thresholds or calibration used for a neighbour; a
   greedy row that is drawn or verified otherwise than alone; a truncation of rows that have none."""
@@ -118,10 +119,10 @@ def joint_of_four(target, prompt, *settings):
 @pytest.mark.parametrize("kind, top, words, rule", [
   pytest.param("vanilla", (0, 1.0), None, "token", id="full"),
   pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), "token", id="truncated", marks=pytest.mark.slow),
-  pytest.param("eagle3", (0, 1.0), None, "token", id="eagle3", marks=pytest.mark.slow),
-  pytest.param("mtp", (4, 0.8), (0, 1, 3, 4), "token", id="mtp", marks=pytest.mark.slow),
-  pytest.param("vanilla", (0, 1.0), None, "block", id="block", marks=pytest.mark.slow),
-  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), "block", id="block-truncated", marks=pytest.mark.slow),
+  pytest.param("eagle3", (0, 1.0), None, "token", id="eagle3", marks=pytest.mark.thorough),
+  pytest.param("mtp", (4, 0.8), (0, 1, 3, 4), "token", id="mtp", marks=pytest.mark.thorough),
+  pytest.param("vanilla", (0, 1.0), None, "block", id="block", marks=pytest.mark.thorough),
+  pytest.param("vanilla", (4, 0.8), (0, 1, 3, 4), "block", id="block-truncated", marks=pytest.mark.thorough),
 ])
 def test_text_follows_the_target(kind, top, words, rule, monkeypatch):
   """Kills: what is not lossless from end to end: drafts and q under different settings, residual at the wrong

@@ -18,7 +18,7 @@ from dspark_jax.decoding.scheduler import best_prefix, early_stop, survival, top
 from dspark_jax.decoding.verify import verify
 from dspark_jax.sampling import draw, make_sampling, split_keys
 from dspark_jax.types import Proposal
-from folders import slow_but
+from folders import thorough_but
 
 TRIALS, ROWS, BLOCK, WORDS, ALARM = 40_000, 2, 2, 3, 1e-6
 TARGET = np.array([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.4, 0.5, 0.1]], np.float32)  # [token before, token]
@@ -79,8 +79,8 @@ def chance(tokens):
   return stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), observed.size - 1)
 
 
-@pytest.mark.parametrize("rule", slow_but(["token"], ["token", "block"]))
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("rule", thorough_but(["token"], [], ["token", "block"]))
+@pytest.mark.parametrize("name", thorough_but(["stale capacity"], [], POLICIES))
 def test_text_follows_the_target(name, rule):
   """Kills a length that depends on the drafts it cuts off, and a bonus from the residual where the scheduler cut."""
   tokens, lengths = two_tokens(1, POLICIES[name], rule)
@@ -89,7 +89,7 @@ def test_text_follows_the_target(name, rule):
   assert (used > 0.02).sum() > 1, used  # it really decided
 
 
-@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("rule", thorough_but(["token"], [], ["token", "block"]))
 @pytest.mark.parametrize("name", BIASED)
 def test_the_test_sees_a_biased_search(name, rule):
   """Kills a chi-square that cannot fail: Algorithm 1 without its stop must fail it (Appendix A)."""

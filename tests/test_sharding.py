@@ -129,8 +129,9 @@ def trained(kind, mesh=None, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, mesh, changes", [
-    ("vanilla", "mixed", ()), ("rnn", "fsdp", (("microbatches", 2),)), ("eagle3", "data", ()),
-    ("dflash", "tensor", (("optimizer", OptimizerConfig("muon", 0.01)),))])
+    ("vanilla", "mixed", ()), *(pytest.param(*case, marks=pytest.mark.thorough) for case in (
+        ("rnn", "fsdp", (("microbatches", 2),)), ("eagle3", "data", ()),
+        ("dflash", "tensor", (("optimizer", OptimizerConfig("muon", 0.01)),))))])
 def test_training_on_a_mesh(kind, mesh, changes):
   """Kills: devices' means averaged, a reduction left out, rows of one document on two devices, a part of a weight taken
   for the whole."""
@@ -155,7 +156,9 @@ SAMPLED = (("temperature", 0.9), ("top_k", 20), ("top_p", 0.9))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, mesh, settings", [
-    ("plain", "tensor", ()), ("vanilla", "mixed", SAMPLED), ("eagle3", "tensor", SAMPLED), ("vanilla", "fsdp", ())])
+    ("plain", "tensor", ()), ("vanilla", "mixed", SAMPLED), *(
+        pytest.param(*case, marks=pytest.mark.thorough) for case in (
+            ("eagle3", "tensor", SAMPLED), ("vanilla", "fsdp", ())))])
 def test_text_on_a_mesh(kind, mesh, settings):
   """Kills: heads or words of one device only, random numbers that depend on the mesh, rows that are exchanged."""
   alone, spread = said(kind, **dict(settings)), said(kind, mesh, **dict(settings))
@@ -163,6 +166,7 @@ def test_text_on_a_mesh(kind, mesh, settings):
   assert any(map(any, alone.n_accept)) or kind == "plain"
 
 
+@pytest.mark.slow
 def test_what_is_made_is_born_in_parts():
   """Kills: a drafter, or its optimizer's state, that is made whole on one device before it is divided; one whose shapes
   cannot be asked for on a mesh."""

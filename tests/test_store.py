@@ -109,6 +109,7 @@ def losses(stored=None):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, off", [("float32", 0), ("bfloat16", 1e-3), ("int8", 1e-2)])
 def test_stored_equals_online(dtype, off, tmp_path):
   """Kills: a token's states at another token, hidden for features, taps in another order, a scale of another tap."""

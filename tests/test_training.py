@@ -116,6 +116,7 @@ def test_clipped_adamw():
         np.testing.assert_allclose(params[name], expected[name][i], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_muon_takes_the_matrices_only():
   """Kills Muon on a token table (rows that never occur would move) or on norms, and updates of another size."""
   matrices = ("fc.weight", "layers.0.self_attn.k_proj.weight", "layers.1.mlp.down_proj.weight")
@@ -318,6 +319,7 @@ def assert_same_step(a, b):
   jax.tree.map(close, (a[0].opt_state, a[1]), (b[0].opt_state, b[1]))
 
 
+@pytest.mark.slow
 def test_microbatches_and_devices_are_one_batch():
   """Kills a mean of the parts' or the devices' means (counts differ), and anchors that depend on the split."""
   batch, target, split = batch_of(0), models()[0], dataclasses.replace(CONFIG, microbatches=2)
@@ -411,6 +413,7 @@ def test_a_drafter_started_from_bigrams():
     starts.from_bigrams(gated, w1, w2)
 
 
+@pytest.mark.slow
 def test_a_lens_fitted_in_closed_form():
   """Against ridge regression written as a loop. Kills a slot off by one, a document that reads its neighbour, padding
   that counts, sums that forget a batch, and layers that speak before they have learnt."""
