@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -160,12 +161,14 @@ class Choice:
   seconds: float
 
 
-def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = False) -> Choice:
+def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = False,
+           pace: Callable[[Program], float] = lambda program: 1.0) -> Choice:
   """The program with the most expected tokens per second; of equals the one with the fewest tokens.
 
   survival: f[n,G] of the n live rows, non-increasing in G, from two rounds ago: chosen by this round's, the text would
   be biased (Appendix A). Or f[H,n,G] of several past rounds, whose expectations are averaged: with few rows a single
   round says little of the next. What is 0 or NaN is not verified. context: mean committed tokens of the live rows.
+  pace: by what a program's seconds are multiplied, as learnt from rounds that ran (`dispatch.Pace`).
   ValueError for more rows than seats, or other drafts than the table's.
   """
   rounds = survival if survival.ndim == 3 else survival[None]
@@ -177,13 +180,13 @@ def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = Fa
   gains = np.where(rounds > 0, rounds, 0).reshape(len(rounds), -1)
   gains.sort(axis=1)
   brought = np.cumsum(gains.mean(0)[::-1] if len(gains) > 1 else gains[0, ::-1], dtype=np.float64)
-  seconds = cost.seconds("plain", context, chunk=chunk)
+  seconds = cost.seconds("plain", context, chunk=chunk) * pace("plain")
   best = Choice("plain", 0, live / seconds, seconds)
   for program in cost.programs(chunk=chunk)[1:] if live else ():
     budget = cost.seats * cost.block if program == "full" else program - live
     if budget < 1:
       continue
-    seconds = cost.seconds(program, context, chunk=chunk)
+    seconds = cost.seconds(program, context, chunk=chunk) * pace(program)
     speed = float(live + brought[min(budget, len(brought)) - 1]) / seconds
     if speed > best.tokens_per_second:
       best = Choice(program, budget, speed, seconds)

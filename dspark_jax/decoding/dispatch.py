@@ -21,6 +21,8 @@ BY_COST = ("early-stop", "scheduled")
 # A choice goes by so many rounds of each row at most, and by about so many rows in all: a round of few rows says little
 # of the next. By 4 rounds a single row lost 1 to 16 % (infer.simulate --lengths 1.8 --history 4), by 16 nothing.
 ROUNDS, ROWS = 16, 128
+LEARN, FORGET = 0.05, 0.002  # of what a round took: the share that it tells, and that each round takes from the others
+ODD = 4.0   # times what was predicted that a round counts for at most: one late round is no cost
 STEPS = 64  # contexts are told apart in steps of so many tokens where a curve is made of them
 
 
@@ -50,13 +52,41 @@ def default_buckets(seats: int, block: int) -> tuple[int, ...]:
   return tuple(size for size in sizes if seats < size < seats * (block + 1))[-4:]
 
 
+def named(program: Program, chunk: bool) -> str:
+  """What `executables` calls a program, with a chunk of a prompt beside it or without."""
+  return f"{program}+chunk" if chunk else str(program)
+
+
+class Pace:
+  """What rounds of each program take, over what the table says: learnt from rounds that ran.
+
+  A table is measured once, of full seats and one program after another; while serving, a machine that others use, a
+  host that is late or a shorter text change what a program takes, and not all of them alike. What has not run for long
+  is believed to be what the table says, so that a program which a busy minute made dear is tried again.
+  """
+
+  def __init__(self):
+    self._ratios: dict[str, float] = {}
+
+  def landed(self, name: str, predicted: float, seconds: float) -> None:
+    """A round of this program, `executables`' name, took so many seconds."""
+    for other, ratio in self._ratios.items():
+      self._ratios[other] = ratio + FORGET * (1 - ratio)
+    # No logarithms: of two rounds that are read at once the first takes all of the time, and the second none.
+    ratio = self._ratios.get(name, 1.0)
+    self._ratios[name] = ratio + LEARN * (min(seconds / predicted, ODD) - ratio)
+
+  def __call__(self, name: str) -> float:
+    return self._ratios.get(name, 1.0)
+
+
 class Dispatcher:
   """The policy's part that the host plays. config: EngineConfig. buckets: tokens of the packed programs, ascending."""
 
   def __init__(self, config: Any, cost: Cost | None, block: int, buckets: tuple[int, ...]):
     self.policy, self.cost, self.seats, self.block, self.buckets = config.policy, cost, config.seats, block, buckets
     self._thresholds = config.confidence_threshold, config.survival_threshold
-    self._typical, self._plain_rounds = np.ones(block), 0
+    self._typical, self._plain_rounds, self._pace = np.ones(block), 0, Pace()
     self._curves: dict[int, np.ndarray] = {}
     self._sps = np.ones(config.seats * (block + 1) + 1, np.float32)
 
@@ -68,6 +98,11 @@ class Dispatcher:
   def observe(self, confidence: np.ndarray) -> None:
     """A row's newest confidences f[G]: what new rows are taken to be like."""
     self._typical += 0.02 * (np.cumprod(confidence) - self._typical)
+
+  def landed(self, name: str, predicted: float, seconds: float) -> None:
+    """A round of this program took so many seconds; predicted: what `choose` said, 0 without a cost table."""
+    if predicted:
+      self._pace.landed(name, predicted, seconds)
 
   def choose(self, past: list[Sequence[np.ndarray]], contexts: list[int], chunk: bool) -> Dispatch:
     """For a round of rows with these confidences f[G] of their newest drafted rounds that were read, the newest last
@@ -95,12 +130,14 @@ class Dispatcher:
 
   def _scheduled(self, past, context, chunk):
     cost, survival = self.cost, self._survivals(past, min(ROUNDS, max(1, -(-ROWS // len(past)))))
-    choice = choose(cost, survival, context, chunk=chunk)
+    pace = lambda program: self._pace(named(program, chunk))
+    choice = choose(cost, survival, context, chunk=chunk, pace=pace)
     self._plain_rounds = self._plain_rounds + 1 if choice.program == "plain" else 0
     if self._plain_rounds > cost.probe_interval(context) and cost.full:
       # Whoever no longer drafts would never learn that drafting has begun to pay.
       self._plain_rounds, never = 0, dataclasses.replace(cost.plain, seconds=np.inf)
-      choice = choose(dataclasses.replace(cost, plain=never, plain_chunk=never), survival, context, chunk=chunk)
+      choice = choose(dataclasses.replace(cost, plain=never, plain_chunk=never), survival, context, chunk=chunk,
+                      pace=pace)
     return self._dispatch(choice.program, context, chunk)
 
   def _wanted(self, past, context):

@@ -322,7 +322,7 @@ class Engine:
       ended = max(self._free_at, newest.began) + self._fastest[newest.program]
       self._counts["idle_seconds"] += max(began - ended, 0.0)
     chunk = self._next_chunk(reads) if reads else None
-    name = str(choice.program) + ("+chunk" if reads else "")
+    name = dispatch.named(choice.program, bool(reads))
     features = None
     if choice.program == "plain":
       self._rows, report = self._run(name, self._rows, chunk)
@@ -363,6 +363,7 @@ class Engine:
     self._fastest[flight.program] = min(self._fastest[flight.program], seconds)
     self._counts["round_seconds"] += seconds
     self._counts["predicted_seconds"] += flight.predicted
+    self._dispatcher.landed(flight.program, flight.predicted, seconds)
     self._free_at = now
     for seat, id in flight.players:
       if seat.id != id:
