@@ -1,7 +1,9 @@
 """Compare the engine's policies at rising concurrency here: plain, fixed and scheduled over the same programs.
 
 When to use it: to see from how many requests on drafting stops to pay here, and that the scheduler knows. Closed loop:
-as many requests are always under way as there are seats. The policies alternate, so that a slow minute of the machine
+as many requests are always under way as there are seats, and what comes after that, while the last ones end, is not
+counted. Answers are of half to one and a half times --new-tokens: all of one length, plain rows would end together,
+and plain decoding alone would have no seat that waits. The policies alternate, so that a slow minute of the machine
 hits all of them, and the median of the repeats counts. `alone` is an engine without any drafter; `on the device` the
 whole batch as one program (`infer.bench`), which shows what the host's part costs.
 
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from rich.table import Table
 
 import dspark_jax
@@ -44,7 +47,8 @@ class Settings:
   prompt_tokens: int = 48
   """longer prompts are left out"""
   new_tokens: int = 64
-  requests: int = 2
+  """of an answer, on average"""
+  requests: int = 4
   """of each seat in a run"""
   repeats: int = 3
   device: bool = False
@@ -73,7 +77,7 @@ def main(settings: Settings) -> dict:
 def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> dict:
   """One concurrency: two engines, the one with the drafter by each policy in turn."""
   seats = len(prompts) // settings.requests
-  capacity = -(-(max(map(len, prompts)) + settings.new_tokens + 96) // 64) * 64
+  capacity = -(-(max(map(len, prompts)) + settings.new_tokens * 3 // 2 + 96) // 64) * 64
   config = EngineConfig(seats=seats, capacity=capacity, sampling="greedy", queue=len(prompts), chunk=32)
 
   def measure(run, rows):
@@ -110,16 +114,21 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
 
 
 def run_once(engine: Engine, prompts: list[list[int]], new: int) -> dict:
-  """All prompts through the engine, without what it knows of them."""
+  """All prompts through the engine, without what it knows of them. new: tokens of an answer on average."""
+  limits = np.random.default_rng(0).integers(-(-new // 2), new + new // 2 + 1, len(prompts)).tolist()
   before, began = engine.metrics(), time.perf_counter()
-  ids = [engine.submit(Request(tuple(prompt), max_new_tokens=new, reuse=False)) for prompt in prompts]
-  texts = {id: [] for id in ids}
+  ids = [engine.submit(Request(tuple(prompt), max_new_tokens=limit, reuse=False))
+         for prompt, limit in zip(prompts, limits)]
+  texts, playing, counted, full = {id: [] for id in ids}, len(prompts), 0, 0.0
   for event in engine.run():
     texts[event.id] += event.tokens
+    if playing >= before["seats"]:  # every seat is taken
+      counted, full = counted + len(event.tokens), time.perf_counter() - began
+    playing -= event.finish is not None
   seconds, after = time.perf_counter() - began, engine.metrics()
   moved = {name: value - before.get(name, 0) for name, value in after.items()}
   share = lambda a, b: moved[a] / moved[b] if moved.get(b) else None
-  return {"tokens_per_second": len(prompts) * new / seconds, "accepted_length": share("round_tokens", "row_rounds"),
+  return {"tokens_per_second": counted / full, "accepted_length": share("round_tokens", "row_rounds"),
           "verified_share": share("verified", "drafted"),
           "idle_share": moved.get("idle_seconds", 0.0) / seconds,
           "predicted_over_measured": share("predicted_seconds", "round_seconds"),

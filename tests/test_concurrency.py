@@ -1,0 +1,46 @@
+"""infer.concurrency: what it counts of a run. The engine itself is test_engine's."""
+
+import types
+
+import pytest
+
+from infer import concurrency
+
+
+class Clocked:
+  """An engine of two seats that brings a word per second and seat."""
+
+  def __init__(self):
+    self.now, self.asked = 0.0, []
+
+  def metrics(self):
+    return {"seats": 2}
+
+  def submit(self, request):
+    self.asked.append(request)
+    return len(self.asked) - 1
+
+  def run(self):
+    waiting, seats = list(enumerate(self.asked)), []
+    while waiting or seats:
+      while waiting and len(seats) < 2:
+        id, request = waiting.pop(0)
+        seats.append([id, request.max_new_tokens])
+      self.now += 1
+      for seat in list(seats):
+        seat[1] -= 1
+        yield types.SimpleNamespace(id=seat[0], tokens=(7,), finish=None if seat[1] else "length")
+        if not seat[1]:
+          seats.remove(seat)
+
+
+def test_what_ends_alone_does_not_count(monkeypatch):
+  """Kills: the end of a run, when seats have nobody to play, in the tokens per second of full seats; answers of one
+  length, which end together under one policy and not under another; the same prompt asked for less each time."""
+  engine = Clocked()
+  monkeypatch.setattr(concurrency.time, "perf_counter", lambda: engine.now)
+  found = concurrency.run_once(engine, [[1]] * 5, 8)
+  lengths = [request.max_new_tokens for request in engine.asked]
+  assert len(set(lengths)) > 2 and min(lengths) >= 4 and max(lengths) <= 12
+  assert found["tokens_per_second"] == pytest.approx(2, rel=0.05) and sum(lengths) / engine.now < 1.9
+  assert [len(text) for text in found["texts"]] == lengths
