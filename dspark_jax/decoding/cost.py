@@ -162,14 +162,18 @@ class Choice:
 
 
 def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = False,
-           pace: Callable[[Program], float] = lambda program: 1.0) -> Choice:
+           pace: Callable[[Program, bool], float] = lambda program, chunk: 1.0) -> Choice:
   """The program with the most expected tokens per second; of equals the one with the fewest tokens.
+
+  Beside a chunk it is the one whose tokens are worth most of the time that they take there, at the price of rounds
+  without a chunk: prompts have to be read whatever is chosen, and a draft that takes longer beside one than its tokens
+  would take afterwards costs more than it brings.
 
   survival: f[n,G] of the n live rows, non-increasing in G, from two rounds ago: chosen by this round's, the text would
   be biased (Appendix A). Or f[H,n,G] of several past rounds, whose expectations are averaged: with few rows a single
   round says little of the next. What is 0 or NaN is not verified. context: mean committed tokens of the live rows.
-  pace: by what a program's seconds are multiplied, as learnt from rounds that ran (`dispatch.Pace`).
-  ValueError for more rows than seats, or other drafts than the table's.
+  pace: by what a program's seconds, with a chunk or without, are multiplied, as learnt from rounds that ran
+  (`dispatch.Pace`). ValueError for more rows than seats, or other drafts than the table's.
   """
   rounds = survival if survival.ndim == 3 else survival[None]
   live = rounds.shape[1]
@@ -180,14 +184,17 @@ def choose(cost: Cost, survival: np.ndarray, context: float, *, chunk: bool = Fa
   gains = np.where(rounds > 0, rounds, 0).reshape(len(rounds), -1)
   gains.sort(axis=1)
   brought = np.cumsum(gains.mean(0)[::-1] if len(gains) > 1 else gains[0, ::-1], dtype=np.float64)
-  seconds = cost.seconds("plain", context, chunk=chunk) * pace("plain")
-  best = Choice("plain", 0, live / seconds, seconds)
-  for program in cost.programs(chunk=chunk)[1:] if live else ():
-    budget = cost.seats * cost.block if program == "full" else program - live
-    if budget < 1:
-      continue
-    seconds = cost.seconds(program, context, chunk=chunk) * pace(program)
-    speed = float(live + brought[min(budget, len(brought)) - 1]) / seconds
-    if speed > best.tokens_per_second:
-      best = Choice(program, budget, speed, seconds)
-  return best
+
+  def choices(chunk):
+    for program in cost.programs(chunk=chunk) if live else ["plain"]:
+      budget = 0 if program == "plain" else cost.seats * cost.block if program == "full" else program - live
+      if budget < 1 and program != "plain":
+        continue
+      seconds = cost.seconds(program, context, chunk=chunk) * pace(program, chunk)
+      tokens = float(live + (brought[min(budget, len(brought)) - 1] if budget else 0))
+      yield Choice(program, budget, tokens / seconds, seconds)
+
+  best = max(choices(False), key=lambda choice: choice.tokens_per_second)
+  if not chunk:
+    return best
+  return max(choices(True), key=lambda choice: (choice.tokens_per_second - best.tokens_per_second) * choice.seconds)

@@ -130,7 +130,7 @@ class Dispatcher:
 
   def _scheduled(self, past, context, chunk):
     cost, survival = self.cost, self._survivals(past, min(ROUNDS, max(1, -(-ROWS // len(past)))))
-    pace = lambda program: self._pace(named(program, chunk))
+    pace = lambda program, chunk: self._pace(named(program, chunk))
     choice = choose(cost, survival, context, chunk=chunk, pace=pace)
     self._plain_rounds = self._plain_rounds + 1 if choice.program == "plain" else 0
     if self._plain_rounds > cost.probe_interval(context) and cost.full:
