@@ -32,7 +32,7 @@ DSPARK = GOLDEN / "generate_dspark_qwen3"
 
 def slow_but(kept, values):
   """Parameters of a test that takes long: of the values, those that are kept are for the fast suite, too."""
-  return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+  return thorough_but(kept, values, values)
 
 
 def thorough_but(kept, slow, values):
