@@ -118,7 +118,7 @@ def least_squares(columns: dict[str, list[float]], values: list[float]) -> tuple
 @functools.cache
 def fit(chip: str) -> tuple[dict[str, float], float]:
   """(seconds of a chip's steps by what they grow with, the largest relative error); ValueError without cycles."""
-  table, bandwidth, points, values = known(), CHIP[chip].bandwidth, [], []
+  table, points, values = known(), [], []
   steps = [step for step in table.steps if step.chip == chip]
   if not steps:
     raise ValueError(f"there are no cycles of {chip}: choose one of {', '.join(table.gigahertz)}")

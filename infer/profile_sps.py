@@ -2,7 +2,7 @@
 
 When to use it: once per machine, target, drafter and number of seats, before `infer.serve --policy scheduled`; it is
 measured at the engine's start where it is missing. Every program is the very executable that serves, timed with all
-seats playing, at two contexts: at a short one for `seconds`, at a long one for the slope. Medians of repeated runs.
+seats playing, at two contexts: at a short one for `seconds`, at a long one for the slope. Medians of runs in turn.
 
     python -m infer.profile_sps --target smollm2 --drafter runs/demo --seats 8 --out runs/cost.json
     python -m infer.profile_sps --target qwen3-4b --compiler v5e:1x1 --seats 32 --capacity 1024 --out runs/v5e.json
@@ -18,6 +18,7 @@ The last line of stdout is a JSON object: the table (`dspark_jax.decoding.cost.C
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import statistics
 import time
@@ -151,25 +152,39 @@ def heads_of(served: compile_.Served) -> Models:
   return Models(served.target, served.drafter, head, draft.replace(base=head, bias=bias))
 
 
-def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter: str, dtype: str) -> tuple[Cost, Rows]:
-  """(what an engine's programs cost here, its rows, which are empty again). The rows given are gone."""
+def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter: str, dtype: str,
+            within: float = math.inf) -> tuple[Cost, Rows]:
+  """(what an engine's programs cost here, its rows, which are empty again). The rows given are gone.
+
+  All programs take turns at both contexts: what a busy minute makes dear, is dear in all of them, and would else be a
+  slope, or one program's price. within: seconds that no further turn may pass, after one to warm up and one that
+  counts.
+  """
   seats, block = rows.settings.calibration.shape
   capacity = rows.cache.layers[0].v.shape[-2]
   room = capacity - run.how["chunk"] - (CHAIN + 2) * (block + 1)
   contexts = [max(int(share * room), 1) for share in (SHORT, LONG)]
-  found: dict[str, list[float]] = {}
   names = [name for name in run.compiled if name not in ADMINISTRATION]
+  runs = {(name, context): [] for name in names for context in contexts}
+  ends, took = time.perf_counter() + within, 0.0
   with shell.bar() as bar:
-    task = bar.add_task("measuring", total=len(names) * len(contexts), note="")
-    for context in contexts:
-      for name in names:
+    task = bar.add_task("measuring", total=(repeats + 1) * len(runs), note="")
+    for turn in range(repeats + 1):
+      began = time.perf_counter()
+      if turn > 1 and began + took > ends:
+        break
+      for name, context in runs:
         bar.update(task, note=name)
-        seconds, rows = timed(run, rows, name, context, repeats)
-        found.setdefault(name, []).append(seconds)
+        seconds, rows = timed(run, rows, name, context)
+        runs[name, context].append(seconds)
         bar.update(task, advance=1)
-  away = contexts[1] - contexts[0]
-  # A longer context takes no less: what says so is noise.
-  step = lambda name: Step(found[name][0], max(found[name][1] - found[name][0], 0) / away) if name in found else None
+      took = time.perf_counter() - began
+
+  def step(name):
+    if name not in names:
+      return None
+    short, long = (statistics.median(runs[name, context][1:]) for context in contexts)
+    return Step(short, max(long - short, 0) / (contexts[1] - contexts[0]))  # no less where there is more to read
   sizes = sorted(int(name) for name in names if name.isdigit())
   return Cost(
       machine=platform.node(), device=jax.devices()[0].device_kind, target=target,
@@ -179,27 +194,25 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
       packed={size: step(str(size)) for size in sizes}), rows
 
 
-def timed(run: Executables, rows: Rows, name: str, context: int, repeats: int) -> tuple[float, Rows]:
-  """(seconds of a round of one program, the rows): CHAIN rounds in a run, the median of the runs after one."""
+def timed(run: Executables, rows: Rows, name: str, context: int) -> tuple[float, Rows]:
+  """(seconds of a round of one program, by a run of CHAIN rounds; the rows)."""
   seats, block = rows.settings.calibration.shape
-  knobs, part, runs = Knobs.empty(seats, block, run.how["survival"]), None, []
+  knobs, part = Knobs.empty(seats, block, run.how["survival"]), None
   if name.endswith("chunk"):  # of one real token, which costs what many do, so that its seat stays near the context
     part = Chunk(np.zeros(run.how["chunk"], np.int32), np.int32(1), np.int32(0), np.int32(0))
-  for _ in range(repeats + 1):
-    rows = seated(run, rows, context, reading=part is not None)
-    drafted = run("draft", rows, knobs) if block else None
-    jax.block_until_ready((rows, drafted))
-    began = time.perf_counter()
-    for _ in range(CHAIN):
-      if name == "draft":
-        drafted = run(name, rows, knobs)
-      elif name.startswith("plain"):
-        rows, _ = run(name, rows, part)
-      else:
-        rows, _ = run(name, rows, drafted, part)
-    jax.block_until_ready((rows, drafted))
-    runs.append((time.perf_counter() - began) / CHAIN)
-  return statistics.median(runs[1:]), rows
+  rows = seated(run, rows, context, reading=part is not None)
+  drafted = run("draft", rows, knobs) if block else None
+  jax.block_until_ready((rows, drafted))
+  began = time.perf_counter()
+  for _ in range(CHAIN):
+    if name == "draft":
+      drafted = run(name, rows, knobs)
+    elif name.startswith("plain"):
+      rows, _ = run(name, rows, part)
+    else:
+      rows, _ = run(name, rows, drafted, part)
+  jax.block_until_ready((rows, drafted))
+  return (time.perf_counter() - began) / CHAIN, rows
 
 
 def seated(run: Executables, rows: Rows, context: int, reading: bool) -> Rows:

@@ -42,7 +42,8 @@ from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
 from infer import profile_sps
 
-REPEATS = 3  # of each program, where costs are measured at the start
+# Where costs are measured at the start: runs of each program, and seconds after which there are fewer.
+REPEATS, WITHIN = 3, 45
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   def measure(run, rows):
     status.stop()
     found, rows = profile_sps.measure(run, rows, REPEATS, target=settings.target, drafter=settings.drafter,
-                                      dtype=settings.dtype)
+                                      dtype=settings.dtype, within=WITHIN)
     shell.say(profile_sps.table(found))
     return found, rows
 

@@ -148,6 +148,6 @@ MUTANTS = (
   Mutant("a failed rename loses the only copy", "dspark_jax/checkpoints/atomic.py",
          "`old` holds the only copy.\n    put_back(folder)\n", "`old` holds the only copy.\n",
          ("test_saving.py::test_a_rename_that_fails",)),
-  Mutant("the test of a kill does not kill", "tests/test_programs.py", "  run.kill()\n", "  run.wait()\n",
-         ("test_programs.py::test_kill_and_the_run_goes_on",)),
+  Mutant("the test of a kill does not kill", "tests/test_train.py", "  run.kill()\n", "  run.wait()\n",
+         ("test_train.py::test_kill_and_the_run_goes_on",)),
 )

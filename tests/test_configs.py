@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import runpy
-import types
 from pathlib import Path
 
 import jax.numpy as jnp

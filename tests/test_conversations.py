@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dspark_jax.data import conversations
-from dspark_jax.data.conversations import Lost, Shard, Source
+from dspark_jax.data.conversations import Lost, Source
 
 
 def letters(text, add_special_tokens):

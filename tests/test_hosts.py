@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -266,3 +267,31 @@ def test_sigterm_to_one_stops_all(told, folder, undisturbed):
   assert code == 0, err
   for step, numbers in losses(out).items():
     np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))
+
+
+@pytest.mark.slow
+def test_text_is_drafted_beside_training(folder):
+  """Kills: a log of which each process has a part, accepted lengths that depend on the number of processes."""
+  more = ["--eval-rows", "4", "--decode-every", "4", "--decode-prompts", "2"]
+  for processes in (1, 2):
+    for code, _, err in ended(started(folder, f"drafted{processes}", processes, *more)):
+      assert code == 0, err
+  one, two = ([row["drafted"] for row in log_of(folder / f"drafted{processes}") if "drafted" in row]
+              for processes in (1, 2))
+  assert one == two and len(one) == STEPS // 4 and all(found["prompts"] == 2 for found in one)
+
+
+@pytest.mark.slow
+def test_an_older_checkpoint_in_all(folder, undisturbed):
+  """Kills: processes of which some go on from the damaged checkpoint; one that deletes what another still reads."""
+  out = folder / "older"
+  shutil.copytree(undisturbed[0], out)
+  shutil.rmtree(out / "drafter")
+  for file in (out / "steps" / str(STEPS)).rglob("*"):
+    if file.is_file() and file.stat().st_size > 10_000:
+      file.write_bytes(file.read_bytes()[::-1])
+  for code, _, err in ended(started(folder, out.name, 2)):
+    assert code == 2 and f"the state of step {STEPS} cannot be restored" in err and "--use-older" in err, err
+  for code, _, err in ended(started(folder, out.name, 2, "--use-older")):
+    assert code == 0, err
+  assert losses(out) == undisturbed[1]

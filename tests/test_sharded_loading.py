@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import dspark_jax
 from dspark_jax import loading
-from dspark_jax.checkpoints import dialects, gguf, hf, state
+from dspark_jax.checkpoints import gguf, hf, state
 from dspark_jax.checkpoints.tensors import Stored
 from dspark_jax.data import chat
 from dspark_jax.loading import drafter_id, target_id

@@ -15,7 +15,8 @@ from dspark_jax.programs import run_folder
 from dspark_jax.training.step import step_flops
 from train import report, train
 from folders import called, complains, llama, packed_rows
-from test_programs import STEPS, experiment, folder, log_of  # noqa: F401 (fixtures)
+from test_programs import folder  # noqa: F401 (a fixture)
+from test_train import STEPS, experiment, log_of
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,18 @@
 
 When to use it: after a change to the loss, the drafter or the optimizer, and to see what a step costs here. Tokens are
 random; what the target says of them is computed once and given, as from a store. The step's arithmetic is the formulas'
-beside the models, over what a square product of 2,048 reaches in the same run. --torch adds the same step in PyTorch as
-the reference writes it (train/torch_step.py; extra `bench`), the two in turn, from the same weights and anchors.
+beside the models, over what a square product of 2,048 reaches in the same run. `products` are the six that the loss
+has with the vocabulary, alone and in its shapes: no step is faster. --torch adds the same step in PyTorch as the
+reference writes it (train/torch_step.py; extra `bench`), the two in turn, from the same weights and anchors.
 
     python -m train.bench
     python -m train.bench --torch --repeats 7
     python -m train.bench --anchors 512 --row-length 4096 --dtype bfloat16 --chunk 128
 
 The last line of stdout is a JSON object with the keys step_seconds, gradients_seconds, loss_seconds, optimizer_seconds,
-target_seconds (what a step has more where the target runs in it), gflop, square_gflop_per_second, over_arithmetic, loss
-and, with --torch, torch_step_seconds, speedup_over_torch and torch_loss (of the first step, as loss is).
+target_seconds (what a step has more where the target runs in it), products_seconds, gflop, square_gflop_per_second,
+over_arithmetic, loss and, with --torch, torch_step_seconds, speedup_over_torch and torch_loss (of the first step, as
+loss is).
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ def main(settings: Settings) -> dict:
   batch = random_batch(settings.row_length, target.vocab_size)
   result, encoded = parts(settings, static, state, target, batch)
   result |= whole(settings, static, state, target, batch, encoded)
+  result["products_seconds"] = products(settings, target)
   result["optimizer_seconds"] = result["step_seconds"] - result["gradients_seconds"]
   square = jnp.ones((SQUARE, SQUARE), settings.dtype)
   seconds, _ = fastest(lambda f=jax.jit(jnp.matmul): f(square, square), settings.repeats)
@@ -118,6 +121,19 @@ def parts(settings: Settings, static: StepConfig, state, target, batch: Batch) -
 def first_blocks(state, batch: Batch, static: StepConfig):
   """The blocks of the step that this state takes."""
   return blocks_of(state.drafter, batch, jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), static)
+
+
+def products(settings: Settings, target) -> float:
+  """Seconds of the loss's products with the vocabulary, those of its gradient included."""
+  rows = min(settings.chunk, positions := settings.anchors * settings.block_size)
+  sizes = dict(n=rows, w=target.vocab_size, d=target.config.spec.hidden_size, r=settings.markov_rank)
+  seconds = 0
+  # What the target says, what the drafter does and its sequential head; then backwards.
+  for product in ("nd,wd->nw", "nd,wd->nw", "nr,wr->nw", "nw,wd->nd", "nw,wr->nr", "nw,nr->wr"):
+    a, b = (jnp.ones([sizes[axis] for axis in axes], settings.dtype) for axes in product[:5].split(","))
+    alone = jax.jit(functools.partial(jnp.einsum, product))
+    seconds += fastest(lambda: alone(a, b), settings.repeats)[0]
+  return seconds * positions / rows
 
 
 def whole(settings: Settings, static: StepConfig, state, target, batch: Batch, encoded) -> dict:

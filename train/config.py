@@ -71,7 +71,7 @@ class TrainConfig:
   eval_rows: int = 0
   """rows that are not trained on, chosen by the seed; a multiple of batch"""
   decode_every: int | None = None
-  """steps between two real speculative runs, of prompts from held-out rows; in one process"""
+  """steps between two real speculative runs, of prompts from held-out rows"""
   decode_prompts: int = 4
   profile_steps: tuple[int, int] | None = None
   """trace from the first to the last of these steps (from 1) into the folder profile"""

@@ -71,8 +71,6 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
   check_early(config)
-  if config.decode_every and hosts.here.processes > 1:
-    raise ValueError("decode_every works in one process: leave it out, and decode a checkpoint with infer.evaluate")
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 

@@ -98,7 +98,8 @@ def decode(target: Target, drafter: Drafter | None, requests: Requests, policy: 
   rows = start(models, requests, capacity)
   log = Log.empty(*rows.settings.calibration.shape, max_new_tokens)
   log = log.replace(tokens=log.tokens.at[:, 0].set(rows.anchor), count=rows.count, failed=rows.failed)
-  return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), body, (rows, log))[1]
+  log = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), body, (rows, log))[1]
+  return jax.tree.map(constrain, log)  # whole everywhere: each of several processes reads all of it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""infer.profile_sps by a clock of its own: what is measured, and that a start does not take as long as it likes."""
+
+import types
+
+import numpy as np
+import pytest
+
+from infer import profile_sps
+
+SECONDS = {"draft": 0.25, "plain": 0.5, "4": 0.75, "full": 1.0, "plain+chunk": 1.5, "full+chunk": 2.0}
+SLOWER = 0.125  # at the longer of the two contexts
+
+
+class Machine:
+  """Executables that take so long by the clock that they are."""
+
+  def __init__(self):
+    self.now, self.context, self.rounds = 0.0, None, dict.fromkeys(SECONDS, 0)
+    self.compiled, self.how = dict(SECONDS, own=0), {"chunk": 16, "survival": "estimator"}
+    layer = types.SimpleNamespace(v=np.zeros((2, 1, 256, 4)))
+    self.rows = types.SimpleNamespace(settings=types.SimpleNamespace(calibration=np.ones((2, 3))),
+                                      cache=types.SimpleNamespace(layers=[layer]))
+    self.contexts = []
+
+  def seated(self, run, rows, context, reading):
+    self.contexts.append(context)
+    return rows
+
+  def __call__(self, name, rows, *_):
+    self.now += SECONDS[name] + SLOWER * (self.contexts[-1] > 100)
+    self.rounds[name] += 1
+    return "drafted" if name == "draft" else (rows, None)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+  made = Machine()
+  monkeypatch.setattr(profile_sps, "seated", made.seated)
+  monkeypatch.setattr(profile_sps.time, "perf_counter", lambda: made.now)
+  monkeypatch.setattr(profile_sps.jax, "block_until_ready", lambda x: x)
+  return made
+
+
+def are_those_of(machine, cost):
+  for name, step in (("draft", cost.draft), ("plain", cost.plain), ("4", cost.packed[4]), ("full", cost.full),
+                     ("plain+chunk", cost.plain_chunk), ("full+chunk", cost.full_chunk)):
+    assert step.seconds == pytest.approx(SECONDS[name]), name
+    assert step.slope == pytest.approx(SLOWER / (max(machine.contexts) - min(machine.contexts))), name
+
+
+@pytest.mark.parametrize("within", [float("inf"), 200, 0])
+def test_costs_are_those_of_the_programs(within, machine):
+  """Kills: seconds of a run taken for a round's, a slope that is not of the two contexts; a start whose runs do not get
+  fewer when time is short, or which leaves a program out."""
+  cost, _ = profile_sps.measure(machine, machine.rows, 5, target="t", drafter="d", dtype="float32", within=within)
+  are_those_of(machine, cost)
+  runs = machine.rounds["full"] / profile_sps.CHAIN / 2
+  assert runs == 6 if within == float("inf") else 2 <= runs < 6
+  if within:
+    assert machine.now < within
+
+
+def test_a_busy_minute_is_no_slope(machine, monkeypatch):
+  """Kills: a program at one context after another, of which those in a busy minute look dear, or steep."""
+  idle = profile_sps.CHAIN * 12 * 1.2  # about as long as a turn of all
+  run = Machine.__call__
+  monkeypatch.setattr(Machine, "__call__", lambda self, name, rows, *more: busy(self, run(self, name, rows, *more)))
+
+  def busy(machine, result):
+    machine.now += 0.5 * (2 * idle < machine.now < 3 * idle)
+    return result
+  cost, _ = profile_sps.measure(machine, machine.rows, 5, target="t", drafter="d", dtype="float32")
+  are_those_of(machine, cost)
