@@ -272,16 +272,16 @@ def test_sigterm_to_one_stops_all(told, folder, undisturbed):
 @pytest.mark.slow
 def test_text_is_drafted_beside_training(folder):
   """Kills: a log of which each process has a part, accepted lengths that depend on the number of processes."""
-  more = ["--eval-rows", "4", "--decode-every", "4", "--decode-prompts", "2"]
+  more = ["--eval-rows", "4", "--decode-every", "4", "--decode-prompts", str(DEVICES)]
   for processes in (1, 2):
     for code, _, err in ended(started(folder, f"drafted{processes}", processes, *more)):
       assert code == 0, err
   one, two = ([row["drafted"] for row in log_of(folder / f"drafted{processes}") if "drafted" in row]
               for processes in (1, 2))
-  assert one == two and len(one) == STEPS // 4 and all(found["prompts"] == 2 for found in one)
+  assert one == two and len(one) == STEPS // 4 and all(found["prompts"] == DEVICES for found in one)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_older_checkpoint_in_all(folder, undisturbed):
   """Kills: processes of which some go on from the damaged checkpoint; one that deletes what another still reads."""
   out = folder / "older"
