@@ -39,8 +39,10 @@ def test_what_ends_alone_does_not_count(monkeypatch):
   length, which end together under one policy and not under another; the same prompt asked for less each time."""
   engine = Clocked()
   monkeypatch.setattr(concurrency.time, "perf_counter", lambda: engine.now)
+  monkeypatch.setattr(concurrency.time, "process_time", lambda: 100 + 1.5 * engine.now)
   found = concurrency.run_once(engine, [[1]] * 5, 8)
   lengths = [request.max_new_tokens for request in engine.asked]
   assert len(set(lengths)) > 2 and min(lengths) >= 4 and max(lengths) <= 12
   assert found["tokens_per_second"] == pytest.approx(2, rel=0.05) and sum(lengths) / engine.now < 1.9
+  assert found["tokens_per_cpu_second"] == pytest.approx(found["tokens_per_second"] / 1.5)
   assert [len(text) for text in found["texts"]] == lengths
