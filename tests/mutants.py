@@ -54,10 +54,10 @@ MUTANTS = (
   Mutant("H's gradient as if p were whole", f"{TRAINING}/losses.py", "(mass[..., None] * q - p)", "(q - p)",
          ("test_losses.py::test_gradients_at_temperatures[words1]",)),
   Mutant("the lens is fitted to padding", f"{TRAINING}/starts.py", " & (batch.segments[:, :length] > 0)", "",
-         ("test_training.py::test_a_lens_fitted_in_closed_form",)),
+         ("test_starts.py::test_a_lens_fitted_in_closed_form",)),
   Mutant("the lens is fitted across documents", f"{TRAINING}/starts.py",
          "(batch.segments[:, :length] == batch.segments[:, ahead:])", "(batch.segments[:, ahead:] > 0)",
-         ("test_training.py::test_a_lens_fitted_in_closed_form",)),
+         ("test_starts.py::test_a_lens_fitted_in_closed_form",)),
   Mutant("a teacher over the draft words alone", f"{TRAINING}/losses.py", "p = jnp.exp(base(rows) - total)",
          "p = jax.nn.softmax(base(rows))", ("test_losses.py::test_loss_is_the_formula[words1]",)),
   # Drafters

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mutants import MUTANTS
 from train.config import CompareConfig, TrainConfig, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -187,3 +188,12 @@ def test_ci_runs_what_the_machine_has(failing, code, tmp_path):
   assert all(call[-2:] == [f"PYTHON={tmp_path}/python3", f"VENV=.venv-{version}"] for call in calls)
   assert all("FUZZ_SEED=11" in call for call in calls if call[1] == "fuzz")
   assert [call[1] for call in calls] == jobs[:jobs.index(failing) + 1 if failing in jobs else None]
+
+
+def test_mutants_name_what_is_there():
+  """Kills: a test that was moved, or a line that was rewritten, of which `make mutants` would tell hours later."""
+  for mutant in MUTANTS:
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.why
+    for test in mutant.tests:
+      file, _, name = test.partition("::")
+      assert f"def {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), (mutant.why, test)
