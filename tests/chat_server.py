@@ -1,4 +1,4 @@
-"""A server that answers as vLLM does, on a port of its own, or fails as it is told."""
+"""Servers that answer as vLLM does, on ports of their own, or fail as they are told."""
 
 import contextlib
 import http.server
@@ -10,12 +10,29 @@ MODEL = "tiny/model"
 KEY = "sk-very-secret"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-  """Answers as vLLM does, after what `server.how(body, number of the request)` wants to happen instead."""
+class Speaker(http.server.BaseHTTPRequestHandler):
+  """Says which models there are."""
   protocol_version = "HTTP/1.1"
 
   def do_GET(self):
     self.reply(*self.server.models)
+
+  def reply(self, code, value, **headers):
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    self.send_response(code)
+    for name, text in headers.items():
+      self.send_header(name, text)
+    self.send_header("Content-Length", str(len(data)))
+    self.end_headers()
+    with contextlib.suppress(OSError):  # who asked may have hung up
+      self.wfile.write(data)
+
+  def log_message(self, *_):
+    pass
+
+
+class Handler(Speaker):
+  """Answers as vLLM does, after what `server.how(body, number of the request)` wants to happen instead."""
 
   def do_POST(self):
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -40,19 +57,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     else:
       self.reply(*(instead or (200, completion(body))))
 
-  def reply(self, code, value, **headers):
-    data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    self.send_response(code)
-    for name, text in headers.items():
-      self.send_header(name, text)
-    self.send_header("Content-Length", str(len(data)))
-    self.end_headers()
-    with contextlib.suppress(OSError):  # who asked may have hung up
-      self.wfile.write(data)
-
-  def log_message(self, *_):
-    pass
-
 
 def completion(body, content=None, finish="stop", **message):
   """A response whose text is a function of what was asked, of its seed and of the sampling."""
@@ -63,9 +67,9 @@ def completion(body, content=None, finish="stop", **message):
 
 
 @contextlib.contextmanager
-def serving(how=lambda body, number: None, models=(200, {"data": [{"id": MODEL}]})):
+def serving(how=lambda body, number: None, models=(200, {"data": [{"id": MODEL}]}), handler=Handler):
   """A server on a port of its own; gives it, with its url."""
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
   server.daemon_threads, server.lock = True, threading.Lock()
   server.how, server.models, server.asked, server.keys, server.now, server.most = how, models, [], [], 0, 0
   server.url = f"http://127.0.0.1:{server.server_port}"

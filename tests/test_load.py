@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import http.server
 import json
-import threading
 import time
 import types
 
@@ -14,18 +12,13 @@ import pytest
 from dspark_jax.decoding.engine import Event, Full
 from infer import drive, load, plots
 from infer.drive import Answer, Arrival
+import chat_server
+from chat_server import KEY, MODEL
 from folders import called, complains, files
 
-MODEL = "tiny/model"
-KEY = "sk-very-secret"
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(chat_server.Speaker):
   """Streams as vLLM does, or as server.how(number of the request) says."""
-  protocol_version = "HTTP/1.1"
-
-  def do_GET(self):
-    self.whole(*self.server.models)
 
   def do_POST(self):
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -33,7 +26,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.server.asked.append((time.perf_counter(), self.path, body, self.headers.get("Authorization")))
       how = self.server.how(len(self.server.asked))
     if isinstance(how, tuple):
-      return self.whole(*how)
+      return self.reply(*how)
     chat, said = "messages" in body, how if isinstance(how, list) else None
     piece = lambda text, finish=None: {"choices": [{"index": 0, "finish_reason": finish, **(
         {"delta": {"content": text}} if chat else {"text": text})}]}
@@ -56,31 +49,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
     self.close_connection = True
 
-  def whole(self, code, value):
-    data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    self.send_response(code)
-    self.send_header("Content-Length", str(len(data)))
-    self.end_headers()
-    with contextlib.suppress(OSError):
-      self.wfile.write(data)
 
-  def log_message(self, *_):
-    pass
-
-
-@contextlib.contextmanager
-def serving(how=lambda number: None, models=(200, {"data": [{"id": MODEL}]})):
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  server.daemon_threads, server.lock, server.how, server.models, server.asked = True, threading.Lock(), how, models, []
-  server.url = f"http://127.0.0.1:{server.server_port}"
-  thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-  thread.start()
-  try:
-    yield server
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def serving(how=lambda number: None, **more):
+  return chat_server.serving(how, handler=Handler, **more)
 
 
 @pytest.fixture(autouse=True)

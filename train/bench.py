@@ -133,7 +133,7 @@ def products(settings: Settings, target) -> float:
     a, b = (jnp.ones([sizes[axis] for axis in axes], settings.dtype) for axes in product[:5].split(","))
     alone = jax.jit(functools.partial(jnp.einsum, product))
     seconds += fastest(lambda: alone(a, b), settings.repeats)[0]
-  return seconds * positions / rows
+  return seconds * -(-positions // rows)  # the last chunk is filled up
 
 
 def whole(settings: Settings, static: StepConfig, state, target, batch: Batch, encoded) -> dict:
