@@ -80,8 +80,8 @@ def test_every_packing_of_a_few_rows():
 @pytest.mark.parametrize("packs", thorough_but([True], [], [False, True]))
 @pytest.mark.parametrize("scanned", thorough_but([True], [], [False, True]))
 def test_a_chunk_beside_the_rows(scanned, packs):
-  """A prompt in chunks, each beside other rows' tokens, leaves what it leaves alone. Kills: a chunk that is written
-  before the rows' scratch, in another row, or that sees another row."""
+  """A prompt in chunks, each beside other rows' tokens, leaves what it leaves alone. Kills: scratch of the chunk's own
+  row that lies on the chunk, a chunk that is written in another row, or that sees another row."""
   target, taps = target_of("qwen3", scanned), (0,)
   cache = prompted(target, [7, 3, 9], taps).cut(jnp.int32(1), jnp.int32(0))
   rng = np.random.default_rng(2)
@@ -106,6 +106,22 @@ def test_a_chunk_beside_the_rows(scanned, packs):
     cache = target.commit(cache, jnp.asarray([0, n, 0], jnp.int32))
   np.testing.assert_allclose(slots(cache, 1, 11), slots(filled, 0, 11), rtol=1e-4, atol=2e-5)
   np.testing.assert_allclose(slots(cache, 0, 9), slots(rows_alone, 0, 9), rtol=1e-4, atol=2e-5)
+
+
+def test_a_chunk_copies_no_cache():
+  """By the compiler. Kills: a cache that the rows read between what they write and what the chunk writes (temporaries
+  of 1.0 of the cache)."""
+  target = target_of("qwen3", False)
+  cache = jax.eval_shape(lambda: target.init_cache(4, 4096))
+
+  def step(cache, tokens, chunk):
+    packing = Packing(None, jnp.int32(1), 1, chunk=8)
+    return target(packing.join(tokens, chunk), cache, (), packing)
+
+  tokens = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 1), (8,))]
+  memory = jax.jit(step, donate_argnums=0).lower(cache, *tokens).compile().memory_analysis()
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  assert memory.alias_size_in_bytes >= 0.99 * held and memory.temp_size_in_bytes < held / 4
 
 
 @pytest.mark.slow

@@ -75,11 +75,14 @@ class Packing:
 
   def place(self, length: Array, kernels: Kernels) -> PackedPlace:
     """Where these tokens stand after caches of length i32[B]."""
+    if self.seat is not None:
+      start = length[self.seat][None]
+      # The row that a chunk is of plays no part: what it writes all the same lies behind the chunk.
+      length = length.at[self.seat].add(self.chunk)
     positions = length[:, None] + jnp.arange(self.steps, dtype=jnp.int32)[None]
     rows = following(length, positions, kernels=kernels)
     if self.seat is None:
       return PackedPlace(self.join(positions, None), rows, None, self)
-    start = length[self.seat][None]
     # A kernel would read the stack of all rows: the one row that a chunk sees is sliced.
     chunk = following(start, start[:, None] + jnp.arange(self.chunk, dtype=jnp.int32)[None],
                       kernels=dataclasses.replace(kernels, decode="reference"))
@@ -104,12 +107,12 @@ def through(cache: Full | None, q: Array, k: Array, v: Array, place: Place | Pac
   packing = place.packing
   (q, q_chunk), (k, k_chunk), (v, v_chunk) = (packing.split(x) for x in (q, k, v))
   q, k, v = (packing.rows(x) for x in (q, k, v))
+  if place.chunk is not None:
+    # Both write before any of them reads: of a cache that is read in between, a CPU's compiler makes a copy.
+    cache = cache.write(k_chunk[None], v_chunk[None], place.chunk.start, row=packing.seat)
   cache, context = extend(cache, k, v, place.rows.start)
   out = packing.join(attend(q, k, v, place.rows, context), None)
   if place.chunk is None:
     return cache, out
-  # After the rows: the scratch that they leave in the chunk's row lies where the chunk is written.
-  q, k, v = (x[None] for x in (q_chunk, k_chunk, v_chunk))
-  cache = cache.write(k, v, place.chunk.start, row=packing.seat)
-  found = attend(q, k, v, place.chunk, cache.context(packing.seat))[0]
+  found = attend(*(x[None] for x in (q_chunk, k_chunk, v_chunk)), place.chunk, cache.context(packing.seat))[0]
   return cache, jnp.concatenate([out, found])
