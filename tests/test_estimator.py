@@ -20,15 +20,19 @@ def rounds(count, weights, intercepts, seed=0, scale=2.0):
 
 @pytest.mark.parametrize("weights", [(0.8,), (0.6, 0.9)])
 def test_a_planted_model_is_found(weights):
-  """Kills: a step in the wrong direction, positions that share an intercept, a second feature that is lost."""
+  """Kills: a step in the wrong direction, positions that share an intercept, a second feature that is lost; and steps
+  that take up what the last hundred rounds happened to say (survivals at the first position off by 0.037, 0.047)."""
   intercepts = np.array([0.7, 0.1, -0.4, -0.9])
   f, kept = rounds(20_000, weights, intercepts)
   found, states = Estimator(BLOCK, len(weights)), []
   for one, n in zip(f, kept):
     found.observe(one, BLOCK, n)
     states.append(np.r_[found.weights, found.intercepts])
-  # Each step is of a hundred rounds, so it hovers: the mean of the second half.
-  np.testing.assert_allclose(np.mean(states[len(states) // 2:], axis=0), np.r_[weights, intercepts], atol=0.12)
+  late = np.array(states[len(states) // 2::subject.UPDATE])
+  np.testing.assert_allclose(late.mean(0), np.r_[weights, intercepts], atol=0.12)
+  first = [f[:1000, 0] @ state[:len(weights)] + state[len(weights)] for state in (*late, np.r_[weights, intercepts])]
+  *p, truth = 1 / (1 + np.exp(-np.array(first)))
+  assert np.sqrt(np.mean((np.array(p) - truth) ** 2)) < 0.02
 
 
 def test_one_step_is_the_formula():

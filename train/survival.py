@@ -10,7 +10,8 @@ where it stopped; with more samples it goes on, too. The default prompts are tra
 
 rounds-MODE.jsonl and survival.json go into the output folder. The last line of stdout is a JSON object: by mode and
 predictor log_loss, auc and ece by position and the first two over all, and observations. Log loss and AUC are of a
-draft given those before it; the calibration error is of the survival, the product that a scheduler reads.
+draft given those before it; the calibration error is of the survival, the product that a scheduler reads. An error of
+bins is never 0: ece_by_chance is what a predictor that is right would show with as many rounds.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from dspark_jax.programs import run_folder, shell
 from train import calibrate
 
 PREDICTORS = "head", "estimator", "both"
+DRAWS = 20  # of what chance alone would show
 
 
 @dataclasses.dataclass
@@ -171,7 +173,10 @@ def predict(mode: str, name: str, fits: list[Prompt], block: int, features: np.n
 
 
 def measure(predicted: np.ndarray, kept: np.ndarray, verified: np.ndarray) -> dict:
-  """Log loss, AUC and calibration error of f64[N,G]; by position, and the first two over all observations."""
+  """Log loss, AUC and calibration error of f64[N,G]; by position, and the first two over all observations.
+
+  ece_by_chance: the mean error where drafts are kept with just these probabilities, over DRAWS draws.
+  """
   place, seen = np.arange(predicted.shape[1]), _seen(kept, verified)
   label = place < kept[:, None]
   p = np.clip(predicted, 1e-6, 1 - 1e-6)
@@ -180,23 +185,28 @@ def measure(predicted: np.ndarray, kept: np.ndarray, verified: np.ndarray) -> di
   flat = calibration.reliability(p[there][:, None], label[there][:, None])
   counts = there.sum(0)
   mean = np.divide((loss * there).sum(0), counts, out=np.full(len(place), np.nan), where=counts > 0)
-  ece = calibration.reliability(np.cumprod(p, axis=1), label, verified).ece
-  return dict(log_loss=calibrate.plain(mean), auc=calibrate.plain(each.auc), ece=calibrate.plain(ece),
+  error = lambda kept: calibration.reliability(np.cumprod(p, axis=1), kept, verified).ece
+  rng = np.random.default_rng(0)
+  chance = np.mean([error(np.cumprod(rng.random(p.shape) < p, axis=1)) for _ in range(DRAWS)], axis=0)
+  return dict(log_loss=calibrate.plain(mean), auc=calibrate.plain(each.auc), ece=calibrate.plain(error(label)),
+              ece_by_chance=calibrate.plain(chance),
               log_loss_all=float(loss[there].mean()), auc_all=calibrate.plain(flat.auc)[0])
 
 
 def table(result: dict[str, dict]) -> Table:
   """The result for people."""
-  out = Table("mode", "position", "observed (fit, report)", *(f"{name}: log loss, AUC, ECE %" for name in PREDICTORS),
-              box=box.SIMPLE_HEAD, padding=0, title="predictors of survival on prompts that were not fitted")
+  out = Table("mode", "position", "observed (fit, report)",
+              *(f"{name}: log loss, AUC, ECE (chance) %" for name in PREDICTORS), box=box.SIMPLE_HEAD, padding=0,
+              title="predictors of survival on prompts that were not fitted")
   show = lambda x, form: "-" if x is None else format(x, form)
+  percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
   for mode, r in result.items():
     there = [r.get(name) for name in PREDICTORS]
     counts = list(zip(*r["observations"].values()))
     for k, pair in enumerate(counts):
       out.add_row(mode if not k else "", str(k + 1), ", ".join(map(str, pair)), *(
           "-" if x is None else f"{show(x['log_loss'][k], '.3f')}, {show(x['auc'][k], '.3f')}, "
-                                f"{show(x['ece'][k] and 100 * x['ece'][k], '.1f')}" for x in there))
+                                f"{percent(x['ece'][k])} ({percent(x['ece_by_chance'][k])})" for x in there))
     out.add_row("", "all", ", ".join(map(str, np.sum(counts, axis=0))), *(
         "-" if x is None else f"{x['log_loss_all']:.3f}, {show(x['auc_all'], '.3f')}" for x in there))
   return out

@@ -3,9 +3,13 @@
 A draft is the likelier to be kept the surer its drafter was of a word: the feature f is the logit of the largest
 probability of the distribution that it was drawn from. It scores the distribution, never the drawn token, so what it
 cuts off has no say in it (DSpark, Appendix A). The model is a logistic regression with a weight for each feature and an
-intercept for each draft position, of which every UPDATE rounds one damped Newton step is taken:
+intercept for each draft position:
 
   p_k = sigmoid(w f_k + b_k);  observed are k <= accepted and k < admitted, y_k = [k < accepted]
+
+Every UPDATE rounds one damped Newton step is taken: the gradient of these rounds over the curvature of all up to now,
+of which MEMORY stays each time (recursive least squares with forgetting, for a logistic loss). Over the curvature of
+the same rounds alone it would go nearly all the way to what the last hundred happened to say.
 
 A second feature may be the confidence head's own logit. One state per kind of sampling and rule of verification: other
 drafts survive.
@@ -24,6 +28,7 @@ from dspark_jax.types import Array
 
 LIMIT = 40.0   # of a feature, either way
 UPDATE = 100   # rounds between two steps
+MEMORY = 0.95  # of earlier curvature: what was learnt is of some 20 steps
 DAMPING = 50   # observations that a step is shrunk by
 RIDGE = 1e-3
 START = (0.5, -0.2)  # weight of the first feature, intercept
@@ -63,7 +68,10 @@ class Estimator:
     self.weights = np.zeros(self.features)
     self.weights[0] = START[0]
     self.intercepts = np.full(self.block, START[1])
-    self._forget()
+    count, block = self.features, self.block
+    self._a, self._b, self._c = np.zeros((count, count)), np.zeros((block, count)), np.zeros(block)
+    self._n = np.zeros(block)
+    self._begin()
 
   def observe(self, features: np.ndarray, admitted: int, accepted: int) -> None:
     """A row's round: features f[G,F] of its drafts, how many were verified, and how many of those were kept."""
@@ -84,7 +92,7 @@ class Estimator:
       self.update()
 
   def update(self) -> None:
-    """One Newton step on what was observed since the last one, which is then forgotten."""
+    """One Newton step on what was observed since the last one."""
     total, c = self._n.sum(), self._c + RIDGE
     if total:
       # The intercepts are eliminated: every position has its own.
@@ -93,7 +101,8 @@ class Estimator:
       moved = np.maximum(self.weights + step, 0.0)  # surer drafts are never less likely to be kept
       step, self.weights = moved - self.weights, moved
       self.intercepts = self.intercepts + (self._g1 - self._b @ step) / c * self._n / (self._n + DAMPING)
-    self._forget()
+    self._a, self._b, self._c, self._n = (MEMORY * x for x in (self._a, self._b, self._c, self._n))
+    self._begin()
 
   def to_json(self) -> dict:
     """What it has learnt."""
@@ -114,7 +123,6 @@ class Estimator:
     found.weights, found.intercepts = weights, intercepts
     return found
 
-  def _forget(self):
-    count, block = self.features, self.block
-    self._a, self._b, self._c = np.zeros((count, count)), np.zeros((block, count)), np.zeros(block)
-    self._g0, self._g1, self._n, self._rounds = np.zeros(count), np.zeros(block), np.zeros(block), 0
+  def _begin(self):
+    """A gradient at the new weights: that of the old ones says nothing of them."""
+    self._g0, self._g1, self._rounds = np.zeros(self.features), np.zeros(self.block), 0
