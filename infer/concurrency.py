@@ -5,19 +5,22 @@ as many requests are always under way as there are seats, and what comes after t
 counted. Answers are of half to one and a half times --new-tokens: all of one length, plain rows would end together,
 and plain decoding alone would have no seat that waits. The policies alternate, so that a slow minute of the machine
 hits all of them, and the median of the repeats counts. Where a CPU computes, tokens per second that it worked for them
-are given, too: what others take of the machine does not change them. `alone` is an engine without any drafter; `on the
-device` the whole batch as one program (`infer.bench`), which shows what the host's part costs.
+are given, too: what others take of the machine does not change them. `alone` is an engine without any drafter. With
+--device also what a round takes more in the engine than where the whole batch is one program on the device: the host's
+part.
 
     python -m infer.concurrency --target smollm2 --drafter runs/demo
     python -m infer.concurrency --target smollm2 --drafter runs/demo --concurrency 1 8 --device
 
 The last line of stdout is a JSON object: for each concurrency tokens per second (and per second of CPU) by policy,
-accepted length, share of the drafts that were verified, rounds by program, and the device's idle share.
+accepted length, share of the drafts that were verified, rounds by program, and the device's idle share; with --device
+plain_overhead and fixed_overhead, as shares.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -54,7 +57,7 @@ class Settings:
   """of each seat in a run"""
   repeats: int = 3
   device: bool = False
-  """also the same requests as one program on the device, without an engine"""
+  """also compare with one program on the device, without an engine"""
   kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -75,6 +78,9 @@ def main(settings: Settings) -> dict:
     shell.say(table(rows))
     most = sorted(rows[-1]["scheduled"]["programs"].items(), key=lambda pair: -pair[1])
     shell.say(f"{count} requests: scheduled ran {', '.join(f'{name} {times}' for name, times in most)}")
+    if settings.device:
+      shell.say("{0} requests: a round takes {plain_overhead:.1%} more in the engine than on the device without a "
+                "drafter, {fixed_overhead:.1%} with every draft".format(count, **rows[-1]))
   return {"block_size": drafter.block_size, "concurrency": rows}
 
 
@@ -108,13 +114,35 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
       each.pop("texts", None)
   found["same_text"] = all(text == texts["alone"] for text in texts.values())
   if settings.device:
-    for name, chosen in (("plain", None), ("fixed", drafter)):
-      (work,) = Session(target, chosen, batch=seats, budget=None).prepare(prompts[:seats],
-                                                                          max_new_tokens=settings.new_tokens)
-      work.compile()
-      seconds, _ = bench.fastest(work.run, settings.repeats)
-      found[f"{name}_on_device_tokens_per_second"] = seats * settings.new_tokens / seconds
+    engine.use("fixed")
+    for name, chosen, own in (("plain", None, alone), ("fixed", drafter, engine)):
+      whole = Session(target, chosen, batch=seats, budget=None)
+      found[f"{name}_overhead"] = overhead(own, whole, prompts[:seats], settings.new_tokens, settings.repeats)
   return found
+
+
+def overhead(engine: Engine, whole: Session, prompts: list[list[int]], new: int, repeats: int) -> float:
+  """What a round takes more in the engine than in one program on the device that generates for all, as a share.
+
+  Of the seconds between answers of half and of one and a half times `new` tokens, as prompts are read otherwise there.
+  """
+  lengths = new // 2, new // 2 + new
+  programs = {n: whole.prepare(prompts, max_new_tokens=n)[0] for n in lengths}
+  best = dict.fromkeys(itertools.product(("engine", "device"), lengths), float("inf"))
+  for repeat in range(repeats + 1):
+    for (where, n), least in best.items():
+      began = time.perf_counter()
+      if where == "device":
+        programs[n].run()
+      else:
+        for prompt in prompts:
+          engine.submit(Request(tuple(prompt), max_new_tokens=n, reuse=False))
+        for _ in engine.run():
+          pass
+      if repeat:  # the first compiles; the fastest counts: what others take of the machine is never negative
+        best[where, n] = min(least, time.perf_counter() - began)
+  more = {where: best[where, lengths[1]] - best[where, lengths[0]] for where in ("engine", "device")}
+  return more["engine"] / more["device"] - 1
 
 
 def run_once(engine: Engine, prompts: list[list[int]], new: int) -> dict:

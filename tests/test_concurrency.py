@@ -46,3 +46,25 @@ def test_what_ends_alone_does_not_count(monkeypatch):
   assert found["tokens_per_second"] == pytest.approx(2, rel=0.05) and sum(lengths) / engine.now < 1.9
   assert found["tokens_per_cpu_second"] == pytest.approx(found["tokens_per_second"] / 1.5)
   assert [len(text) for text in found["texts"]] == lengths
+
+
+def test_what_a_round_takes_more_than_on_the_device(monkeypatch):
+  """Kills: prompts, which an engine reads in chunks, among what its rounds take; the other's time as the whole."""
+  clock = types.SimpleNamespace(now=0.0)
+  monkeypatch.setattr(concurrency.time, "perf_counter", lambda: clock.now)
+
+  class Engine:
+    def submit(self, request):
+      self.new = request.max_new_tokens
+
+    def run(self):
+      clock.now += 7 + 1.1 * self.new
+      return iter(())
+
+  def prepare(prompts, max_new_tokens):
+    def run():
+      clock.now += 2 + max_new_tokens
+    return [types.SimpleNamespace(run=run)]
+
+  found = concurrency.overhead(Engine(), types.SimpleNamespace(prepare=prepare), [[1], [2]], 8, 2)
+  assert found == pytest.approx(0.1)
