@@ -26,6 +26,9 @@ def test_the_truth_wins(weights, best):
   assert losses[best] < min(losses.values()) + 0.01  # `both` contains the others
   assert losses[best] < losses["head" if best == "estimator" else "estimator"] - 0.03
   assert max(found[best]["ece"]) < 0.06 and min(found[best]["auc"]) > 0.65
+  # Who is right errs by chance alone. Kills: chance of single drafts, not of survivals.
+  ratio = lambda name: np.divide(found[name]["ece"], found[name]["ece_by_chance"])
+  assert (0.5 < ratio(best)).all() and (ratio(best) < 1.6).all()
   counts = found["observations"]["report"]
   assert counts[0] == 20 * 60 and counts[0] > counts[1] > counts[2] > 0
 

@@ -8,8 +8,8 @@ intercept for each draft position:
   p_k = sigmoid(w f_k + b_k);  observed are k <= accepted and k < admitted, y_k = [k < accepted]
 
 Every UPDATE rounds one damped Newton step is taken: the gradient of these rounds over the curvature of all up to now,
-of which MEMORY stays each time (recursive least squares with forgetting, for a logistic loss). Over the curvature of
-the same rounds alone it would go nearly all the way to what the last hundred happened to say.
+of which FORGETTING stays each time (recursive least squares with forgetting, for a logistic loss). Over the curvature
+of the same rounds alone it would go nearly all the way to what the last hundred happened to say.
 
 A second feature may be the confidence head's own logit. One state per kind of sampling and rule of verification: other
 drafts survive.
@@ -28,7 +28,7 @@ from dspark_jax.types import Array
 
 LIMIT = 40.0   # of a feature, either way
 UPDATE = 100   # rounds between two steps
-MEMORY = 0.95  # of earlier curvature: what was learnt is of some 20 steps
+FORGETTING = 0.95  # of earlier curvature stays: what was learnt is of some 20 steps
 DAMPING = 50   # observations that a step is shrunk by
 RIDGE = 1e-3
 START = (0.5, -0.2)  # weight of the first feature, intercept
@@ -101,7 +101,7 @@ class Estimator:
       moved = np.maximum(self.weights + step, 0.0)  # surer drafts are never less likely to be kept
       step, self.weights = moved - self.weights, moved
       self.intercepts = self.intercepts + (self._g1 - self._b @ step) / c * self._n / (self._n + DAMPING)
-    self._a, self._b, self._c, self._n = (MEMORY * x for x in (self._a, self._b, self._c, self._n))
+    self._a, self._b, self._c, self._n = (FORGETTING * x for x in (self._a, self._b, self._c, self._n))
     self._begin()
 
   def to_json(self) -> dict:
