@@ -66,6 +66,15 @@ def test_a_request_gets_the_text_that_it_gets_alone(policy):
       assert [min(event.accepted, event.verified) for event in rounds] == want.n_accept[0]
 
 
+def test_a_program_is_handed_what_it_reads():
+  """Kills: every weight through every call, some microseconds of the host each; zeros for one that is read."""
+  run, (target, _) = engine("fixed")._run, models()
+  given = {name: sum(leaf is not None for leaf in leaves) for name, leaves in run.leaves.items()}
+  assert given["own"] == given["retire"] == 0 < given["draft"]
+  layers = len(jax.tree.leaves(target.layers))
+  assert layers < given["full"] and given["draft"] <= len(run.leaves["draft"]) - layers
+
+
 def test_arrivals_in_any_order_change_nothing():
   """Kills: rows that learn of who came before them."""
   order = [6, 2, 5, 0, 3, 1, 4]

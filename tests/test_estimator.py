@@ -26,7 +26,7 @@ def test_a_planted_model_is_found(weights):
   f, kept = rounds(20_000, weights, intercepts)
   found, states = Estimator(BLOCK, len(weights)), []
   for one, n in zip(f, kept):
-    found.observe(one, BLOCK, n)
+    found.observe(one[None], np.array([BLOCK]), n[None])
     states.append(np.r_[found.weights, found.intercepts])
   late = np.array(states[len(states) // 2::subject.UPDATE])
   np.testing.assert_allclose(late.mean(0), np.r_[weights, intercepts], atol=0.12)
@@ -51,7 +51,7 @@ def test_one_step_is_the_formula():
         w, r = p * (1 - p), float(k < y) - p
         a, g0 = a + w * one[k] ** 2, g0 + r * one[k]
         b[k], c[k], g1[k], n[k] = b[k] + w * one[k], c[k] + w, g1[k] + r, n[k] + 1
-    found.observe(one[:, None], there, y)
+  found.observe(f, admitted, kept)
   found.update()
   d_omega = (g0 - (b * g1 / c).sum()) / (a - (b ** 2 / c).sum()) * n.sum() / (n.sum() + 50)
   np.testing.assert_allclose(found.weights, [omega + d_omega])
@@ -63,9 +63,9 @@ def test_nothing_is_learnt_past_the_first_rejection():
   one, other = Estimator(BLOCK), Estimator(BLOCK)
   for seed in range(50):
     f = np.random.default_rng(seed).normal(size=(BLOCK, 1))
-    one.observe(f, 3, 1)
+    one.observe(f[None], np.array([3]), np.array([1]))
     f[2:] = 1e6  # not observed: neither value nor label may matter
-    other.observe(f, 2, 1)
+    other.observe(f[None], np.array([2]), np.array([1]))
   one.update(), other.update()
   np.testing.assert_array_equal(one.intercepts, other.intercepts)
   assert one.intercepts[2] == subject.START[1]
@@ -76,7 +76,7 @@ def test_extremes_stay_finite(kept):
   """Kills: a division by weights that have vanished; all kept, or nothing, for thousands of rounds."""
   found = Estimator(BLOCK, 2)
   for seed in range(3000):
-    found.observe(np.full((BLOCK, 2), 40.0 if kept else -40.0) * (seed % 3 > 0), BLOCK, kept)
+    found.observe(np.full((1, BLOCK, 2), 40.0 if kept else -40.0) * (seed % 3 > 0), np.array([BLOCK]), np.array([kept]))
   assert np.isfinite([*found.weights, *found.intercepts]).all() and (found.weights >= 0).all()
   p = survive(jnp.zeros((1, BLOCK, 2)), jnp.asarray(found.weights)[None], jnp.asarray(found.intercepts)[None])
   assert (p > 0.9).all() if kept else (p[:, 0] < 0.1).all()

@@ -168,7 +168,7 @@ def predict(mode: str, name: str, fits: list[Prompt], block: int, features: np.n
   count = PREDICTORS.index(name)
   state = Estimator(block, count)
   for one, admitted, accepted in zip(f[..., :count], verified, kept):
-    state.observe(one, admitted, accepted)
+    state.observe(one[None], np.array([admitted]), np.array([accepted]))
   return 1 / (1 + np.exp(-(features[..., :count] @ state.weights + state.intercepts)))
 
 

@@ -24,7 +24,7 @@ from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Cost
 from dspark_jax.decoding.estimator import Estimator
 from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows
-from dspark_jax.decoding.round import Chunk, Models, Report, Settings
+from dspark_jax.decoding.round import Chunk, Models, Settings
 from dspark_jax.decoding.session import capacity as slots_for
 from dspark_jax.decoding.session import check
 from dspark_jax.decoding.verify import Rule
@@ -95,8 +95,7 @@ class _Seat:
 @dataclasses.dataclass(eq=False)
 class _Flight:
   """A round that was dispatched and not yet read."""
-  report: Report
-  features: jax.Array | None        # f32[R,G,F]  of the estimator; None: a plain round
+  report: jax.Array                 # i32[R,W]  `executables.reported`
   players: list[tuple[_Seat, int]]  # with the request's id
   program: str
   predicted: float                  # seconds
@@ -318,23 +317,21 @@ class Engine:
     choice = self._dispatcher.choose([seat.past for seat in plays], [seat.context for seat in plays], bool(reads))
     began = time.perf_counter()
     newest = self._flights[-1] if self._flights else None
-    if newest and newest.report.n_new.is_ready():  # else the device is still at work
+    if newest and newest.report.is_ready():  # else the device is still at work
       ended = max(self._free_at, newest.began) + self._fastest[newest.program]
       self._counts["idle_seconds"] += max(began - ended, 0.0)
     chunk = self._next_chunk(reads) if reads else None
     name = dispatch.named(choice.program, bool(reads))
-    features = None
     if choice.program == "plain":
       self._rows, report = self._run(name, self._rows, chunk)
     else:
       drafted = self._run("draft", self._rows, self._set_knobs(choice))
-      features = drafted.features
       self._rows, report = self._run(name, self._rows, drafted, chunk)
-    jax.tree.map(lambda x: x.copy_to_host_async(), (report, features))
+    report.copy_to_host_async()
     players = [(seat, seat.id) for seat in plays]
     if reads and not reads.reads:
       players.append((reads, reads.id))
-    self._flights.append(_Flight(report, features, players, name, choice.seconds, began))
+    self._flights.append(_Flight(report, players, name, choice.seconds, began))
     self._counts["rounds"] += 1
     self._counts["program_" + name] += 1
     self._counts["budget"] += choice.tokens
@@ -357,7 +354,7 @@ class Engine:
 
   def _land(self, flight):
     """Reads a round's report, and turns it into events."""
-    report, features = jax.device_get((flight.report, flight.features))
+    report = self._run.read(flight.program, flight.report)
     now = time.perf_counter()
     seconds = now - max(flight.began, self._free_at)
     self._fastest[flight.program] = min(self._fastest[flight.program], seconds)
@@ -365,25 +362,19 @@ class Engine:
     self._counts["predicted_seconds"] += flight.predicted
     self._dispatcher.landed(flight.program, flight.predicted, seconds)
     self._free_at = now
-    for seat, id in flight.players:
-      if seat.id != id:
-        continue  # cancelled since
-      row, live = seat.index, bool(report.live[seat.index])
-      left = seat.request.max_new_tokens - seat.sent
-      tokens = tuple(report.tokens[row, :min(int(report.n_new[row]), left)].tolist())
-      drafted = features is not None and live
-      if drafted:
-        seat.past.append(report.confidence[row])
-        self._dispatcher.observe(report.confidence[row])
-        if features.shape[2]:
-          state = self.estimators[int(seat.request.temperature > 0)]
-          state.observe(features[row], int(report.n_verify[row]), int(report.n_accept[row]))
-      finish = self._finish(seat, tokens, report) if report.done[row] else None
-      numbers = (self.block, int(report.n_verify[row]), int(report.n_accept[row])) if drafted else (0, 0, 0)
+    drafted = not flight.program.startswith("plain")
+    players = [(seat, report[seat.index]) for seat, id in flight.players if seat.id == id]  # not cancelled since
+    if drafted:
+      self._learn(report, [seat for seat, row in players if row["live"]])
+    for seat, row in players:
+      left, live = seat.request.max_new_tokens - seat.sent, bool(row["live"])
+      tokens = tuple(row["tokens"][:min(row["n_new"], left)].tolist())
+      finish = self._finish(seat, tokens, row) if row["done"] else None
+      numbers = (self.block, int(row["n_verify"]), int(row["n_accept"])) if drafted and live else (0, 0, 0)
       log_probs = None
       if seat.request.log_probabilities:
-        log_probs = tuple(report.log_probs[row, :len(tokens)].tolist())
-      self._events.append(Event(id, tokens, log_probs, *numbers, finish))
+        log_probs = tuple(row["log_probs"][:len(tokens)].tolist())
+      self._events.append(Event(seat.id, tokens, log_probs, *numbers, finish))
       seat.sent += len(tokens)
       seat.tokens += tokens
       for name, number in zip(("tokens", "drafted", "verified", "accepted", "row_rounds", "round_tokens"),
@@ -393,8 +384,19 @@ class Engine:
         seat.clean = finish != "failed"
         self._free(seat)
 
-  def _finish(self, seat, tokens, report):
-    if report.failed[seat.index]:
+  def _learn(self, report, seats):
+    """What a round's drafts of these seats say of the next ones."""
+    for seat in seats:
+      seat.past.append(report["confidence"][seat.index])
+      self._dispatcher.observe(report["confidence"][seat.index])
+    if not report["features"].shape[2]:
+      return
+    for sampled, state in enumerate(self.estimators):
+      if rows := [seat.index for seat in seats if (seat.request.temperature > 0) == sampled]:
+        state.observe(*(report[name][rows] for name in ("features", "n_verify", "n_accept")))
+
+  def _finish(self, seat, tokens, row):
+    if row["failed"]:
       return "failed"
     return "stop" if tokens and tokens[-1] in seat.request.stop_token_ids else "length"
 

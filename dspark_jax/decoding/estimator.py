@@ -73,21 +73,22 @@ class Estimator:
     self._n = np.zeros(block)
     self._begin()
 
-  def observe(self, features: np.ndarray, admitted: int, accepted: int) -> None:
-    """A row's round: features f[G,F] of its drafts, how many were verified, and how many of those were kept."""
-    seen = min(accepted + 1, admitted)  # after the first rejection nothing is known
-    self._rounds += 1
-    if not seen:
-      return
-    f = np.asarray(features, np.float64)[:seen]
-    p = 1 / (1 + np.exp(-np.clip(f @ self.weights + self.intercepts[:seen], -LIMIT, LIMIT)))
-    w, r = p * (1 - p), (np.arange(seen) < accepted) - p
-    self._a += np.einsum("k,ki,kj->ij", w, f, f)
-    self._b[:seen] += w[:, None] * f
-    self._c[:seen] += w
-    self._g0 += r @ f
-    self._g1[:seen] += r
-    self._n[:seen] += 1
+  def observe(self, features: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
+    """A round of rows: features f[N,G,F] of their drafts, how many were verified i[N], and of those kept i[N]."""
+    self._rounds += len(features)
+    place = np.arange(self.block)
+    kept, tried = accepted[:, None], admitted[:, None]
+    seen = (place <= kept) & (place < tried)  # after the first rejection nothing is known
+    f = np.where(seen[..., None], features, 0.0)
+    p = 1 / (1 + np.exp(-np.clip(f @ self.weights + self.intercepts, -LIMIT, LIMIT)))
+    w, r = seen * p * (1 - p), seen * ((place < kept) - p)
+    weighted = w[..., None] * f
+    self._a += np.tensordot(weighted, f, ((0, 1), (0, 1)))
+    self._b += weighted.sum(0)
+    self._c += w.sum(0)
+    self._g0 += np.tensordot(r, f, 2)
+    self._g1 += r.sum(0)
+    self._n += seen.sum(0)
     if self._rounds >= UPDATE:
       self.update()
 

@@ -1,7 +1,8 @@
 """The programs that an engine runs, compiled ahead, each with donated rows: one draft, and one verification per bucket.
 
 Apart, and chosen by the host: of branches inside one program (`lax.switch`) CPUs and GPUs copy every cache in and out.
-The models go in as a tuple of arrays: flattening modules takes Python a millisecond in every call.
+The models go in as a tuple of arrays, and of those only what a program reads: flattening modules takes Python a
+millisecond in every call, and every array some microseconds. So a round reports in a single array, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,18 +101,38 @@ def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str, survival: st
 
 
 def verify(models: Models, rows: Rows, drafted: Draft, chunk: Chunk | None, *, bucket: int | None, log_probs: bool
-           ) -> tuple[Rows, Report]:
-  """The rows after the chosen drafts were verified, `bucket` tokens packed, or None: all of all rows."""
+           ) -> tuple[Rows, Array]:
+  """The rows after the chosen drafts were verified, `bucket` tokens packed, or None: all of all rows; what is
+  `reported` of it."""
   proposal = drafted.proposal.replace(words=models.drafter.words)
-  return settle(models, rows, proposal, drafted.confidence, drafted.lengths, bucket=bucket, chunk=chunk,
-                log_probs=log_probs)
+  rows, report = settle(models, rows, proposal, drafted.confidence, drafted.lengths, bucket=bucket, chunk=chunk,
+                        log_probs=log_probs)
+  return rows, reported(report, drafted.features)
 
 
-def plain(models: Models, rows: Rows, chunk: Chunk | None, *, log_probs: bool) -> tuple[Rows, Report]:
-  """The rows after a token of the target's own each; a drafter reads on, so that it may draft in the next round."""
+def plain(models: Models, rows: Rows, chunk: Chunk | None, *, log_probs: bool) -> tuple[Rows, Array]:
+  """The rows after a token of the target's own each, and what is `reported`; a drafter reads on, so that it may draft
+  in the next round."""
   proposal = nothing(models, rows)
-  return settle(models, rows, proposal, proposal.confidence, jnp.zeros_like(rows.anchor), chunk=chunk,
-                log_probs=log_probs)
+  rows, report = settle(models, rows, proposal, proposal.confidence, jnp.zeros_like(rows.anchor), chunk=chunk,
+                        log_probs=log_probs)
+  return rows, reported(report, proposal.confidence[..., None])
+
+
+def reported(report: Report, features: Array) -> Array:
+  """i32[R,W]: a report and features f32[R,G,F] side by side, floats by their bits: one copy to the host, not ten."""
+  words = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
+  return jnp.concatenate([words(x).reshape(len(x), -1) for x in jax.tree.leaves((report, features))], axis=1)
+
+
+def report_type(block: int, features: int, log_probs: bool) -> np.dtype:
+  """What `reported` says of a row, after a round of so many drafts with so many features each: names of `Report`, and
+  "features"."""
+  numbers = [(name, np.int32) for name in ("n_new", "n_accept", "n_verify")]
+  flags = [(name, np.int32) for name in ("live", "done", "failed")]
+  of_tokens = [("log_probs", np.float32, (block + 1,))] if log_probs else []
+  return np.dtype([("tokens", np.int32, (block + 1,)), *numbers, ("confidence", np.float32, (block,)), *flags,
+                   *of_tokens, ("features", np.float32, (block, features))])
 
 
 def admit(models: Models, rows: Rows, seat: Array, settings: Settings, seed: Array, source: Array, n: Array, *, how: str
@@ -147,7 +169,8 @@ def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: 
   """All programs of an engine by name, each of (leaves of the models, rows, more), on the current mesh: "draft",
   "plain", "full", a bucket's "128", "plain+chunk", "full+chunk", "own", "copy", "clear" (`admit`), "retire".
 
-  models and rows may be shapes. Rows are donated to all but the draft, and come back where they were.
+  models and rows may be shapes. None stands for leaves that a program does not read, and for the target's cache in a
+  draft's rows. Rows are donated to all but the draft, and come back where they were.
   """
   leaves, tree = jax.tree.flatten(models)
   seats, block = rows.settings.calibration.shape
@@ -156,32 +179,39 @@ def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: 
   apart = lambda x: sharding_of(x.shape, "rows", *(None, "vocab")[:x.ndim - 1])
   named = lambda function, **fixed: functools.partial(function, **fixed)
 
-  def lower(function, *args):
-    run = lambda leaves, rows, *args: function(jax.tree.unflatten(tree, leaves), rows, *args)
-    out = jax.eval_shape(run, tuple(leaves), rows, *args)
+  def lower(function, rows, *args):
+    def run(given, rows, *args):  # what is not given is traced as zeros that nothing depends on
+      whole = [jnp.zeros(leaf.shape, leaf.dtype) if x is None else x for leaf, x in zip(leaves, given)]
+      return function(jax.tree.unflatten(tree, whole), rows, *args)
+
+    traced, out = jax.make_jaxpr(run, return_shape=True)(tuple(leaves), rows, *args)
+    users = [x for eqn in traced.eqns for x in eqn.invars] + traced.jaxpr.outvars
+    read = {x for x in users if isinstance(x, jex.core.Var)}
+    given = tuple(leaf if x in read else None for leaf, x in zip(leaves, traced.jaxpr.invars))
     moves = isinstance(out, (tuple, Rows))
     if moves:
       where = (places, None) if isinstance(out, tuple) else places
     else:
       where = None if jax.sharding.get_mesh().empty else jax.tree.map(apart, out)
     program = jax.jit(run, donate_argnums=(1,) if moves else (), out_shardings=where)
-    return program.lower(tuple(leaves), rows, *args), out, where
+    return program.lower(given, rows, *args), out, where
 
   part = Chunk(np.zeros(chunk, np.int32), np.int32(1), np.int32(0), np.int32(-1))
   if models.drafter:
-    program, drafted, where = lower(named(draft, policy=policy, survival=survival), Knobs.empty(seats, block, survival))
+    program, drafted, where = lower(named(draft, policy=policy, survival=survival), rows.replace(cache=None),
+                                    Knobs.empty(seats, block, survival))
     yield "draft", program
     if where is not None:
       drafted = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), drafted, where)
     for size in (*buckets, None):
-      yield str(size or "full"), lower(named(verify, bucket=size, log_probs=log_probs), drafted, None)[0]
-    yield "full+chunk", lower(named(verify, bucket=None, log_probs=log_probs), drafted, part)[0]
+      yield str(size or "full"), lower(named(verify, bucket=size, log_probs=log_probs), rows, drafted, None)[0]
+    yield "full+chunk", lower(named(verify, bucket=None, log_probs=log_probs), rows, drafted, part)[0]
   for name, piece in (("plain", None), ("plain+chunk", part)):
-    yield name, lower(named(plain, log_probs=log_probs), piece)[0]
+    yield name, lower(named(plain, log_probs=log_probs), rows, piece)[0]
   one = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), rows.settings)
   for how in ("own", "copy", "clear"):
-    yield how, lower(named(admit, how=how), np.int32(0), one, np.uint32(0), np.int32(0), np.int32(0))[0]
-  yield "retire", lower(retire, np.int32(0))[0]
+    yield how, lower(named(admit, how=how), rows, np.int32(0), one, np.uint32(0), np.int32(0), np.int32(0))[0]
+  yield "retire", lower(retire, rows, np.int32(0))[0]
 
 
 class Executables:
@@ -192,16 +222,20 @@ class Executables:
   """
 
   def __init__(self, models: Models, rows: Rows, say: Callable[[str], None] = lambda text: None, **how):
-    self.leaves, self.how = tuple(jax.tree.leaves(models)), how
+    self.how, leaves = how, jax.tree.leaves(models)
+    self.leaves: dict[str, tuple] = {}  # of each program; None: not read
     self.compiled: dict[str, jax.stages.Compiled] = {}
     devices = 1 if jax.sharding.get_mesh().empty else jax.sharding.get_mesh().size
     held = sum(x.nbytes for x in jax.tree.leaves((rows.cache, rows.draft))) // devices
     seats, block = rows.settings.calibration.shape
+    kinds = functools.partial(report_type, features=FEATURES[how["survival"]], log_probs=how["log_probs"])
+    self._plain_report, self._report = kinds(0), kinds(block)
     # A quarter: who lays out the keys anew, or the values, needs half of the caches. Logits are there several times.
     most = max(SMALL, 32 * seats * (block + 1) * models.target.vocab_size) + held // 4
     for name, program in lowered(models, rows, **how):
       say(name)
       self.compiled[name] = program.compile()
+      self.leaves[name] = tuple(leaf if info else None for leaf, info in zip(leaves, program.args_info[0][0]))
       memory = self.compiled[name].memory_analysis()
       if name != "draft" and (memory.alias_size_in_bytes < held or memory.temp_size_in_bytes > most):
         raise RuntimeError(f"the program {name} updates {memory.alias_size_in_bytes} bytes in place and takes "
@@ -210,4 +244,9 @@ class Executables:
 
   def __call__(self, name: str, rows: Rows, *args: Any) -> Any:
     """What a program makes of rows, which are gone afterwards, but for "draft"."""
-    return self.compiled[name](self.leaves, rows, *args)
+    return self.compiled[name](self.leaves[name], rows.replace(cache=None) if name == "draft" else rows, *args)
+
+  def read(self, name: str, report: Array) -> np.ndarray:
+    """[R] of `report_type`, when a round of this program has ended; a plain one has no drafts."""
+    kind = self._plain_report if name.startswith("plain") else self._report
+    return np.asarray(report).view(kind)[:, 0]
