@@ -20,7 +20,6 @@ plain_overhead and fixed_overhead, as shares.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 import time
 from pathlib import Path
@@ -88,7 +87,9 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
   """One concurrency: two engines, the one with the drafter by each policy in turn."""
   seats = len(prompts) // settings.requests
   capacity = -(-(max(map(len, prompts)) + settings.new_tokens * 3 // 2 + 96) // 64) * 64
-  config = EngineConfig(seats=seats, capacity=capacity, sampling="greedy", queue=len(prompts), chunk=32)
+  # A prompt in one chunk: of two, prompts that wait to be read would leave seats empty from 16 requests on.
+  chunk = -(-max(map(len, prompts)) // 8) * 8
+  config = EngineConfig(seats=seats, capacity=capacity, sampling="greedy", queue=len(prompts), chunk=chunk)
 
   def measure(run, rows):
     return profile_sps.measure(run, rows, 5, target=settings.target, drafter=settings.drafter, dtype=settings.dtype)
@@ -125,24 +126,27 @@ def overhead(engine: Engine, whole: Session, prompts: list[list[int]], new: int,
   """What a round takes more in the engine than in one program on the device that generates for all, as a share.
 
   Of the seconds between answers of half and of one and a half times `new` tokens, as prompts are read otherwise there.
+  The median of the repeats, in each of which both run side by side: the fastest of each, apart, differ by a third where
+  a machine's speed comes and goes.
   """
   lengths = new // 2, new // 2 + new
   programs = {n: whole.prepare(prompts, max_new_tokens=n)[0] for n in lengths}
-  best = dict.fromkeys(itertools.product(("engine", "device"), lengths), float("inf"))
-  for repeat in range(repeats + 1):
-    for (where, n), least in best.items():
-      began = time.perf_counter()
-      if where == "device":
-        programs[n].run()
-      else:
-        for prompt in prompts:
-          engine.submit(Request(tuple(prompt), max_new_tokens=n, reuse=False))
-        for _ in engine.run():
-          pass
-      if repeat:  # the first compiles; the fastest counts: what others take of the machine is never negative
-        best[where, n] = min(least, time.perf_counter() - began)
-  more = {where: best[where, lengths[1]] - best[where, lengths[0]] for where in ("engine", "device")}
-  return more["engine"] / more["device"] - 1
+
+  def engine_runs(n):
+    for prompt in prompts:
+      engine.submit(Request(tuple(prompt), max_new_tokens=n, reuse=False))
+    for _ in engine.run():
+      pass
+
+  def more(run):
+    stamps = [time.perf_counter()]
+    for n in lengths:
+      run(n)
+      stamps.append(time.perf_counter())
+    return stamps[2] - 2 * stamps[1] + stamps[0]
+
+  pairs = [(more(engine_runs), more(lambda n: programs[n].run())) for _ in range(repeats + 1)]
+  return statistics.median(mine / device for mine, device in pairs[1:]) - 1  # the first compiles
 
 
 def run_once(engine: Engine, prompts: list[list[int]], new: int) -> dict:

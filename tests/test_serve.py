@@ -249,18 +249,21 @@ def test_while_it_drains_new_requests_are_refused(tokenizer):
 
 
 def test_words_as_they_come(tokenizer):
-  """Any cut of the tokens into rounds tells the same text. Kills: half a character, text told twice."""
+  """Any cut of the tokens into rounds tells the same text, whole and in pieces. Kills: half a character, text told
+  twice, a stop text in the pieces."""
   tokens = tokenizer.encode(TEXT)
   for size in (1, 2, 5):
-    speaker, told = Speaker(tokenizer, ("They",)), ""
+    speaker, told, shown = Speaker(tokenizer, ("They",)), "", ""
     for at in range(0, len(tokens), size):
       part = tuple(tokens[at:at + size])
-      text, _ = speaker.feed(Event(1, part, None, 0, 0, 0, "length" if at + size >= len(tokens) else None))
+      text, pieces = speaker.feed(Event(1, part, None, 0, 0, 0, "length" if at + size >= len(tokens) else None))
       assert "\ufffd" not in text
       told += text
+      shown += "".join(piece for piece, _ in pieces)
+      assert told.startswith(shown)
       if speaker.stopped:
         break
-    assert told == TEXT[:TEXT.index("They")]
+    assert told == shown == TEXT[:TEXT.index("They")]
 
 
 def test_defaults_are_openais(tokenizer):

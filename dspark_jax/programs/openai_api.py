@@ -172,18 +172,18 @@ class Speaker:
     self.starts: list[int] = []  # where each token's text begins
     self.log_probs: list[float] = []
     self.said = self._sent = ""
+    self._untold: list[tuple[int, str, bool]] = []  # pieces that hold what may begin a stop text: start, text, drafted
     self.stopped = False
     self.rounds = self.round_tokens = 0
 
   def feed(self, event: Event) -> tuple[str, list[tuple[str, bool]]]:
-    """(what can be told now, the event's tokens with whether each was drafted)."""
-    pieces = []
+    """(what can be told now, the same in pieces: the text of each token with whether it was drafted)."""
     for place, token in enumerate(event.tokens):
       piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
       self.starts.append(len(self.said))
+      self._untold.append((len(self.said), piece, place < event.accepted))
       self.said += piece
       self.tokens.append(token)
-      pieces.append((piece, place < event.accepted))
     self.log_probs += event.log_probabilities or ()
     if len(self.tokens) > len(event.tokens):  # the first token is of the prompt's own pass
       self.rounds, self.round_tokens = self.rounds + 1, self.round_tokens + len(event.tokens)
@@ -195,7 +195,14 @@ class Speaker:
     held = 0 if event.finish or self.stopped else self._held()
     told = self.said[len(self._sent):len(self.said) - held]
     self._sent += told
-    return told, pieces
+    return told, self._pieces(event.finish or self.stopped)
+
+  def _pieces(self, last):
+    """Those that were told to their end; of the last ones what lies before the end."""
+    end = len(self._sent)
+    ready = [piece for piece in self._untold if last or piece[0] + len(piece[1]) <= end]
+    self._untold = self._untold[len(ready):]
+    return [(text[:max(end - start, 0)], drafted) for start, text, drafted in ready if start < end or not self.stopped]
 
   def _held(self):
     """Characters at the end that a stop text may begin with."""
