@@ -7,14 +7,15 @@ and plain decoding alone would have no seat that waits. The policies alternate, 
 hits all of them, and the median of the repeats counts. Where a CPU computes, tokens per second that it worked for them
 are given, too: what others take of the machine does not change them. `alone` is an engine without any drafter. With
 --device also what a round takes more in the engine than where the whole batch is one program on the device: the host's
-part.
+part. With --profile also how long the device waited for the host, by the profiler and by the engine's own clock.
 
     python -m infer.concurrency --target smollm2 --drafter runs/demo
     python -m infer.concurrency --target smollm2 --drafter runs/demo --concurrency 1 8 --device
+    python -m infer.concurrency --target smollm2 --drafter runs/demo --concurrency 8 --profile runs/trace
 
 The last line of stdout is a JSON object: for each concurrency tokens per second (and per second of CPU) by policy,
 accepted length, share of the drafts that were verified, rounds by program, and the device's idle share; with --device
-plain_overhead and fixed_overhead, as shares.
+plain_overhead and fixed_overhead, with --profile profiled_idle_share and clocked_idle_share, as shares.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dspark_jax.decoding.engine import Engine, EngineConfig, Request
 from dspark_jax.decoding.session import Session
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
-from dspark_jax.programs import shell
+from dspark_jax.programs import shell, trace
 from infer import bench, profile_sps
 
 SPEEDS = ("tokens_per_second", "tokens_per_cpu_second")
@@ -57,6 +58,8 @@ class Settings:
   repeats: int = 3
   device: bool = False
   """also compare with one program on the device, without an engine"""
+  profile: Path | None = None
+  """folder for a profiler's traces of the scheduled policy, an answer of each seat"""
   kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -80,6 +83,9 @@ def main(settings: Settings) -> dict:
     if settings.device:
       shell.say("{0} requests: a round takes {plain_overhead:.1%} more in the engine than on the device without a "
                 "drafter, {fixed_overhead:.1%} with every draft".format(count, **rows[-1]))
+    if settings.profile:
+      shell.say("{0} requests: the device stood idle for {profiled_idle_share:.1%} by the profiler, "
+                "{clocked_idle_share:.1%} by the engine's clock".format(count, **rows[-1]))
   return {"block_size": drafter.block_size, "concurrency": rows}
 
 
@@ -114,6 +120,12 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
     if isinstance(each, dict):
       each.pop("texts", None)
   found["same_text"] = all(text == texts["alone"] for text in texts.values())
+  if settings.profile:
+    engine.use("scheduled")
+    clocked = []
+    play = lambda: clocked.append(run_once(engine, prompts[:seats], settings.new_tokens)["idle_share"])
+    found["profiled_idle_share"] = trace.idle_share(play, settings.profile / str(seats))
+    (found["clocked_idle_share"],) = clocked
   if settings.device:
     engine.use("fixed")
     for name, chosen, own in (("plain", None, alone), ("fixed", drafter, engine)):
