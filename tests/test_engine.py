@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import monitoring
@@ -213,6 +214,29 @@ def test_what_cannot_be_served_is_refused_at_once(wrong, says):
   """Kills: a request that fails after it has taken a seat."""
   with pytest.raises(ValueError, match=says):
     engine("fixed").submit(Request(**{"prompt": (1, 2, 3)} | wrong))
+
+
+def test_who_fails_spoils_nobody():
+  """A token whose embedding is not a number: in a prompt, and among what is said, where it is drafted from. Kills: NaN
+  left in the seat for the next one, or among neighbours; NaN that the estimator learns, or that new rows are taken to be
+  like: nobody's drafts would be verified any more."""
+  target, drafter = dspark_jax.load_target(QWEN3, scanned=True), models()[1]  # loaded with this one it would be refused
+  assert target.lm_head is not None  # else every logit of that word would be spoiled
+  rows, bad = (0, 3, 5, 2), 4
+  spoken = {token for row in rows for token in (*PROMPTS[row], *alone(row, True).tokens[0])}
+  at, spoiled = next((at, token) for at, token in enumerate(alone(bad, True).tokens[0]) if at > 1 and
+                     token not in spoken | set(PROMPTS[bad]))
+  weight = target.embed_tokens.weight
+  weight[...] = weight[...].at[spoiled].set(jnp.nan)
+  served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=CHUNK, policy="fixed"))
+  read = Request((1, 2, spoiled, 4), max_new_tokens=NEW)
+  found = answers(served, [asked(rows[0]), read, asked(rows[1]), asked(bad), asked(rows[2]), asked(rows[3])])
+  assert [finish for _, finish, _ in found] == ["length", "failed", "length", "failed", "length", "length"]
+  for row, place in zip(rows, (0, 2, 4, 5)):
+    assert list(found[place][0]) == alone(row, True).tokens[0]
+  assert list(found[3][0][:at + 1]) == alone(bad, True).tokens[0][:at + 1]
+  assert all(np.isfinite([*state.weights, *state.intercepts, *state._c]).all() for state in served.estimators)
+  assert np.isfinite(served._dispatcher._typical).all()
 
 
 def test_a_full_queue_and_what_an_engine_was_not_started_for():

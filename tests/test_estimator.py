@@ -59,13 +59,14 @@ def test_one_step_is_the_formula():
 
 
 def test_nothing_is_learnt_past_the_first_rejection():
-  """Kills: drafts behind a rejection, or behind the cut, that count as rejected."""
+  """Kills: drafts behind a rejection, or behind the cut, that count as rejected; a NaN that stays for ever."""
   one, other = Estimator(BLOCK), Estimator(BLOCK)
   for seed in range(50):
     f = np.random.default_rng(seed).normal(size=(BLOCK, 1))
     one.observe(f[None], np.array([3]), np.array([1]))
     f[2:] = 1e6  # not observed: neither value nor label may matter
     other.observe(f[None], np.array([2]), np.array([1]))
+    other.observe(np.full((1, BLOCK, 1), np.nan), np.array([3]), np.array([1]))
   one.update(), other.update()
   np.testing.assert_array_equal(one.intercepts, other.intercepts)
   assert one.intercepts[2] == subject.START[1]

@@ -365,7 +365,8 @@ class Engine:
     drafted = not flight.program.startswith("plain")
     players = [(seat, report[seat.index]) for seat, id in flight.players if seat.id == id]  # not cancelled since
     if drafted:
-      self._learn(report, [seat for seat, row in players if row["live"]])
+      # Of a failed row nothing: one NaN, once learnt, would stay for ever.
+      self._learn(report, [seat for seat, row in players if row["live"] and not row["failed"]])
     for seat, row in players:
       left, live = seat.request.max_new_tokens - seat.sent, bool(row["live"])
       tokens = tuple(row["tokens"][:min(row["n_new"], left)].tolist())

@@ -79,6 +79,7 @@ class Estimator:
     place = np.arange(self.block)
     kept, tried = accepted[:, None], admitted[:, None]
     seen = (place <= kept) & (place < tried)  # after the first rejection nothing is known
+    seen &= np.isfinite(features).all(2)      # two logits of +inf
     f = np.where(seen[..., None], features, 0.0)
     p = 1 / (1 + np.exp(-np.clip(f @ self.weights + self.intercepts, -LIMIT, LIMIT)))
     w, r = seen * p * (1 - p), seen * ((place < kept) - p)
