@@ -218,8 +218,8 @@ def test_what_cannot_be_served_is_refused_at_once(wrong, says):
 
 def test_who_fails_spoils_nobody():
   """A token whose embedding is not a number: in a prompt, and among what is said, where it is drafted from. Kills: NaN
-  left in the seat for the next one, or among neighbours; NaN that the estimator learns, or that new rows are taken to be
-  like: nobody's drafts would be verified any more."""
+  left in the seat for the next one, or among neighbours; NaN in what new rows are taken to be like, or in what the
+  estimator learns: nobody's drafts would be verified any more."""
   target, drafter = dspark_jax.load_target(QWEN3, scanned=True), models()[1]  # loaded with this one it would be refused
   assert target.lm_head is not None  # else every logit of that word would be spoiled
   rows, bad = (0, 3, 5, 2), 4
