@@ -100,7 +100,7 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   cost = None
   if settings.cost and settings.cost.exists():
     cost = costs.read(settings.cost)
-    cost.check(device=jax.devices()[0].device_kind)
+    cost.check(device=jax.devices()[0].device_kind, target=settings.target, dtype=settings.dtype)
   tokenizer = chat.load_tokenizer(locate_target(settings.target))
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = stored = None

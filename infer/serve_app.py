@@ -133,6 +133,7 @@ class App:
         finish = "stop" if speaker.stopped else event.finish
         if finish:
           finishes[event.id] = finish
+          self.serving.cancel([event.id])  # of several answers one may end at a stop text long before the others
           self._measure(speaker, begun.get(event.id))
         if job.stream and (text or finish or job.details or speaker.log_probs[known:]):
           logs = speaker.logs(job.chat, known) if job.log_probs else None

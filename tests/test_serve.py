@@ -20,9 +20,13 @@ from starlette.requests import ClientDisconnect
 
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Full
+from dspark_jax.programs import shell
 from dspark_jax.programs.openai_api import Refused, Speaker, parse
+from folders import complains
+from infer import serve
 from infer.serve import Serving
 from infer.serve_app import Stream, build
+from test_cost import table
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +341,12 @@ def test_the_page_shows_where_tokens_come_from(toy):
     assert "max_tokens" in page.text_content("#talk .error")
     browser.close()
   assert [fault for fault in faults if "400" not in fault] == []
+
+
+@pytest.mark.parametrize("change, part", [({"dtype": "bfloat16"}, "dtype 'bfloat16', not 'float32'"),
+                                          ({"target": "other"}, "target 'other', not 'smollm2'")])
+def test_costs_of_something_else_are_refused(change, part, tmp_path):
+  """Before anything is loaded. Kills: rounds that are chosen by what another model's, or another dtype's, take."""
+  shell.write_json(tmp_path / "cost.json", table(**{"target": "smollm2"} | change).to_json())
+  with complains(part):
+    serve.start_engine(serve.Settings(target="smollm2", drafter="none", cost=tmp_path / "cost.json"))
