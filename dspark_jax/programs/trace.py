@@ -11,7 +11,7 @@ import jax
 
 # What is at work for as long as a program runs: a TPU's programs, a GPU's streams. A CPU has no plane of its own: the
 # threads that hand out its programs, each until its program has ended.
-LINES = re.compile(r"XLA Modules|Stream.*|tf_XLAPjRtCpuClient.*")
+LINES = re.compile(r"XLA Modules|Stream.*|tf_XLA(PjRtCpuClient|Execute)/.*")
 
 
 def idle_share(run: Callable[[], Any], folder: Path) -> float:
