@@ -122,10 +122,9 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
   found["same_text"] = all(text == texts["alone"] for text in texts.values())
   if settings.profile:
     engine.use("scheduled")
-    clocked = []
-    play = lambda: clocked.append(run_once(engine, prompts[:seats], settings.new_tokens)["idle_share"])
-    found["profiled_idle_share"] = trace.idle_share(play, settings.profile / str(seats))
-    (found["clocked_idle_share"],) = clocked
+    play = lambda: run_once(engine, prompts[:seats], settings.new_tokens)["idle_share"]
+    shares = trace.idle_share(play, settings.profile / str(seats))
+    found["profiled_idle_share"], found["clocked_idle_share"] = shares
   if settings.device:
     engine.use("fixed")
     for name, chosen, own in (("plain", None, alone), ("fixed", drafter, engine)):

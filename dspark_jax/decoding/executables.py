@@ -7,6 +7,7 @@ millisecond in every call, and every array some microseconds. So a round reports
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -126,13 +127,13 @@ def reported(report: Report, features: Array) -> Array:
 
 
 def report_type(block: int, features: int, log_probs: bool) -> np.dtype:
-  """What `reported` says of a row, after a round of so many drafts with so many features each: names of `Report`, and
-  "features"."""
-  numbers = [(name, np.int32) for name in ("n_new", "n_accept", "n_verify")]
-  flags = [(name, np.int32) for name in ("live", "done", "failed")]
-  of_tokens = [("log_probs", np.float32, (block + 1,))] if log_probs else []
-  return np.dtype([("tokens", np.int32, (block + 1,)), *numbers, ("confidence", np.float32, (block,)), *flags,
-                   *of_tokens, ("features", np.float32, (block, features))])
+  """What `reported` says of a row, after a round of so many drafts with so many features each: the fields of `Report`,
+  in their order, and "features"."""
+  shaped = {"tokens": (np.int32, (block + 1,)), "confidence": (np.float32, (block,)),
+            "log_probs": (np.float32, (block + 1,))}
+  names = [field.name for field in dataclasses.fields(Report) if log_probs or field.name != "log_probs"]
+  return np.dtype([(name, *shaped.get(name, (np.int32,))) for name in names]
+                  + [("features", np.float32, (block, features))])
 
 
 def admit(models: Models, rows: Rows, seat: Array, settings: Settings, seed: Array, source: Array, n: Array, *, how: str
@@ -180,6 +181,7 @@ def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: 
   named = lambda function, **fixed: functools.partial(function, **fixed)
 
   def lower(function, rows, *args):
+    """(function on the leaves that it reads, lowered; shapes of what it gives; where that lies, None: anywhere)."""
     def run(given, rows, *args):  # what is not given is traced as zeros that nothing depends on
       whole = [jnp.zeros(leaf.shape, leaf.dtype) if x is None else x for leaf, x in zip(leaves, given)]
       return function(jax.tree.unflatten(tree, whole), rows, *args)

@@ -14,8 +14,9 @@ import jax
 LINES = re.compile(r"XLA Modules|Stream.*|tf_XLA(PjRtCpuClient|Execute)/.*")
 
 
-def idle_share(run: Callable[[], Any], folder: Path) -> float:
-  """What share of run() the device did nothing, from the beginning of its first program to the end of its last one.
+def idle_share(run: Callable[[], Any], folder: Path) -> tuple[float, Any]:
+  """(what share of run() the device did nothing, from the beginning of its first program to the end of its last one;
+  what run() gave).
 
   The trace stays in the folder, for TensorBoard's profiler or Perfetto. A profiler slows a CPU down, and what it takes
   of memory grows with every operation that runs: seconds, not minutes. RuntimeError where it saw no program.
@@ -23,13 +24,13 @@ def idle_share(run: Callable[[], Any], folder: Path) -> float:
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0  # the host's calls would be most of the trace
   with jax.profiler.trace(str(folder), profiler_options=options):
-    run()
+    given = run()
   found = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-  return idle(jax.profiler.ProfileData.from_file(str(found)).planes)
+  return idle(jax.profiler.ProfileData.from_file(str(found)).planes), given
 
 
 def idle(planes: Iterable[Any]) -> float:
-  """`idle_share`, of a trace's planes (jax.profiler.ProfileData)."""
+  """The share in which no program runs, of a trace's planes (jax.profiler.ProfileData)."""
   spans = sorted((event.start_ns, event.end_ns) for plane in planes for line in plane.lines
                  if LINES.fullmatch(line.name) for event in line.events)
   if not spans:
