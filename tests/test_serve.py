@@ -21,11 +21,11 @@ from starlette.requests import ClientDisconnect
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Full
 from dspark_jax.programs import shell
-from dspark_jax.programs.openai_api import Refused, Speaker, parse
+from dspark_jax.programs.openai_api import Answer, Refused, Speaker, parse
 from folders import complains
 from infer import serve
 from infer.serve import Serving
-from infer.serve_app import Stream, build
+from infer.serve_app import App, Stream, build
 from test_cost import table
 
 
@@ -350,3 +350,19 @@ def test_costs_of_something_else_are_refused(change, part, tmp_path):
   shell.write_json(tmp_path / "cost.json", table(**{"target": "smollm2"} | change).to_json())
   with complains(part):
     serve.start_engine(serve.Settings(target="smollm2", drafter="none", cost=tmp_path / "cost.json"))
+
+
+def test_an_answer_that_is_over_is_not_decoded_on(tokenizer):
+  """Of two answers one meets its stop text. Kills: a seat that writes what nobody will read until its sibling ends."""
+  cancelled, events = [], asyncio.Queue()
+  serving = SimpleNamespace(engine=Scripted([]), draining=False, error=None, cancel=cancelled.append)
+  job = parse({"prompt": "Once", "n": 2, "stop": "They", "stream": True}, tokenizer, chat_form=False, most=99)
+
+  async def first():
+    for id, text in ((2, "Lists"), (1, "Lists. They have")):
+      events.put_nowait(Event(id, tuple(tokenizer.encode(text)), None, 0, 0, 0, None))
+    told = App(SimpleNamespace(), serving, tokenizer)._tell(job, Answer(job, "toy"), [1, 2], events, 0.0)
+    return [json.loads((await anext(told)).removeprefix("data: "))["choices"][0] for _ in range(2)]
+
+  ends = [(choice["index"], choice["finish_reason"]) for choice in asyncio.run(first())]
+  assert ends == [(1, None), (0, "stop")] and cancelled[0] == [1]
