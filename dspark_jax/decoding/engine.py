@@ -23,8 +23,8 @@ from dspark_jax.config import Count, Range, raise_all, wrong_choices
 from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Cost
 from dspark_jax.decoding.estimator import Estimator
-from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows
-from dspark_jax.decoding.round import Chunk, Models, Settings
+from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows, on_host
+from dspark_jax.decoding.round import Chunk, Models, Report, Settings
 from dspark_jax.decoding.session import capacity as slots_for
 from dspark_jax.decoding.session import check
 from dspark_jax.decoding.verify import Rule
@@ -95,7 +95,7 @@ class _Seat:
 @dataclasses.dataclass(eq=False)
 class _Flight:
   """A round that was dispatched and not yet read."""
-  report: jax.Array                 # i32[R,W]  `executables.reported`
+  report: Report
   players: list[tuple[_Seat, int]]  # with the request's id
   program: str
   predicted: float                  # seconds
@@ -317,7 +317,7 @@ class Engine:
     choice = self._dispatcher.choose([seat.past for seat in plays], [seat.context for seat in plays], bool(reads))
     began = time.perf_counter()
     newest = self._flights[-1] if self._flights else None
-    if newest and newest.report.is_ready():  # else the device is still at work
+    if newest and newest.report.done.is_ready():  # else the device is still at work
       ended = max(self._free_at, newest.began) + self._fastest[newest.program]
       self._counts["idle_seconds"] += max(began - ended, 0.0)
     chunk = self._next_chunk(reads) if reads else None
@@ -327,7 +327,7 @@ class Engine:
     else:
       drafted = self._run("draft", self._rows, self._set_knobs(choice))
       self._rows, report = self._run(name, self._rows, drafted, chunk)
-    report.copy_to_host_async()
+    jax.tree.map(lambda x: x.copy_to_host_async(), report)
     players = [(seat, seat.id) for seat in plays]
     if reads and not reads.reads:
       players.append((reads, reads.id))
@@ -354,7 +354,7 @@ class Engine:
 
   def _land(self, flight):
     """Reads a round's report, and turns it into events."""
-    report = self._run.read(flight.program, flight.report)
+    report = on_host(flight.report)
     now = time.perf_counter()
     seconds = now - max(flight.began, self._free_at)
     self._fastest[flight.program] = min(self._fastest[flight.program], seconds)

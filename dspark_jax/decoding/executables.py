@@ -2,12 +2,11 @@
 
 Apart, and chosen by the host: of branches inside one program (`lax.switch`) CPUs and GPUs copy every cache in and out.
 The models go in as a tuple of arrays, and of those only what a program reads: flattening modules takes Python a
-millisecond in every call, and every array some microseconds. So a round reports in a single array, too.
+millisecond in every call, and every array some microseconds.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,38 +101,29 @@ def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str, survival: st
 
 
 def verify(models: Models, rows: Rows, drafted: Draft, chunk: Chunk | None, *, bucket: int | None, log_probs: bool
-           ) -> tuple[Rows, Array]:
-  """The rows after the chosen drafts were verified, `bucket` tokens packed, or None: all of all rows; what is
-  `reported` of it."""
+           ) -> tuple[Rows, Report]:
+  """The rows after the chosen drafts were verified, `bucket` tokens packed, or None: all of all rows."""
   proposal = drafted.proposal.replace(words=models.drafter.words)
   rows, report = settle(models, rows, proposal, drafted.confidence, drafted.lengths, bucket=bucket, chunk=chunk,
                         log_probs=log_probs)
-  return rows, reported(report, drafted.features)
+  return rows, report.replace(features=drafted.features)
 
 
-def plain(models: Models, rows: Rows, chunk: Chunk | None, *, log_probs: bool) -> tuple[Rows, Array]:
-  """The rows after a token of the target's own each, and what is `reported`; a drafter reads on, so that it may draft
-  in the next round."""
+def plain(models: Models, rows: Rows, chunk: Chunk | None, *, log_probs: bool) -> tuple[Rows, Report]:
+  """The rows after a token of the target's own each; a drafter reads on, so that it may draft in the next round."""
   proposal = nothing(models, rows)
-  rows, report = settle(models, rows, proposal, proposal.confidence, jnp.zeros_like(rows.anchor), chunk=chunk,
-                        log_probs=log_probs)
-  return rows, reported(report, proposal.confidence[..., None])
+  return settle(models, rows, proposal, proposal.confidence, jnp.zeros_like(rows.anchor), chunk=chunk,
+                log_probs=log_probs)
 
 
-def reported(report: Report, features: Array) -> Array:
-  """i32[R,W]: a report and features f32[R,G,F] side by side, floats by their bits: one copy to the host, not ten."""
-  words = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
-  return jnp.concatenate([words(x).reshape(len(x), -1) for x in jax.tree.leaves((report, features))], axis=1)
-
-
-def report_type(block: int, features: int, log_probs: bool) -> np.dtype:
-  """What `reported` says of a row, after a round of so many drafts with so many features each: the fields of `Report`,
-  in their order, and "features"."""
-  shaped = {"tokens": (np.int32, (block + 1,)), "confidence": (np.float32, (block,)),
-            "log_probs": (np.float32, (block + 1,))}
-  names = [field.name for field in dataclasses.fields(Report) if log_probs or field.name != "log_probs"]
-  return np.dtype([(name, *shaped.get(name, (np.int32,))) for name in names]
-                  + [("features", np.float32, (block, features))])
+def on_host(report: Report) -> np.ndarray:
+  """[B] rows with the fields of a report, when its round has ended."""
+  # Side by side here and not in the program: a v5p's compiler gives a head whose round packs its report worse tiles.
+  fields = {name: np.asarray(x) for name, x in vars(report).items() if x is not None}
+  rows = np.empty(len(report.n_new), [(name, x.dtype, x.shape[1:]) for name, x in fields.items()])
+  for name, x in fields.items():
+    rows[name] = x
+  return rows
 
 
 def admit(models: Models, rows: Rows, seat: Array, settings: Settings, seed: Array, source: Array, n: Array, *, how: str
@@ -230,8 +220,6 @@ class Executables:
     devices = 1 if jax.sharding.get_mesh().empty else jax.sharding.get_mesh().size
     held = sum(x.nbytes for x in jax.tree.leaves((rows.cache, rows.draft))) // devices
     seats, block = rows.settings.calibration.shape
-    kinds = functools.partial(report_type, features=FEATURES[how["survival"]], log_probs=how["log_probs"])
-    self._plain_report, self._report = kinds(0), kinds(block)
     # A quarter: who lays out the keys anew, or the values, needs half of the caches. Logits are there several times.
     most = max(SMALL, 32 * seats * (block + 1) * models.target.vocab_size) + held // 4
     for name, program in lowered(models, rows, **how):
@@ -247,8 +235,3 @@ class Executables:
   def __call__(self, name: str, rows: Rows, *args: Any) -> Any:
     """What a program makes of rows, which are gone afterwards, but for "draft"."""
     return self.compiled[name](self.leaves[name], rows.replace(cache=None) if name == "draft" else rows, *args)
-
-  def read(self, name: str, report: Array) -> np.ndarray:
-    """[R] of `report_type`, when a round of this program has ended; a plain one has no drafts."""
-    kind = self._plain_report if name.startswith("plain") else self._report
-    return np.asarray(report).view(kind)[:, 0]

@@ -75,6 +75,7 @@ class Report:
   done: Array        # bool[B]     after the round
   failed: Array      # bool[B]
   log_probs: Array | None = None  # f32[B,G+1]  of the tokens, as the target's own, at temperature 1
+  features: Array | None = None   # f32[B,G,F]  of the drafts, which an `Estimator` learns from
 
 
 @flax.struct.dataclass
