@@ -92,9 +92,10 @@ def main(settings: Settings) -> dict:
 def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> dict:
   """One concurrency: two engines, the one with the drafter by each policy in turn."""
   seats = len(prompts) // settings.requests
-  capacity = -(-(max(map(len, prompts)) + settings.new_tokens * 3 // 2 + 96) // 64) * 64
+  longest, block = max(map(len, prompts)), drafter.block_size + 1
   # A prompt in one chunk: of two, prompts that wait to be read would leave seats empty from 16 requests on.
-  chunk = -(-max(map(len, prompts)) // 8) * 8
+  chunk = -(-longest // 8) * 8
+  capacity = -(-(longest + max(settings.new_tokens * 3 // 2 + 2 * block, chunk) + 8 * block + 24) // 64) * 64
   config = EngineConfig(seats=seats, capacity=capacity, sampling="greedy", queue=len(prompts), chunk=chunk)
 
   def measure(run, rows):

@@ -42,7 +42,7 @@ from dspark_jax.programs.compilers import absent_devices, chip_of
 from infer import compile as compile_
 
 SHORT, LONG = 1 / 8, 3 / 4  # of a seat's capacity: the two contexts
-ADMINISTRATION = ("own", "copy", "clear", "retire")  # programs that are no round
+ADMINISTRATION = ("own", "copy", "retire")  # programs that are no round
 CHAIN = 4                   # rounds of a run, dispatched one after another as the engine does
 
 
@@ -93,6 +93,7 @@ def measured_cost(settings: Settings) -> Cost:
   drafter = None
   if settings.drafter != "none":
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  check_room(settings.capacity, settings.chunk, drafter.block_size if drafter else 0)
   models = Models.of(target, drafter)
   rows = empty_rows(models, settings.seats, settings.capacity, settings.sampling)
   buckets = settings.buckets or default_buckets(settings.seats, drafter.block_size if drafter else 0)
@@ -101,6 +102,14 @@ def measured_cost(settings: Settings) -> Cost:
   cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
                     dtype=settings.dtype)
   return cost
+
+
+def check_room(capacity: int, chunk: int, block: int) -> None:
+  """ValueError where seats have no room for the two contexts at which costs are measured."""
+  least = chunk + (CHAIN + 2) * (block + 1) + 16
+  if capacity < least:
+    raise ValueError(f"capacity is {capacity}, expected at least {least} to measure what rounds cost beside a chunk of "
+                     f"{chunk} tokens and blocks of {block} drafts")
 
 
 def how(settings: Settings, buckets: tuple[int, ...]) -> dict:

@@ -84,6 +84,22 @@ def test_an_inserted_row_goes_on_as_it_would_have_alone(layout):
   assert jax.tree.structure(both) == jax.tree.structure(cache)
 
 
+@pytest.mark.parametrize("layout", slow_but(["scanned"], LAYOUTS))
+def test_what_is_cut_off_is_gone(layout):
+  """Kills: a NaN behind a row's end, which a seat's next request would read (0 * NaN); a neighbour that is touched."""
+  target, tokens = LAYOUTS[layout](small_target("qwen3")), random_tokens(3, 6)
+  _, cache = extend(target, tokens, target.init_cache(3, 16))
+  cache = target.commit(cache, jnp.asarray([6, 6, 6], jnp.int32))
+  spoiled = target.commit(jax.tree.map(lambda x: x * jnp.nan if x.ndim > 1 else x, cache), jnp.zeros(3, jnp.int32))
+  spoiled = jax.jit(type(target).insert)(target, cache, jnp.int32(1), target.take(spoiled, jnp.int32(1)))
+  kept = jax.jit(type(target).insert)(target, spoiled, jnp.int32(1), target.take(cache, jnp.int32(1)))
+  for before, n in ((spoiled, 0), (kept, 4)):
+    after = jax.jit(type(target).cut)(target, before, jnp.int32(1), jnp.int32(n))
+    (out, _), (wanted, _) = (extend(target, tokens[:, n:], of) for of in (
+        after, target.commit(cache, jnp.asarray([0, n - 6, 0], jnp.int32))))
+    np.testing.assert_array_equal(out, wanted)
+
+
 @pytest.mark.parametrize("kind", thorough_but([], ["vanilla", "mtp"], KINDS))
 def test_an_inserted_draft_goes_on_as_it_would_have_alone(kind):
   """Kills: a part of a drafter's state that has no row axis, or is forgotten when a request takes a seat."""

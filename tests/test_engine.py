@@ -209,6 +209,7 @@ def test_what_is_verified_changes_no_greedy_text(policy):
 @pytest.mark.parametrize("wrong, says", [
     (dict(prompt=()), "empty"), (dict(prompt=(10 ** 6,)), "another tokenizer"), (dict(max_new_tokens=0), "at least 1"),
     (dict(max_new_tokens=500), "do not fit"), (dict(temperature=-1.0), "temperature"), (dict(seed=-1), "seed"),
+    (dict(max_new_tokens=2.5), "expected one number"), (dict(temperature=[0.5, 0.7]), "expected one number"),
     (dict(stop_token_ids=tuple(range(9))), "at most 8"), (dict(stop_token_ids=(10 ** 6,)), "stop_token_ids")])
 def test_what_cannot_be_served_is_refused_at_once(wrong, says):
   """Kills: a request that fails after it has taken a seat."""
@@ -222,13 +223,13 @@ def test_who_fails_spoils_nobody():
   estimator learns: nobody's drafts would be verified any more."""
   target, drafter = dspark_jax.load_target(QWEN3, scanned=True), models()[1]  # loaded with this one it would be refused
   assert target.lm_head is not None  # else every logit of that word would be spoiled
-  rows, bad = (0, 3, 5, 2), 4
+  rows, bad = (5, 2, 0, 3), 4  # short prompts last, in small chunks: NaN lies behind them
   spoken = {token for row in rows for token in (*PROMPTS[row], *alone(row, True).tokens[0])}
   at, spoiled = next((at, token) for at, token in enumerate(alone(bad, True).tokens[0]) if at > 1 and
                      token not in spoken | set(PROMPTS[bad]))
   weight = target.embed_tokens.weight
   weight[...] = weight[...].at[spoiled].set(jnp.nan)
-  served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=CHUNK, policy="fixed"))
+  served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=4, policy="fixed"))
   read = Request((1, 2, spoiled, 4), max_new_tokens=NEW)
   found = answers(served, [asked(rows[0]), read, asked(rows[1]), asked(bad), asked(rows[2]), asked(rows[3])])
   assert [finish for _, finish, _ in found] == ["length", "failed", "length", "failed", "length", "length"]
@@ -250,15 +251,52 @@ def test_a_full_queue_and_what_an_engine_was_not_started_for():
   ids = [small.submit(Request((1, 2), max_new_tokens=3)) for _ in range(2)]
   with pytest.raises(Full, match="2 requests"):
     small.submit(Request((1, 2), max_new_tokens=3))
-  assert [event.id for event in small.run() if event.finish] == ids
-  assert small.metrics()["occupied"] == 0
+  small.cancel(ids[1])
+  assert sorted(event.id for event in small.run() if event.finish) == ids
+  assert (small.metrics()["occupied"], small.metrics()["finished"]) == (0, 2)  # also who was cancelled while it waited
 
 
-@pytest.mark.parametrize("policy, says", [("fastest", "expected plain"), ("scheduled", "no cost table")])
-def test_a_policy_that_cannot_be_is_refused(policy, says):
-  """Kills: an engine that compiles for a minute before it finds out."""
+@pytest.mark.parametrize("asked, says", [
+    (dict(policy="fastest"), "expected plain"), (dict(policy="scheduled"), "no cost table"),
+    (dict(policy="threshold", buckets=(16, 8)), "rising"), (dict(policy="threshold", buckets=(0,)), "rising"),
+    (dict(policy="threshold", buckets=(10 ** 6,)), "expected fewer tokens"),
+    (dict(policy="fixed", confidence_threshold=0.5), "no confidence_threshold"),
+    (dict(policy="fixed", capacity=CHUNK, chunk=CHUNK), "no room for a prompt")])
+def test_what_an_engine_cannot_be_is_refused(asked, says):
+  """Kills: an engine that compiles for a minute before it finds out, or serves something else."""
   with pytest.raises(ValueError, match=says):
-    Engine(*models(), EngineConfig(policy=policy))
+    Engine(*models(), EngineConfig(**asked))
+
+
+def test_a_policy_that_an_engine_was_not_started_for():
+  """Kills: packed programs that were never compiled; thresholds that go on under fixed."""
+  served = engine("fixed", priced=True)
+  served.use("plain")
+  served.use("fixed")
+  with pytest.raises(ValueError, match="started for fixed"):
+    served.use("scheduled")
+  with pytest.raises(ValueError, match="started for threshold"):
+    engine("threshold", priced=True, **THRESHOLDS).use("fixed")
+
+
+@pytest.mark.parametrize("tight", ["a chunk", "the text"])
+def test_a_request_may_fill_its_seat_to_the_last_slot(tight):
+  """Kills: windows that run over a seat's end, and slide back over its text; requests refused that fit."""
+  (target, drafter), prompt = models(), PROMPTS[5]
+  block, behind = drafter.block_size, 2 * (drafter.block_size + 1)
+  capacity = len(prompt) + (CHUNK + block if tight == "a chunk" else 30 + behind)
+  served = Engine(target, drafter, EngineConfig(seats=2, capacity=capacity, chunk=CHUNK, policy="fixed",
+                                                sampling="greedy", log_probabilities=True))
+  new = served.room(len(prompt))
+  assert new == capacity - len(prompt) - behind > 2
+  with pytest.raises(ValueError, match=f"room for {new}"):
+    served.submit(Request(prompt, max_new_tokens=new + 1))
+  request = Request(prompt, max_new_tokens=new, reuse=False, log_probabilities=True)
+  logs = lambda events: sum((event.log_probabilities for event in events), ())
+  (tokens, _, events), = answers(engine("fixed"), [request])
+  for mine, _, said in answers(served, [request] * 3):
+    assert mine == tokens
+    np.testing.assert_allclose(logs(said), logs(events), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -44,6 +44,12 @@ def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: 
   if cost is not None and drafter and (cost.seats, cost.block) != (config.seats, drafter.block_size):
     raise ValueError(f"the cost table is of {cost.seats} seats and {cost.block} drafts, the engine has {config.seats} "
                      f"and {drafter.block_size}: measure one for this engine (python -m infer.profile_sps)")
+  if drafter and config.buckets and config.buckets[-1] >= config.seats * (drafter.block_size + 1):
+    raise ValueError(f"buckets are {config.buckets}, expected fewer tokens than the {config.seats} seats of "
+                     f"{drafter.block_size + 1} that the full program has")
+  if cost is not None and config.buckets not in ((), tuple(cost.packed)):
+    raise ValueError(f"buckets are {config.buckets}, those of the cost table {tuple(cost.packed)}: leave them out, or "
+                     f"measure a table of these (python -m infer.profile_sps --buckets)")
 
 
 def default_buckets(seats: int, block: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +19,12 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from dspark_jax.config import Count, Range, raise_all, wrong_choices
+from dspark_jax.config import Count, Range, raise_all, shown, wrong_choices
 from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Cost
 from dspark_jax.decoding.estimator import Estimator
 from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows, on_host
 from dspark_jax.decoding.round import Chunk, Models, Report, Settings
-from dspark_jax.decoding.session import capacity as slots_for
 from dspark_jax.decoding.session import check
 from dspark_jax.decoding.verify import Rule
 from dspark_jax.sampling import make_sampling
@@ -75,7 +74,6 @@ class _Seat:
   read: int = 0               # tokens of the prompt that both caches have, or will have after what is dispatched
   sent: int = 0               # new tokens in events
   past: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=dispatch.ROUNDS))
-  clean: bool = True          # no failed request has left its NaN
   used: int = 0               # when it was last given up
 
   @property
@@ -108,7 +106,7 @@ class EngineConfig:
   seats: Count = 8
   """requests that play at a time"""
   capacity: Count = 2048
-  """tokens of a seat: prompt and text, and two blocks of scratch"""
+  """tokens of a seat: prompt and text, and two blocks of scratch; beside a prompt at least a chunk and a block"""
   policy: Literal[dispatch.POLICIES] = "scheduled"
   """what is verified: nothing (plain), every draft (fixed), what is above the thresholds, Algorithm 1 (early-stop), or
   the best of all programs for the survivals of two rounds before (scheduled)"""
@@ -133,7 +131,13 @@ class EngineConfig:
   """tokens of the packed programs; none given: those of the cost table, or powers of two"""
 
   def __post_init__(self):
-    raise_all("engine", wrong_choices(self))
+    problems, sizes = wrong_choices(self), self.buckets
+    if not all(small < large for small, large in zip((0, *sizes), sizes)):
+      problems.append(f"buckets are {shown(sizes)}, expected rising numbers of tokens")
+    if self.policy != "threshold" and (self.confidence_threshold or self.survival_threshold):
+      problems.append(f"the policy {self.policy} knows no confidence_threshold and no survival_threshold: expected "
+                      f"threshold")
+    raise_all("engine", problems)
 
 
 class Engine:
@@ -154,8 +158,11 @@ class Engine:
       config = dataclasses.replace(config, survival="estimator")
     self.target, self.drafter, self.config = target, drafter, config
     dispatch.check(config, drafter, cost, measured=measure is not None)
-    buckets = () if config.policy in ("plain", "fixed") else tuple(cost.packed) if cost else (
-        config.buckets or dispatch.default_buckets(config.seats, self.block))
+    buckets = () if config.policy in ("plain", "fixed") else config.buckets or (
+        tuple(cost.packed) if cost else dispatch.default_buckets(config.seats, self.block))
+    if self.room(1) < 1:
+      raise ValueError(f"a seat of {config.capacity} tokens has no room for a prompt beside its chunk of "
+                       f"{config.chunk} and blocks of {self.block} drafts: give a larger capacity, or smaller chunks")
     models = Models.of(target, drafter)
     self._rows = empty_rows(models, config.seats, config.capacity, config.sampling, config.verification)
     self._run = Executables(models, self._rows, say, policy=config.policy, survival=config.survival, buckets=buckets,
@@ -173,7 +180,8 @@ class Engine:
     self._flights: collections.deque[_Flight] = collections.deque()
     self._counts, self._events = collections.Counter(), []
     self._free_at = 0.0  # when the newest round that was read had ended
-    self._fastest: dict[str, float] = collections.defaultdict(lambda: math.inf)  # seconds of a program's rounds
+    # Seconds of each program's newest rounds: their median, as of two that are read at once the second takes none.
+    self._took = collections.defaultdict(lambda: collections.deque(maxlen=dispatch.ROUNDS))
 
   @property
   def block(self) -> int:
@@ -222,11 +230,12 @@ class Engine:
   def use(self, policy: str) -> None:
     """Plays by another of the policies plain, fixed and scheduled from now on, with the same programs: to compare them.
 
-    ValueError for one that has programs of its own, or where there is no drafter or no cost table.
+    ValueError for one that has programs of its own, or where this engine's are not all that it needs.
     """
-    if policy not in ("plain", "fixed", "scheduled") or not self.drafter or policy == "scheduled" and not self.cost:
+    started = self.config.policy
+    if started not in ("fixed", "scheduled") or policy not in ("plain", "fixed", started):
       raise ValueError(f"the policy {policy} cannot be taken on by an engine that was started for "
-                       f"{self.config.policy}: start one for it")
+                       f"{started}: start one for it")
     self._dispatcher.policy = policy
 
   def metrics(self) -> dict[str, float]:
@@ -236,7 +245,19 @@ class Engine:
     return counts | {"seats": len(self._seats), "occupied": playing, "queue": len(self._queue),
                      "device_idle_share": counts.get("idle_seconds", 0) / max(counts.get("round_seconds", 0), 1e-9)}
 
+  def room(self, prompt: int) -> int:
+    """The most new tokens of a request whose prompt has so many; below 1: it does not fit."""
+    slots, block = self.config.capacity, self.block
+    # A prompt's last chunk is written whole, and behind it what its row would write if it played.
+    if prompt + self.config.chunk + block > slots:
+      return 0
+    return min(slots - 2 * (block + 1), self.target.max_positions) - prompt
+
   def _validate(self, request):
+    for name in ("max_new_tokens", "top_k", "seed", "temperature", "top_p"):
+      value, wanted = getattr(request, name), "__float__" if name in ("temperature", "top_p") else "__index__"
+      if isinstance(value, bool) or not hasattr(value, wanted):
+        raise ValueError(f"{name} is {shown(value)}, expected one number")
     check(max_new_tokens=request.max_new_tokens, seed=request.seed)
     mode = make_sampling(request.temperature, request.top_k, request.top_p).mode
     if MODES.index(mode) > MODES.index(self.config.sampling):
@@ -251,11 +272,10 @@ class Engine:
                          f"0..{self.target.vocab_size - 1}: was it made with another tokenizer?")
     if len(request.stop_token_ids) > STOP_IDS:
       raise ValueError(f"there are {len(request.stop_token_ids)} stop token ids, expected at most {STOP_IDS}")
-    needed = slots_for(len(request.prompt) + self.config.chunk, request.max_new_tokens, self.block)
-    room = min(self.config.capacity, self.target.max_positions)
-    if needed > self.config.capacity or len(request.prompt) + request.max_new_tokens > self.target.max_positions:
+    if request.max_new_tokens > (room := self.room(len(request.prompt))):
       raise ValueError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones do not fit a "
-                       f"seat of {room}: shorten the prompt or lower max_new_tokens")
+                       f"seat of {min(self.config.capacity, self.target.max_positions)}, which has room for "
+                       f"{max(room, 0)} after this prompt: shorten it, or ask for fewer")
     if request.log_probabilities and not self.config.log_probabilities:
       raise ValueError("log-probabilities are asked for, and the engine was started without them: start it with "
                        "log_probabilities")
@@ -268,6 +288,7 @@ class Engine:
     with self._lock:
       dropped, self._dropped = self._dropped, set()
       queued = [id for id, _ in self._queue if id in dropped]
+      self._counts["finished"] += len(queued)
       self._queue = collections.deque(pair for pair in self._queue if pair[0] not in dropped)
     for seat in self._seats:
       if seat.id in dropped:
@@ -282,7 +303,7 @@ class Engine:
       with self._lock:
         id, request = self._queue.popleft()
       seat, source, n = self._place(request)
-      how = "copy" if n and source is not seat else "own" if seat.clean else "clear"
+      how = "copy" if n and source is not seat else "own"
       sampling = make_sampling(request.temperature, request.top_k, request.top_p).replace(mode=self.config.sampling)
       stops = np.full((1, STOP_IDS), -1, np.int32)
       stops[0, :len(request.stop_token_ids)] = request.stop_token_ids
@@ -294,7 +315,6 @@ class Engine:
       self._rows = self._run(how, self._rows, np.int32(seat.index), one, np.uint32(request.seed),
                              np.int32(source.index), np.int32(n))
       seat.id, seat.request, seat.tokens, seat.read, seat.sent = id, request, list(request.prompt), n, 0
-      seat.clean = True
       seat.past.clear()
       self._counts["prefix_tokens_reused"] += n
       self._counts["prompt_tokens"] += len(request.prompt)
@@ -303,7 +323,7 @@ class Engine:
     """(a free seat, the seat that has the longest beginning of the prompt, its tokens)."""
     free = [seat for seat in self._seats if seat.id is None]
     # The last token of a common beginning is read again: a recurrent drafter pairs it with the one after it.
-    known = {seat: _common(seat.tokens[:seat.context], request.prompt) - 1 if seat.clean and request.reuse else 0
+    known = {seat: _common(seat.tokens[:seat.context], request.prompt) - 1 if request.reuse else 0
              for seat in self._seats}
     source = max(self._seats, key=lambda seat: (known[seat], seat.id is None))
     if known[source] < 1:
@@ -317,8 +337,9 @@ class Engine:
     choice = self._dispatcher.choose([seat.past for seat in plays], [seat.context for seat in plays], bool(reads))
     began = time.perf_counter()
     newest = self._flights[-1] if self._flights else None
-    if newest and newest.report.done.is_ready():  # else the device is still at work
-      ended = max(self._free_at, newest.began) + self._fastest[newest.program]
+    # Else the device is still at work, or nobody knows how long this program takes.
+    if newest and newest.report.done.is_ready() and (took := self._took[newest.program]):
+      ended = max(self._free_at, newest.began) + statistics.median(took)
       self._counts["idle_seconds"] += max(began - ended, 0.0)
     chunk = self._next_chunk(reads) if reads else None
     name = dispatch.named(choice.program, bool(reads))
@@ -357,7 +378,7 @@ class Engine:
     report = on_host(flight.report)
     now = time.perf_counter()
     seconds = now - max(flight.began, self._free_at)
-    self._fastest[flight.program] = min(self._fastest[flight.program], seconds)
+    self._took[flight.program].append(seconds)
     self._counts["round_seconds"] += seconds
     self._counts["predicted_seconds"] += flight.predicted
     self._dispatcher.landed(flight.program, flight.predicted, seconds)
@@ -382,7 +403,8 @@ class Engine:
                               (len(tokens), *numbers, live, live * len(tokens))):
         self._counts[name] += number
       if finish:
-        seat.clean = finish != "failed"
+        if finish == "failed":
+          seat.tokens = []  # nobody may begin with what it has read
         self._free(seat)
 
   def _learn(self, report, seats):

@@ -130,17 +130,12 @@ def admit(models: Models, rows: Rows, seat: Array, settings: Settings, seed: Arr
           ) -> Rows:
   """The rows with a request in a seat, its prompt yet to be read but for the first n tokens.
 
-  settings: of one row. Those n are in both caches: the seat's own, or (how: copy) the row `source`'s. how: clear
-  empties the seat: after a failed request 0 * NaN would be NaN even past a row's end.
+  settings: of one row. Those n are in both caches: the seat's own, or (how: copy) the row `source`'s.
   """
   cache, state, (target, drafter) = rows.cache, rows.draft, (models.target, models.drafter)
   if how == "copy":
     cache = target.insert(cache, seat, target.take(cache, source))
     state = drafter and drafter.insert(state, seat, drafter.take(state, source))
-  elif how == "clear":
-    empty = lambda x: jax.tree.map(jnp.zeros_like, x)
-    cache = target.insert(cache, seat, empty(target.take(cache, source)))
-    state = drafter and drafter.insert(state, seat, empty(drafter.take(state, source)))
   put = lambda old, new: old.at[seat].set(new)
   return rows.replace(
       cache=target.cut(cache, seat, n), draft=drafter and drafter.cut(state, seat, n),
@@ -158,7 +153,7 @@ def retire(models: Models, rows: Rows, seat: Array) -> Rows:
 def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: tuple[int, ...], chunk: int,
             log_probs: bool) -> Iterator[tuple[str, jax.stages.Lowered]]:
   """All programs of an engine by name, each of (leaves of the models, rows, more), on the current mesh: "draft",
-  "plain", "full", a bucket's "128", "plain+chunk", "full+chunk", "own", "copy", "clear" (`admit`), "retire".
+  "plain", "full", a bucket's "128", "plain+chunk", "full+chunk", "own", "copy" (`admit`), "retire".
 
   models and rows may be shapes. None stands for leaves that a program does not read, and for the target's cache in a
   draft's rows. Rows are donated to all but the draft, and come back where they were.
@@ -201,7 +196,7 @@ def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: 
   for name, piece in (("plain", None), ("plain+chunk", part)):
     yield name, lower(named(plain, log_probs=log_probs), rows, piece)[0]
   one = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), rows.settings)
-  for how in ("own", "copy", "clear"):
+  for how in ("own", "copy"):
     yield how, lower(named(admit, how=how), rows, np.int32(0), one, np.uint32(0), np.int32(0), np.int32(0))[0]
   yield "retire", lower(retire, rows, np.int32(0))[0]
 

@@ -113,10 +113,18 @@ class Full:
     one = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, 1 if self.stacked else 0)
     return self.replace(k=one(self.k), v=one(self.v))
 
+  def cut(self, row: Array, n: Array) -> Full:
+    """The cache with row i32[] emptied from slot n i32[] on."""
+    one = self.take(row)
+
+    def kept(x, axis):
+      slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim + axis)
+      return jnp.where(slot < n, x, 0)
+    return self.insert(row, one.replace(k=kept(one.k, -1 if self.layout == "columns" else -2), v=kept(one.v, -2)))
+
   def insert(self, row: Array, one: Full) -> Full:
     """The cache with row i32[] taken from `one`, a cache of one row with as many slots or fewer."""
-    # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads. A NaN
-    # there would be read all the same (0 * NaN): a row that failed is filled whole before its seat is given away.
+    # Slots past those of `one` keep what the row's last owner left: they lie past its length, where nobody reads.
     axis = 1 if self.stacked else 0
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, axis)
     return self.replace(k=put(self.k, one.k), v=put(self.v, one.v))
@@ -137,8 +145,9 @@ class Cache:
     return Cache(tuple(layer.take(row) for layer in self.layers), jax.lax.dynamic_slice_in_dim(self.length, row, 1))
 
   def cut(self, row: Array, n: Array) -> Cache:
-    """The cache with the first n i32[] tokens alone of row i32[]."""
-    return self.replace(length=self.length.at[row].set(n))
+    """The cache with the first n i32[] tokens alone of row i32[]; the slots behind them are emptied: a NaN that another
+    request has left there would be read all the same (0 * NaN)."""
+    return Cache(tuple(layer.cut(row, n) for layer in self.layers), self.length.at[row].set(n))
 
   def insert(self, row: Array, one: Cache) -> Cache:
     """The cache with row i32[] taken from `one`, a cache of one row."""
@@ -174,8 +183,8 @@ def take_row(state: Any, row: Array) -> Any:
 
 def cut_row(state: Any, row: Array, n: Array) -> Any:
   """The tree with the first n i32[] tokens alone in the caches of row i32[]; what a row holds beside them is of its
-  newest token, and of no use until the next is absorbed."""
-  return jax.tree.map(lambda x: x.cut(row, n) if isinstance(x, Cache) else x, state,
+  newest token, of no use until the next is absorbed, and emptied."""
+  return jax.tree.map(lambda x: x.cut(row, n) if isinstance(x, Cache) else x.at[row].set(0), state,
                       is_leaf=lambda x: isinstance(x, Cache))
 
 
