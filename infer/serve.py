@@ -35,6 +35,7 @@ from dspark_jax.config import Range
 from dspark_jax.data import chat
 from dspark_jax.decoding import cost as costs
 from dspark_jax.decoding.calibration import mode_name
+from dspark_jax.decoding.dispatch import BY_COST
 from dspark_jax.decoding.engine import Engine, EngineConfig, Event
 from dspark_jax.loading import locate_target, stored_temperatures
 from dspark_jax.nn.attention import Kernels
@@ -44,6 +45,7 @@ from infer import profile_sps
 
 # Where costs are measured at the start: runs of each program, and seconds after which there are fewer.
 REPEATS, WITHIN = 3, 45
+LEAVE = 30  # seconds for clients to take the last of their answers, or to finish a request that will be refused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,9 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   if settings.drafter != "none":
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
     stored = stored_temperatures(settings.drafter, drafter)
+
+  if cost is None and drafter and config.policy in BY_COST:
+    profile_sps.check_room(config.capacity, config.chunk, drafter.block_size)
 
   def calibration(temperature):
     mode = mode_name(temperature)
@@ -212,7 +217,8 @@ def serve(settings: Settings, engine: Engine, tokenizer: Any, listener: socket.s
         return await super().on_tick(counter) or serving.draining and not serving.busy
 
     app = build(settings, serving, tokenizer)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5,
+                            timeout_graceful_shutdown=LEAVE)
     host, port = listener.getsockname()[:2]
     shell.say(f"serving {settings.target} on http://{host}:{port}")
     Server(config).run(sockets=[listener])

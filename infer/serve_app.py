@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import functools
 import hashlib
 import json
 import re
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from dspark_jax.programs.openai_api import Answer, Job, Refused, Speaker, parse
 
 PAGE = Path(__file__).with_name("serve_page.html")
 GAUGES = {"seats", "occupied", "queue", "device_idle_share"}
+FAULT = Refused("the server has a fault, which its own log tells", status=500)
 
 
 def build(settings: Any, serving: Any, tokenizer: Any) -> Starlette:
@@ -37,7 +40,7 @@ def build(settings: Any, serving: Any, tokenizer: Any) -> Starlette:
   handlers = {Refused: lambda _, error: JSONResponse(error.body(), error.status),
               404: lambda request, _: refusal(f"there is no {request.url.path}", 404),
               405: lambda request, _: refusal(f"{request.url.path} takes no {request.method}", 405),
-              500: lambda *_: refusal("the server has a fault, which its own log tells", 500)}
+              500: lambda *_: JSONResponse(FAULT.body(), FAULT.status)}
   return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -65,6 +68,9 @@ class App:
 
   def __init__(self, settings: Any, serving: Any, tokenizer: Any):
     self.settings, self.serving, self.tokenizer, self.began = settings, serving, tokenizer, int(time.time())
+    # Prompts are tokenized beside the streams, one at a time, by a tokenizer of their own: it keeps settings of a call
+    # in itself, and may not be changed while another thread reads it.
+    self.reader, self.reading = copy.deepcopy(tokenizer), asyncio.Lock()
     self.registry = prometheus_client.CollectorRegistry()
     self.registry.register(EngineMetrics(serving))
     spread = lambda name, text, buckets: prometheus_client.Histogram(name, text, buckets=buckets,
@@ -77,10 +83,13 @@ class App:
 
   async def complete(self, request: Request, chat_form: bool) -> Response:
     """A completion, of a text or of a conversation."""
-    if self.serving.draining:
-      raise Refused("the server is shutting down: ask another", status=503)
-    job = parse(await self._json(request), self.tokenizer, chat_form=chat_form, most=self.settings.max_tokens,
-                model=self.settings.target)
+    self._must_be_open()
+    body, room = await self._json(request), self.serving.engine.room
+    async with self.reading:
+      job = await asyncio.to_thread(
+          parse, body, self.reader, chat_form=chat_form, model=self.settings.target,
+          most=lambda prompt: max(min(self.settings.max_tokens, room(prompt)), 1))
+    self._must_be_open()  # it may have taken long
     answer, arrived, events, ids = Answer(job, self.settings.target), time.perf_counter(), asyncio.Queue(), []
     try:
       for one in job.requests:
@@ -93,6 +102,10 @@ class App:
     if job.stream:
       return Stream(told, functools.partial(self.serving.cancel, ids))
     return await self._whole(request, told, ids)
+
+  def _must_be_open(self):
+    if self.serving.draining:
+      raise Refused("the server is shutting down: ask another", status=503)
 
   async def _whole(self, request, told, ids):
     """The last of what is told, unless the client leaves before."""
@@ -154,6 +167,11 @@ class App:
       if not job.stream:
         raise
       yield sse(error.body())  # the status has gone out already
+    except Exception:
+      if not job.stream:
+        raise
+      traceback.print_exc()
+      yield sse(FAULT.body())
     finally:
       self.serving.cancel(ids)  # who left, or was cut at a stop text, is not decoded to the end
 

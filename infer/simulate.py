@@ -189,6 +189,8 @@ def main(settings: Settings) -> dict:
                      f"more than 0")
   workloads = {name: WORKLOADS[name] for name in settings.workloads}
   workloads |= {f"length {length:g}": (length,) for length in settings.lengths}
+  if not workloads:
+    raise ValueError("there are no workloads and no lengths: give one of either")
   found = tables(settings)
   for (_, cost_at), length in itertools.product(found, itertools.chain(*workloads.values())):
     mean_acceptance(length, cost_at(1)[0].block, settings.concentration)  # before minutes of drawing

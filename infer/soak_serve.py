@@ -174,6 +174,9 @@ class Soak:
     """A stream, to its end or so many chunks."""
     text = []
     async with client.stream("POST", "/v1/completions", content=self.body(prompt, stream=True)) as response:
+      if response.status_code == 429:
+        self.counts["full"] += 1
+        return
       async for line in response.aiter_lines():
         if chunks is not None and len(text) >= chunks:
           return

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
+import tokenizers
 import uvicorn
 from starlette.requests import ClientDisconnect
 
@@ -23,7 +25,7 @@ from dspark_jax.decoding.engine import Event, Full
 from dspark_jax.programs import shell
 from dspark_jax.programs.openai_api import Answer, Refused, Speaker, parse
 from folders import complains
-from infer import serve
+from infer import serve, serve_app
 from infer.serve import Serving
 from infer.serve_app import App, Stream, build
 from test_cost import table
@@ -45,6 +47,9 @@ class Scripted:
   @property
   def idle(self):
     return not (self.open or self.late)
+
+  def room(self, prompt):
+    return 200 - prompt
 
   def submit(self, request):
     if len(request.prompt) > 200:
@@ -134,13 +139,15 @@ def test_several_answers_and_log_probabilities(toy):
   assert [choice.index for choice in found.choices] == [0, 1, 2]
   assert [toy.engine.asked[before + i].seed for i in (1, 2, 3)] == [7, 8, 9]
   assert found.choices[2].logprobs.token_logprobs == [-0.5] * 5
+  assert "".join(found.choices[2].logprobs.tokens) == found.choices[2].text  # not as the vocabulary spells them
   spoken = toy.client.chat.completions.create(model="toy", messages=HELLO, max_tokens=4, logprobs=True)
   assert len(spoken.choices[0].logprobs.content) == 4
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_text_across_tokens(toy, stream):
-  """Kills: a stop text that is seen only inside one token, a part of it that was told already, decoding on."""
+def test_a_stop_text_across_tokens(toy, tokenizer, stream):
+  """Kills: a stop text that is seen only inside one token, a part of it that was told already, decoding on,
+  tokens behind it that count as said."""
   before = len(toy.engine.cancelled)
   found = toy.client.completions.create(model="toy", prompt="Once", max_tokens=40, stop=["ones, 😀 t", "zzz"],
                                         stream=stream)
@@ -149,6 +156,9 @@ def test_a_stop_text_across_tokens(toy, stream):
     text, last = "".join(chunk.choices[0].text for chunk in found), found[-1].choices[0].finish_reason
   else:
     text, last = found.choices[0].text, found.choices[0].finish_reason
+    count = found.usage.completion_tokens  # a round brings more along
+    less, said = (tokenizer.decode(toy.engine.tokens[:n]) for n in (count - 1, count))
+    assert len(less) < len(text) <= len(said)
   assert (text, last) == (TEXT[:TEXT.index("ones,")], "stop")
   assert len(toy.engine.cancelled) >= before and toy.engine.idle is not None
 
@@ -162,7 +172,8 @@ def test_a_stop_text_across_tokens(toy, stream):
     (dict(frequency_penalty=1), "frequency_penalty"), (dict(tools=[{"type": "function"}]), "tools"),
     (dict(logit_bias={"1": 3}), "logit_bias"), (dict(top_logprobs=4), "top_logprobs"), (dict(sleepy=True), "sleepy"),
     (dict(stream="yes"), "stream"), (dict(response_format={"type": "json_object"}), "response_format"),
-    (dict(temperature=float("nan")), "temperature"), (dict(max_tokens=True), "max_tokens")])
+    (dict(temperature=float("nan")), "temperature"), (dict(max_tokens=True), "max_tokens"),
+    ({"\ud800": 1}, "ud800' is '1'"), ({"x" * 3000: 1}, "xx... is '1'")])
 def test_what_is_not_understood_is_refused_by_name(toy, change, says):
   """Kills: a field that would change the answer and is passed over; 500 for a client's mistake."""
   body = json.dumps({"model": "toy", "messages": HELLO} | change)
@@ -252,6 +263,48 @@ def test_while_it_drains_new_requests_are_refused(tokenizer):
     assert httpx2.post(f"{url}/v1/completions", content='{"prompt": "Once"}').status_code == 503
 
 
+def test_a_long_prompt_holds_up_nobody(tokenizer, monkeypatch):
+  """Kills: prompts that are tokenized on the thread that everybody's streams go through; one that is read while the
+  server begins to shut down, and is served all the same."""
+  reading, go = threading.Event(), threading.Event()
+
+  def slow(*args, **how):
+    reading.set()
+    assert go.wait(30)
+    return parse(*args, **how)
+
+  monkeypatch.setattr(serve_app, "parse", slow)
+  with served(tokenizer, Scripted(tokenizer.encode(TEXT))) as (url, serving), ThreadPoolExecutor(1) as pool:
+    late = pool.submit(httpx2.post, f"{url}/v1/completions", content='{"prompt": "Once"}', timeout=60)
+    try:
+      assert reading.wait(30) and httpx2.get(f"{url}/health", timeout=10).status_code == 200
+      serving.draining = True
+    finally:
+      go.set()
+    assert late.result().status_code == 503
+
+
+def test_who_names_no_limit_gets_what_there_is_room_for(tokenizer):
+  """Kills: a default that refuses prompts which fit."""
+  engine = Scripted(tokenizer.encode(TEXT))
+  with served(tokenizer, engine, max_tokens=1000) as (url, _):
+    assert httpx2.post(f"{url}/v1/completions", content=json.dumps({"prompt": [5] * 190})).status_code == 200
+  assert engine.asked[1].max_new_tokens == 10
+
+
+def test_bytes_that_spell_no_character():
+  """Of a tokenizer that falls back to bytes. Kills: a stray byte behind a character, which ends the stream, or what was
+  told before told otherwise."""
+  words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
+  spelled = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "a"))
+  spelled.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+  tokenizer = SimpleNamespace(backend_tokenizer=spelled, decode=lambda ids, skip_special_tokens: spelled.decode(ids))
+  speaker, told, tokens = Speaker(tokenizer, ()), "", [*"\uc12c".encode(), 0xEC, 256, 256]
+  for at, token in enumerate(tokens):
+    told += speaker.feed(Event(1, (token,), None, 0, 0, 0, "length" if at + 1 == len(tokens) else None))[0]
+  assert told.startswith("\uc12c") and told.endswith("a") and speaker.said == told
+
+
 def test_words_as_they_come(tokenizer):
   """Any cut of the tokens into rounds tells the same text, whole and in pieces. Kills: half a character, text told
   twice, a stop text in the pieces."""
@@ -271,13 +324,13 @@ def test_words_as_they_come(tokenizer):
 
 
 def test_defaults_are_openais(tokenizer):
-  job = parse({"prompt": "Once"}, tokenizer, chat_form=False, most=33)
+  job = parse({"prompt": "Once"}, tokenizer, chat_form=False, most=lambda prompt: 33)
   (request,) = job.requests
   assert (request.temperature, request.top_p, request.max_new_tokens, job.stream) == (1.0, 1.0, 33, False)
   assert set(request.stop_token_ids) == set(chat.stop_ids(tokenizer))
   with pytest.raises(Refused, match="chat template"):
     bare = SimpleNamespace(chat_template=None)
-    parse({"messages": HELLO}, bare, chat_form=True, most=3)
+    parse({"messages": HELLO}, bare, chat_form=True, most=lambda prompt: 3)
 
 
 @pytest.mark.slow
@@ -356,7 +409,8 @@ def test_an_answer_that_is_over_is_not_decoded_on(tokenizer):
   """Of two answers one meets its stop text. Kills: a seat that writes what nobody will read until its sibling ends."""
   cancelled, events = [], asyncio.Queue()
   serving = SimpleNamespace(engine=Scripted([]), draining=False, error=None, cancel=cancelled.append)
-  job = parse({"prompt": "Once", "n": 2, "stop": "They", "stream": True}, tokenizer, chat_form=False, most=99)
+  job = parse({"prompt": "Once", "n": 2, "stop": "They", "stream": True}, tokenizer, chat_form=False,
+              most=lambda prompt: 99)
 
   async def first():
     for id, text in ((2, "Lists"), (1, "Lists. They have")):

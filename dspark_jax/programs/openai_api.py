@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from dspark_jax.config import name_shown
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Request
 
@@ -55,10 +56,9 @@ class Job:
     return self.requests[0].log_probabilities
 
 
-def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: int, model: str | None = None) -> Job:
-  """The job of a request's JSON. most: new tokens where it names none; model: the one that it may name.
-
-  `Refused` says what is wrong with it.
+def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: Callable[[int], int], model: str | None = None) -> Job:
+  """The job of a request's JSON. most(tokens of the prompt): new tokens where it names none; model: the one that it may
+  name. `Refused` says what is wrong with it.
   """
   if not isinstance(body, dict):
     raise Refused(f"the body is a {type(body).__name__}, expected a JSON object")
@@ -76,7 +76,7 @@ def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: int, model: str |
   stream = fields.take("stream", bool, False)
   logs = fields.take("logprobs", bool, False) if chat_form else fields.take("logprobs", int, -1, 0, 1) >= 0
   asked = dict(
-      max_new_tokens=next((limit for limit in limits if limit is not None), most),
+      max_new_tokens=next((limit for limit in limits if limit is not None), None) or most(len(prompt)),
       temperature=fields.take("temperature", float, 1.0, 0), top_p=fields.take("top_p", float, 1.0, 0, 1),
       top_k=fields.take("top_k", int, 0, 0), stop_token_ids=tuple({*ids, *chat.stop_ids(tokenizer)}),
       log_probabilities=logs)
@@ -112,6 +112,7 @@ class _Fields:
     for name, value in self.left.items():
       if name in IGNORED or name in NEUTRAL and value in NEUTRAL[name]:
         continue
+      name = name_shown(name)
       raise Refused(f"{name} is {str(value)!r:.60}, which is not supported here: leave it out", name)
 
 
@@ -169,7 +170,8 @@ class Speaker:
   def __init__(self, tokenizer: Any, stops: tuple[str, ...]):
     self._tokenizer, self._stops, self._stream = tokenizer, stops, DecodeStream(skip_special_tokens=True)
     self.tokens: list[int] = []
-    self.starts: list[int] = []  # where each token's text begins
+    self.texts: list[str] = []   # of each token: what it added
+    self.starts: list[int] = []  # where that begins
     self.log_probs: list[float] = []
     self.said = self._sent = ""
     self._untold: list[tuple[int, str, bool]] = []  # pieces that hold what may begin a stop text: start, text, drafted
@@ -179,7 +181,8 @@ class Speaker:
   def feed(self, event: Event) -> tuple[str, list[tuple[str, bool]]]:
     """(what can be told now, the same in pieces: the text of each token with whether it was drafted)."""
     for place, token in enumerate(event.tokens):
-      piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+      piece = self._step(token)
+      self.texts.append(piece)
       self.starts.append(len(self.said))
       self._untold.append((len(self.said), piece, place < event.accepted))
       self.said += piece
@@ -188,7 +191,8 @@ class Speaker:
     if len(self.tokens) > len(event.tokens):  # the first token is of the prompt's own pass
       self.rounds, self.round_tokens = self.rounds + 1, self.round_tokens + len(event.tokens)
     if event.finish:  # also what is no whole character
-      self.said = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+      whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+      self.said = whole if whole.startswith(self._sent) else self.said  # stray bytes may spell earlier ones otherwise
     found = [at for at in map(self.said.find, self._stops) if at >= 0]
     if found:
       self.said, self.stopped = self.said[:min(found)], True
@@ -196,6 +200,20 @@ class Speaker:
     told = self.said[len(self._sent):len(self.said) - held]
     self._sent += told
     return told, self._pieces(event.finish or self.stopped)
+
+  def _step(self, token):
+    """The text that a token adds, once it is whole."""
+    for _ in range(2):
+      try:
+        return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+      except Exception:  # its own: a byte behind others that spells them otherwise; the stream begins anew with it
+        self._stream = DecodeStream(skip_special_tokens=True)
+    return ""
+
+  @property
+  def kept(self) -> list[int]:
+    """The tokens, by number, without those behind a stop text, which one round may bring along."""
+    return [i for i in range(len(self.tokens)) if self.starts[i] < len(self.said) or not self.stopped]
 
   def _pieces(self, last):
     """Those that were told to their end; of the last ones what lies before the end."""
@@ -217,13 +235,13 @@ class Speaker:
 
   def logs(self, chat_form: bool, first: int = 0) -> dict | None:
     """Log-probabilities of the tokens from `first` on, in OpenAI's form; those behind a stop text are left out."""
-    kept = [i for i in range(first, len(self.log_probs)) if self.starts[i] < len(self.said) or not self.stopped]
-    words = [self._tokenizer.convert_ids_to_tokens(self.tokens[i]) for i in kept]
+    kept = [i for i in self.kept if i >= first]
+    words = [self.texts[i] for i in kept]
     values = [self.log_probs[i] for i in kept]
     if not chat_form:
       return {"tokens": words, "token_logprobs": values, "top_logprobs": None, "text_offset": [self.starts[i]
                                                                                               for i in kept]}
-    return {"content": [{"token": word, "logprob": value, "bytes": None, "top_logprobs": []}
+    return {"content": [{"token": word, "logprob": value, "bytes": list(word.encode()), "top_logprobs": []}
                         for word, value in zip(words, values)], "refusal": None}
 
 
@@ -261,7 +279,7 @@ class Answer:
 
   def usage(self, speakers: list[Speaker]) -> dict:
     """Tokens, and how many of them a round brought."""
-    prompt, new = len(self.job.requests[0].prompt), sum(len(speaker.tokens) for speaker in speakers)
+    prompt, new = len(self.job.requests[0].prompt), sum(len(speaker.kept) for speaker in speakers)
     rounds = sum(speaker.rounds for speaker in speakers)
     length = sum(speaker.round_tokens for speaker in speakers) / rounds if rounds else None
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, "accepted_length": length}
