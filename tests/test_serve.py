@@ -39,8 +39,8 @@ def tokenizer():
 class Scripted:
   """An engine whose every answer is a text, some tokens a round, a round late, as the real one tells them."""
 
-  def __init__(self, tokens, seats=4, queue=8):
-    self.tokens, self.seats, self.most = tokens, seats, queue
+  def __init__(self, tokens, seats=4, queue=8, slots=10 ** 9):
+    self.tokens, self.seats, self.most, self.slots = tokens, seats, queue, slots
     self.asked, self.open, self.late, self.cancelled, self.broken = {}, {}, [], [], False
     self.lock = threading.Lock()
 
@@ -49,7 +49,7 @@ class Scripted:
     return not (self.open or self.late)
 
   def room(self, prompt):
-    return 200 - prompt
+    return self.slots - prompt
 
   def submit(self, request):
     if len(request.prompt) > 200:
@@ -286,7 +286,7 @@ def test_a_long_prompt_holds_up_nobody(tokenizer, monkeypatch):
 
 def test_who_names_no_limit_gets_what_there_is_room_for(tokenizer):
   """Kills: a default that refuses prompts which fit."""
-  engine = Scripted(tokenizer.encode(TEXT))
+  engine = Scripted(tokenizer.encode(TEXT), slots=200)
   with served(tokenizer, engine, max_tokens=1000) as (url, _):
     assert httpx2.post(f"{url}/v1/completions", content=json.dumps({"prompt": [5] * 190})).status_code == 200
   assert engine.asked[1].max_new_tokens == 10
