@@ -202,7 +202,7 @@ def test_a_conversation_is_asked_turn_by_turn(tmp_path):
 
 
 def test_tokens_are_taken_where_servers_give_them(tmp_path):
-  """Kills: a text encoded again although its tokens are there."""
+  """Kills: a text encoded again although its tokens are there; tokens without what tells whose they are."""
   def tokens(body, number):
     assert body["return_token_ids"] is True
     found = completion(body)
@@ -212,7 +212,7 @@ def test_tokens_are_taken_where_servers_give_them(tmp_path):
   with serving(tokens) as server:
     assert asked(tmp_path / "a.jsonl", server.url, token_ids=True)["tokens"] == 3
   assert read(tmp_path / "a.jsonl") == [{"id": "1", "tokens": [5, 6, 7, 8, 9, 2], "loss_mask": [0, 0, 0, 1, 1, 1],
-                                         "finish": ["stop"]}]
+                                         "finish": ["stop"], "text": [f"1 {zlib.crc32(b'0/1')} 0.0 question 0"]}]
 
 
 def tries(server) -> dict[str, int]:
@@ -262,6 +262,14 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   assert len(mortal.asked) > 9, "it was never asked again"
   assert steady.most <= 3, "it was given the other's requests on top of its own"
   assert len(mortal.asked) + len(steady.asked) == 156 and time.monotonic() - began < 10
+
+
+def test_a_server_that_needs_a_moment(tmp_path):
+  """Kills: a run that a healthy server ends with its first few answers, of all that are asked at once."""
+  questions(tmp_path)
+  with serving(lambda body, number: (503, b"loading") if number <= 9 else None) as server:
+    result = asked(tmp_path / "a.jsonl", server.url, concurrency=8)
+  assert result["answers"] == 12 and result["failed"] == {}
 
 
 def test_questions_that_cannot_be_answered(tmp_path, capsys):

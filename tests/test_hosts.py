@@ -101,13 +101,14 @@ def test_flags_that_mean_nothing():
 
 
 @pytest.mark.parametrize("told, count", [
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 4), ({"SLURM_NTASKS": "4"}, 1), ({"SLURM_NTASKS": "1"}, 1),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-4]"}, 4), ({"SLURM_NTASKS": "1"}, 1),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1), ({"JAX_COORDINATOR_ADDRESS": "a:1"}, 2), ({}, 1)])
 def test_what_launchers_say(told, count, monkeypatch):
   """Kills: a program for one process that a launcher starts four times; a single process that waits for a cluster (a
-  Slurm job's own shell has the number of tasks, and is none of them)."""
-  for name in (*hosts.TOLD, "SLURM_PROCID"):
+  Slurm job's own shell has the number of tasks, and is none of them, though it has the number of one)."""
+  for name in (*hosts.TOLD, "SLURM_PROCID", "SLURM_STEP_NODELIST"):
     monkeypatch.delenv(name, raising=False)
   for name, value in told.items():
     monkeypatch.setenv(name, value)
@@ -141,7 +142,7 @@ def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
 MEMBER = """
 import sys, time
 from dspark_jax.programs import hosts, shell
-config = hosts.HostsConfig({at!r}, 2, {process}, {timeout}, 4)
+config = hosts.HostsConfig({at!r}, {processes}, {process}, {timeout}, 4)
 class Settings:
   hosts = config
 shell.tyro.cli = lambda *_, **__: Settings
@@ -149,20 +150,23 @@ def main(_):
   assert hosts.agree(lambda: [hosts.here.process, None, "a"]) == [0, None, "a"]
   print("together", file=sys.stderr, flush=True)
   if {wrong} == hosts.here.process:
-    raise ValueError("this file is not there: bring it")
+    raise {error}
   time.sleep({seconds})
   return {{"process": hosts.here.process}}
 shell.run(main, object, mesh=False)
 """
 
 
-def members(wrong=None, seconds: float = 40, which=(0, 1), timeout: int = 60):
-  """Two processes that do nothing but belong together."""
+MISTAKE = "ValueError('this file is not there: bring it')"
+
+
+def members(wrong=None, seconds: float = 40, which=(0, 1), timeout: int = 60, processes: int = 2, error=MISTAKE):
+  """Processes that do nothing but belong together."""
   at = f"localhost:{free_port()}"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
   return [subprocess.Popen([sys.executable, "-c", MEMBER.format(
-      at=at, process=i, wrong=wrong, seconds=seconds, timeout=timeout)], text=True, cwd=ROOT, env=environment,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in which]
+      at=at, processes=processes, process=i, wrong=wrong, error=error, seconds=seconds, timeout=timeout)], text=True,
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in which]
 
 
 def until_together(running):
@@ -184,10 +188,33 @@ def test_a_dead_process_is_named(victim):
   assert code == hosts.AGAIN or victim == 0  # JAX aborts without its process 0
 
 
+@pytest.mark.slow
+def test_all_say_who_is_dead():
+  """Kills: a process 0 that ends, and JAX with it, before others that look later have seen why."""
+  running = members(which=(0, 1, 2), processes=3)
+  until_together(running)
+  running[2].kill()
+  for code, _, err in ended(running, 60)[:2]:
+    assert code == hosts.AGAIN and f"error: process 2 on {socket.gethostname()} " in err, err
+
+
 def test_nobody_comes():
-  """Kills: an abort with pages of text, or a process that waits for ever, where process 0 was not started."""
+  """Kills: an abort with pages of text, or a process that waits for ever, where process 0 was not started; a host that
+  is late and counts as a mistake, which nobody tries again."""
   (code, out, err), = ended(members(which=(1,), timeout=1), 60)
-  assert code == 2 and "process 1 found nobody at localhost:" in err and "Traceback" not in err and not out
+  assert code == hosts.AGAIN and "process 1 found nobody at localhost:" in err and "Traceback" not in err and not out
+
+
+@pytest.mark.parametrize("said, kind", [(RuntimeError("address in use\nat ..."), hosts.Apart),
+                                        (ValueError("coordinator_address should be defined."), ValueError)])
+def test_who_is_late_makes_no_mistake(said, kind, monkeypatch):
+  """Kills: a port that is not free yet, or a name that is not known yet, taken for a mistake in the flags, or one of
+  these that is tried again and again; pages of text."""
+  def initialize(**_):
+    raise said
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  with complains(f"({str(said).splitlines()[0]})", error=kind), hosts.join(hosts.HostsConfig(processes=2)):
+    pytest.fail("alone")
 
 
 def test_one_speaks_and_all_end():
@@ -197,12 +224,19 @@ def test_one_speaks_and_all_end():
   assert json.loads(out) == {"process": 0} and not silent
 
 
-def test_a_mistake_ends_all():
-  """Kills: a mistake on one host (a file that is not there) that the others wait for."""
-  (code, _, err), (other, _, its) = ended(members(wrong=1), 60)
-  assert code == other == 2
-  assert "error: this file is not there: bring it" in its
-  assert f"error: process 1 on {socket.gethostname()} ended: this file is not there" in err and "Traceback" not in err
+# By what is raised: the exit code of all, what its process says, what the others do.
+ENDS = {MISTAKE: (2, "error: this file is not there: bring it", "this file is not there"),
+        "KeyError('taps')": (1, "Traceback", "KeyError: 'taps'"), "KeyboardInterrupt": (130, "", "interrupted")}
+
+
+@pytest.mark.parametrize("error", slow_but([MISTAKE], ENDS))
+def test_the_end_of_one_ends_all(error):
+  """Kills: a mistake on one host (a file that is not there), or a fault of the program, that the others wait for; a
+  fault that looks like a mistake to who would start all again."""
+  left, own, told = ENDS[error]
+  (code, _, err), (other, _, its) = ended(members(wrong=1, error=error), 60)
+  assert code == other == left and own in its
+  assert f"error: process 1 on {socket.gethostname()} ended: {told}" in err and "Traceback" not in err
 
 
 # Trainings

@@ -12,6 +12,7 @@ import pytest
 import tyro
 import yaml
 
+from dspark_jax.programs import hosts
 from train.config import TrainConfig, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -192,11 +193,22 @@ def test_ssh_passes_sigterm_on(tmp_path):
   assert len(calls(tmp_path, "python")) == 2
 
 
+def test_ssh_is_stopped_between_two_starts(tmp_path):
+  """Kills: hosts that are all started again after a SIGTERM that came in the pause."""
+  how = ssh(tmp_path, "exit 134") | {"PAUSE": "1"}
+  process = start(tmp_path, LAUNCH / "ssh.sh", "h1 h2", *WORDS, **how)
+  while "starting all hosts again" not in process.stderr.readline():
+    assert process.poll() is None
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(20) == STOPPED and len(calls(tmp_path, "python")) == 2
+
+
 # TPUs
 
 
 def test_xpk(tmp_path):
-  """Kills: a workload that is not restarted, or whose command is another than on other clusters."""
+  """Kills: a workload that is not restarted, as after the death of one host, which ends the others in their own way;
+  one whose command is another than on other clusters."""
   tool(tmp_path, "xpk", "")
   how = {"CLUSTER": "c", "IMAGE": "i:1", "JAX_COMPILATION_CACHE_DIR": "gs://b/cache"}
   assert run(tmp_path, LAUNCH / "xpk.sh", "name", *WORDS, **how)[0] == DONE
@@ -204,6 +216,8 @@ def test_xpk(tmp_path):
   assert words[:2] == ["workload", "create"] and len(words) % 2 == 0
   flags = dict(zip(words[2::2], words[3::2]))
   assert flags["--docker-image"] == "i:1" and int(flags["--max-restarts"]) > 10
+  again = set(map(int, flags["--restart-on-exit-codes"].split(",")))
+  assert {1, hosts.AGAIN} <= again and MISTAKE not in again
   assert flags["--env"] == "JAX_COMPILATION_CACHE_DIR=gs://b/cache"
   command = shlex.split(flags["--command"])
   assert command[:2] == HOST and command[-len(WORDS):] == WORDS

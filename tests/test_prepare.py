@@ -255,3 +255,21 @@ def test_what_cannot_be_prepared(folder, whole, tmp_path):
   run_folder.write_record(tmp_path / "train", {"program": "train.train"})
   with complains("is of 'train.train', not of train.prepare"):
     prepare.main(settings(folder, tmp_path / "train"))
+
+
+def test_tokens_of_servers(folder, tmp_path):
+  """Kills: rows of a server's tokens that are other words to the target's tokenizer; a file that is refused for a call
+  of a tool, which a server takes out of the text, for blanks, or for a character that the limit cut."""
+  tokenizer = chat.load_tokenizer(folder / "target")
+  line = lambda tokens, *text: {"tokens": [5, 6, *tokens], "loss_mask": [0, 0] + [1] * len(tokens), "text": list(text)}
+  texts = [(tokens := np.arange(7 + n, 27 + n).tolist(), tokenizer.decode(tokens)[:40]) for n in range(9)]
+  right = [line(tokens, f" {text}\ufffd") for tokens, text in texts] + [line(range(7, 27), "something", "")]
+  wrong = [line([token + 1 for token in tokens], text) for tokens, text in texts]
+  for name, lines in (("right", right), ("wrong", right[:3] + wrong), ("broken", [right[0] | {"loss_mask": 3}])):
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  target = str(folder / "target")
+  assert prepare.main(settings(tmp_path, tmp_path / "rows", ("right.jsonl",), target=target))["documents"] == 10
+  with complains("wrong.jsonl was written with another tokenizer than the target's", "tokens of 9 of its first 12 "):
+    prepare.main(settings(tmp_path, tmp_path / "others", ("right.jsonl", "wrong.jsonl"), target=target))
+  with complains('broken.jsonl, line 1: "loss_mask" must be a list'):
+    prepare.main(settings(tmp_path, tmp_path / "others", ("broken.jsonl",), target=target))

@@ -203,6 +203,14 @@ def test_one_owner(name, tmp_path):
   assert list(files(out.parent)) == [str(run_folder.record_path(out).relative_to(out.parent))]
 
 
+def test_the_folder_that_one_is_in(monkeypatch, tmp_path):
+  """Kills: a traceback for --out . alone."""
+  monkeypatch.chdir(tmp_path)
+  with run_folder.owned(Path(".")):
+    run_folder.write_record(Path("."), {})
+  assert list(files(tmp_path)) == ["run.json"]
+
+
 def test_an_owner_that_is_killed(tmp_path):
   """Kills: a lock that knows its own process alone, or that a kill leaves locked for good."""
   code = ("import pathlib, sys, time\nfrom dspark_jax.programs import run_folder\n"
@@ -330,3 +338,11 @@ def test_the_demo_goes_on(targets, monkeypatch, tmp_path):
   run_folder.write_record(tmp_path / "demo", {"program": "infer.evaluate"})
   with complains("run.json is of 'infer.evaluate', not of train.train: choose another --out"):
     demo.main(settings)
+
+
+def test_the_demo_is_of_one_device(tmp_path):
+  """Kills: devices that an experiment asks for and that stay idle, without a word."""
+  several = config(tmp_path, "demo", "config = replace(config, mesh=type(config.mesh)(tensor=2))")
+  with complains(f"{several}: the mesh is data 1, fsdp 1, tensor 2", "runs on one device"):
+    demo.main(demo.Settings(out=tmp_path / "demo", config=several))
+  assert not (tmp_path / "demo").exists()

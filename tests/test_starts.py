@@ -65,7 +65,7 @@ def test_a_lens_fitted_in_closed_form():
   batches = [batch_of(seed, lengths) for seed, lengths in ((0, (7, 7)), (1, (7, 4)))]  # more padding than a block
   moments = starts.no_moments(drafter)
   for batch in batches:
-    moments, _ = jax.jit(starts.observe)(moments, drafter, target, batch)
+    moments = jax.jit(starts.observe)(moments, drafter, target, batch)
   fitted = jax.jit(starts.from_moments)(drafter, target, moments)
 
   unit = lambda x: x / np.sqrt((x * x).mean())

@@ -1,12 +1,12 @@
 """The hidden-state store: what it gives back is what the target said, whoever wrote it, or it is refused by name."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import resource
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -19,13 +19,15 @@ import dspark_jax
 from dspark_jax.data import pipeline
 from dspark_jax.data import store as subject
 from dspark_jax.data.conversations import Document
-from dspark_jax.data.features import Memory, Online, Stored
+from dspark_jax.data.features import Online, Stored
+from dspark_jax.data.rows import held_out
 from dspark_jax.data.store import NORM, Manifest, Store, decoded, encoded, fill
 from dspark_jax.drafters.dspark import DSpark, DSparkConfig
 from dspark_jax.training.step import init_state
 from dspark_jax.types import TargetOutput
 from train import cache_hidden
 from train.config import TrainConfig
+from train.features import Batches
 from folders import complains, files, packed_rows
 from test_training import CONFIG, LENGTH, SPEC, VOCABULARY, step_of, target_of
 
@@ -158,13 +160,14 @@ def test_prefetched_batches(tmp_path):
     np.testing.assert_array_equal(stored.at(*ask(step)).hidden, plain.at(*ask(step)).hidden)
 
 
-def test_memory_is_bounded():
-  """Kills: outputs kept beyond the limit, or given for a step that nobody has seen."""
-  one = TargetOutput(jnp.ones((2, 3)), jnp.ones((2, 1)))  # 32 bytes
-  memory = Memory(70)
-  for step in range(3):
-    memory.keep(step, one)
-  assert len(memory) == 2 and memory.at(1, None, None) is one and memory.at(2, None, None) is None
+def test_what_is_not_asked_for_is_forgotten(tmp_path):
+  """Kills: a batch that is read ahead of a step that does not come, as where a run goes on, and held for good."""
+  stored = Stored(Store(written(tmp_path / "s").place), "float32")
+  config = TrainConfig(target="t", drafter=DSpark.Settings(taps=TAPS, mask_token_id=0), out=Path("."), batch=BATCH)
+  with contextlib.closing(Batches(config, held_out(rows(), 0, seed=0)[0], stored)) as batches:
+    for step in (0, 5):
+      batches(step)
+  assert list(stored._asked) == [6]
 
 
 def test_int8_numbers():
@@ -256,6 +259,15 @@ def test_no_store(tmp_path):
   assert files(tmp_path) == {"run.json": b"{}"}
 
 
+def test_writers_that_begin_at_once(monkeypatch, tmp_path):
+  """Kills: a writer that takes what another one has just begun, and even filled, for somebody's folder."""
+  before = files(Path(written(tmp_path / "s").place))
+  seen = iter([False])  # as of a moment ago
+  monkeypatch.setattr(subject, "is_begun", lambda place: next(seen, True))
+  begun(tmp_path / "s").check_whole()
+  assert files(tmp_path / "s") == before
+
+
 def flip(path: Path):
   data = bytearray(path.read_bytes())
   data[40] ^= 16
@@ -293,7 +305,7 @@ def test_rows_of_other_lengths(tmp_path):
     store.take(np.array([0]), np.ones_like(segments[:1]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def files_of_at_most(size: int):
   """As a full disk has it: writes beyond fail. Of this process."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

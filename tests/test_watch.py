@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dspark_jax.data.rows import held_out
 from dspark_jax.data.words import top_words
 from dspark_jax.programs import run_folder
 from dspark_jax.training.step import step_flops
-from train import report, train
+from train import report, train, watch
 from folders import called, complains, llama, packed_rows
 from test_programs import folder  # noqa: F401 (a fixture)
 from test_train import STEPS, experiment, log_of
@@ -88,6 +89,31 @@ def test_what_a_log_says(watched):
   assert 1 <= drafted["accepted_length"] <= 4 and drafted["prompts"] == 2
   assert 2 < held["loss"] < 4 and held["loss"] != lines[2]["held_out"]["loss"] and 1 <= held["tau"] <= 4
   assert list((watched.out / "profile").rglob("*.xplane.pb")) and list((watched.out / "tensorboard").iterdir())
+
+
+def test_goodput_counts_steps_alone(monkeypatch):
+  """Kills: the time before the first step, for data or for evaluations that counts as good, or as a step's."""
+  now = [10.0]
+  monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+  pace = watch.Pace(SimpleNamespace(batch=2, row_length=8), flops=1e12, began=0.0)
+  now[0] = 40.0
+  pace.begin(waited=3.0)
+  for end, good in ((60.0, 14.0), (80.0, 28.0)):
+    with pace.aside():
+      now[0] += 4.0
+    now[0] = end
+    told = pace.lap(8, waited=3.0 + 2 * (end - 40) / 20)
+    assert (told["goodput"], told["step_seconds"], told["data_wait"]) == pytest.approx((good / end, 2.0, 2 / 16))
+    assert told["tflops_per_device"] == 0.5
+
+
+def test_useful_flops_are_of_what_runs(folder, tmp_path):  # noqa: F811
+  """Kills: a target's forward that counts in a step which reads what it says from a store."""
+  config = experiment(folder, tmp_path / "run")
+  drafter = SimpleNamespace(config=train.drafter_config(config.drafter, llama().config), every_position=False)
+  runs, reads = (watch.useful_flops(dataclasses.replace(config, features=store), llama(), drafter)
+                 for store in (None, "a store"))
+  assert runs - reads == pytest.approx(2 * 48 * llama().config.flops(24)) and reads > 0
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ With --servers any number of vLLM or SGLang servers answer, many questions at on
 reference's for Qwen3 without thinking. A key is read from the environment variable OPENAI_API_KEY.
 
 Each line of the output holds one conversation in tokens: {"id", "tokens", "loss_mask", "finish"}, answer tokens
-supervised (more lines with "part" where the chat template rewrites past replies); or, of servers that return no tokens,
-as {"id", "messages", ...}. "finish" says of each reply whether it ended ("stop") or was cut ("length"). What has no
-answer is in OUT's .failed.jsonl, with the reason, and is asked again when the command is given again. What answers
-depend on (target, template, questions, sampling) is in OUT.run.json: a file has the answers of one run alone.
+supervised (more lines with "part" where the chat template rewrites past replies), and of servers "text", how replies
+begin; or, of servers that return no tokens, {"id", "messages", ...}. "finish" says of each reply whether it ended
+("stop") or was cut ("length"). What has no answer is in OUT's .failed.jsonl, with the reason, and is asked again when
+the command is given again. What answers depend on (target, template, questions, sampling) is in OUT.run.json: a file
+has the answers of one run alone.
 The last line of stdout is a JSON object with the keys answers, tokens, tokens_per_second, out and failed (how many, by
 reason).
 """

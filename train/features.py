@@ -1,4 +1,4 @@
-"""What a training step is given: its batch and, from memory or a store, what the target says of it.
+"""What a training step is given: its batch and, from a store, what the target says of it.
 
 Which store goes with which run: what train.cache_hidden writes and train.train checks.
 """
@@ -92,6 +92,7 @@ class Batches:
 
   def _begin(self, step):
     self.close()
+    self.features.forget()  # or the batch after the last one would stay in memory
     part, count = rows_share()
     self._feed = pipeline.Feed(self.data, self.config.batch, seed=self.config.seed, start=step, process_index=part,
                                process_count=count)

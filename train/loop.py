@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -14,19 +15,20 @@ from train.config import TrainConfig
 from train.watch import LOG, Journal, Pace, Profile, summarise
 
 
-def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, pace: Pace, measures: dict):
-  """(the state after the remaining steps, the numbers that the program prints). SIGTERM ends them early, after a save.
+def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, pace: Pace, measures: dict,
+         stop: Callable[[int], bool]):
+  """(the state after the remaining steps, the numbers that the program prints). `stop` ends them early, after a save.
 
   advance: (state, index) -> (state, metrics). batches: `samples(index)`, which rows of the data a step has, and
   `waited`, the seconds spent for them. measures: by name (every so many steps, a function of the state that gives
-  numbers).
+  numbers). stop: of hosts.stops.
   """
   first, window, result, began = int(state.step), [], {}, time.perf_counter()
   journal, profile = Journal(config, first), Profile(config)
-  with hosts.stops() as stop, shell.bar() as bar, contextlib.closing(journal), contextlib.ExitStack() as end:
+  with shell.bar() as bar, contextlib.closing(journal), contextlib.ExitStack() as end:
     end.callback(profile.stop)
     task = bar.add_task("training", total=total_steps, completed=first, note="")
-    pace.lap(1, batches.waited)
+    pace.begin(batches.waited)
     for index in range(first, total_steps):
       profile.before(index + 1)
       state, metrics = advance(state, index)

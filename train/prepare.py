@@ -112,6 +112,9 @@ def prepare(settings: Settings, tokenizer, vocab_size: int, date: datetime.date 
   how = what_counts(settings, tokenizer, vocab_size, str(date or run_folder.date_of(settings.out)))
   files, before, manifest = files_of(settings.data), None, settings.out / packed.MANIFEST
   check_records(settings.data, how)
+  for path in settings.data:
+    if path.suffix == ".jsonl":
+      conversations.check_texts(path, tokenizer)
   if manifest.exists():
     before = Rows(settings.out)
     if before.manifest.files == files and not differences(before, how):

@@ -3,7 +3,8 @@
 Replies whose tokens are known, also those of their prompts, make lines {"id", "tokens", "loss_mask"}: one for all turns
 where each prompt begins with what was said before, else one a turn with "part": [its number, how many]. Others make one
 line {"id", "messages", ...}, which is encoded by the chat template later. "finish" has for every reply in the line
-"stop", "length" (the limit cut it) or "tool_calls".
+"stop", "length" (the limit cut it) or "tool_calls". "text" has how replies begin whose tokens are of servers: nobody
+says by which tokenizer, so train.prepare tries its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Reply(NamedTuple):
   prompt: list[int] | None = None   # tokens before it, where they are known
   tokens: list[int] | None = None   # its own, with the one that ends it
   count: int = 0                    # how many those are, as far as anyone says
+  text: str = ""                    # how it begins, where its tokens are of a tokenizer that nobody names
 
 
 class Unanswered(Exception):
@@ -71,4 +73,6 @@ def _documents(replies: list[Reply]) -> list[dict[str, Any]]:
     documents[-1]["tokens"] += between + reply.tokens
     documents[-1]["loss_mask"] += [0] * len(between) + [1] * len(reply.tokens)
     documents[-1]["finish"].append(reply.finish)
+    if reply.text:
+      documents[-1].setdefault("text", []).append(reply.text)
   return documents

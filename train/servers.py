@@ -26,7 +26,8 @@ from train.replies import Outcome, Reply, Unanswered, outcome
 KEY = "OPENAI_API_KEY"
 BACKOFF, MOST = 0.5, 30.0   # seconds before the second try, doubled with each, and the longest wait
 FAULTS, ASIDE = 5, 1.0      # after so many in a row a server is left alone for so long, doubled each time
-GIVE_UP = 600.0             # seconds without an answer of any server that had answered before
+RESTS = 4                   # times that each has been, before one that never answered is not waited for: 7 seconds
+GIVE_UP = 600.0             # seconds without an answer of any server
 POLL = 0.25                 # seconds between looks for a free server, where all are busy or set aside
 SHOWN = 200                 # characters of what a server says
 
@@ -74,7 +75,7 @@ class Fleet:
       raise ValueError(f"servers are {', '.join(server.name for server in self.servers)}, expected each once: more "
                        f"requests at once are asked for with --concurrency")
     self.key = os.environ.get(KEY, "").strip()
-    self.last = time.monotonic()  # when one of them answered
+    self.last = 0.0  # when one of them answered, or the first was asked
 
   @contextlib.asynccontextmanager
   async def connected(self) -> AsyncIterator[None]:
@@ -130,6 +131,7 @@ class Fleet:
 
     try:
       async with self.connected(), asyncio.TaskGroup() as tasks:
+        self.last = time.monotonic()
         for _ in range(self.settings.concurrency * len(self.servers)):
           tasks.create_task(worker())
     except BaseExceptionGroup as group:
@@ -200,9 +202,11 @@ class Fleet:
           self._fault(server, names)
         continue
       if all(s.faults >= FAULTS for s in self.servers):
+        given_up = now - self.last > GIVE_UP
         if not any(s.answered for s in self.servers):
-          raise ValueError(f"no server gives an answer ({self._complaints()}): check the servers, or --servers")
-        if now - self.last > GIVE_UP:
+          if given_up or all(s.rests >= RESTS for s in self.servers):
+            raise ValueError(f"no server gives an answer ({self._complaints()}): check the servers, or --servers")
+        elif given_up:
           raise ValueError(f"no server has answered for {GIVE_UP:.0f} seconds ({self._complaints()}): start them and "
                            f"give the same command again, which goes on")
       await asyncio.sleep(POLL * random.uniform(0.5, 1.5))
@@ -313,7 +317,7 @@ def read_reply(body: dict[str, Any], thinking: bool) -> Reply:
   prompt, tokens = body.get("prompt_token_ids"), choice.get("token_ids")
   if _ids(prompt) and _ids(tokens):
     return Reply(said | ({"tool_calls": calls} if calls else {}), "tool_calls" if calls else finish, prompt, tokens,
-                 len(tokens))
+                 len(tokens), said["content"][:SHOWN])
   # From here on the chat template must be able to write what was said.
   if reasoning and not thinking:
     raise Unanswered("thinks, though thinking is off", "give --thinking, or a server whose template can turn it off")

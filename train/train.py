@@ -6,10 +6,11 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
     python -m train.train --config configs/qwen3_4b.py --data rows --out runs/qwen3-4b --mesh.fsdp -1
 
-On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI and TPU pods
-say who they are, elsewhere --hosts.coordinator HOST:PORT --hosts.processes N --hosts.process I does. Process 0 speaks
-and writes; SIGTERM to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds
-with its name, and the same command goes on, also with another number of hosts.
+On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI, xpk and
+GKE say who they are; on TPU VMs outside GKE --hosts.processes N alone is given, elsewhere --hosts.coordinator HOST:PORT
+--hosts.processes N --hosts.process I. Process 0 speaks and writes; SIGTERM to any of them saves and ends all; where one
+dies, the others end within --hosts.silence seconds with its name, and the same command goes on, also with another
+number of hosts.
 
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
@@ -41,7 +42,6 @@ import numpy as np
 import dspark_jax
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat
-from dspark_jax.data.features import Memory
 from dspark_jax.data.rows import Rows, Some, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
@@ -59,9 +59,8 @@ from train.loop import loop, summarise_saved
 from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
 PROGRAM = "train.train"
-SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
-TIMED = 4             # steps whose median says how long one takes: the first of them may compile
-FEWEST = 8            # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
+TIMED = 4   # steps whose median says how long one takes
+FEWEST = 8  # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
 
 
 def main(config: TrainConfig) -> dict:
@@ -116,22 +115,22 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
     advance = stepper(config, static, state, target, batches)
-    began, known = time.monotonic(), 0
+    began = time.monotonic()
     if fresh and not started_from and getattr(config.drafter, "lens", False):  # not every kind has one
-      drafter, known = fit_lens(config, state.drafter, target, batches, timed=asked is None)
-      state = state.replace(drafter=drafter)
+      state = state.replace(drafter=fit_lens(config, state.drafter, target, batches, timed=asked is None))
     if run is None:
       left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-      steps = asked or steps_in(left, state, advance, known)
+      steps = asked or steps_in(left, state, advance)
       more = {"date": rows.manifest.date, "lost": rows.manifest.lost}
       run = hosts.agree(lambda: new_run(config, record | more, steps))
     if fresh:
       state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
     pace = Pace(config, useful_flops(config, target, state.drafter), started)
-    state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
-                       measured(config, static, target, apart, stops))
-  saved.close()
-  dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
+    with hosts.stops() as stop:  # until all is written: who sends SIGTERM may send another
+      state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
+                         measured(config, static, target, apart, stops), stop)
+      saved.close()
+      dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
 
 
@@ -150,9 +149,7 @@ def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Bat
 
   def advance(state, index):
     batch, encoded = batches(index)
-    # In memory is what was said for the lens: those few steps are others than the one compiled above.
-    run = compiled if config.features or encoded is None else step
-    return run(state, target, batch, encoded=encoded)
+    return compiled(state, target, batch, encoded=encoded)
   return advance
 
 
@@ -238,46 +235,33 @@ def is_stopped(config: TrainConfig, result: dict) -> bool:
 
 
 def fit_lens(config: TrainConfig, drafter, target, batches: Batches, *, timed: bool):
-  """(the drafter with its lens fitted to the first batches; how many of these the target was asked for whose answers
-  are kept, up to SAID_BYTES: the first steps of training need not ask again). timed: in half of the minutes, at most.
-  """
+  """The drafter with its lens fitted to the first batches. timed: in half of the minutes, at most."""
   total = math.ceil(min(config.lens_rows, len(batches.data)) / config.batch)
   observe, moments = jax.jit(starts.observe, donate_argnums=0), made(starts.no_moments, drafter)
-  memory = Memory(0 if config.features else SAID_BYTES, batches.features)
   began = time.monotonic()
   with shell.bar() as bar:
     task = bar.add_task("fitting the lens", total=total, note="")
     for index in range(total):
       batch, encoded = batches(index)
       # Blocked on, or the clock below would be that of the queue.
-      moments, encoded = jax.block_until_ready(observe(moments, drafter, target, batch, encoded))
-      memory.keep(index, encoded)
+      moments = jax.block_until_ready(observe(moments, drafter, target, batch, encoded))
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
       if timed and hosts.agree(lambda: time.monotonic() - began > config.minutes * 60 / 2):
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
-  batches.features = memory
   fitted = jax.jit(starts.from_moments, out_shardings=shardings(drafter))
-  return fitted(drafter, target, starts.checked(moments)), len(memory)
+  return fitted(drafter, target, starts.checked(moments))
 
 
-def steps_in(left: float, state, advance, known: int) -> int:
-  """How many steps fit into the seconds that are left, from timing a few on a copy of the state. The first `known` are
-  quicker than those that follow: the target has already run."""
-  state = jax.tree.map(jnp.copy, state)  # the steps are donated their state, and the run begins from this one
-
-  def seconds(first):
-    nonlocal state
-    times = []
-    for index in range(first, first + TIMED):
-      began = time.perf_counter()
-      state, _ = jax.block_until_ready(advance(state, index))
-      times.append(time.perf_counter() - began)
-    return np.median(times)
-
-  slow = seconds(known)
-  quick = seconds(0) if known else slow
-  return hosts.agree(lambda: max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST))
+def steps_in(left: float, state, advance) -> int:
+  """How many steps fit into the seconds that are left, from timing a few on a copy of the state."""
+  # The steps are donated their state, and the run begins from this one.
+  state, times = jax.tree.map(jnp.copy, state), []
+  for index in range(TIMED):
+    began = time.perf_counter()
+    state, _ = jax.block_until_ready(advance(state, index))
+    times.append(time.perf_counter() - began)
+  return hosts.agree(lambda: max(int(left / np.median(times)), FEWEST))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,12 @@ class Pace:
     device = jax.devices()[0]
     self.config, self.flops, self.began, self.devices = config, flops, began, _devices()
     self.peak = CHIPS[device.device_kind].flops if device.device_kind in CHIPS else None
-    self.last, self.apart, self.waited, self.useful = time.monotonic(), 0.0, 0.0, 0.0
+    self.useful = 0.0
+    self.begin(0.0)
+
+  def begin(self, waited: float) -> None:
+    """Steps begin now: what came before is none of their time. waited: as for `lap`."""
+    self.last, self.apart, self.waited = time.monotonic(), 0.0, waited
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
@@ -76,12 +81,13 @@ class Pace:
     self.apart += time.monotonic() - began
 
   def lap(self, steps: int, waited: float) -> dict[str, float | None]:
-    """Of the steps since the last call. waited: seconds for data since the start of the program. goodput: the share of
-    all time since then that went into steps; mfu: of what the device's maker states for bfloat16, None on a CPU."""
+    """Of the steps since the last call, or `begin`. waited: seconds for data since the start of the program. goodput:
+    the share of all time since then that went into steps; mfu: of what the device's maker states for bfloat16, None on
+    a CPU."""
     now = time.monotonic()
     whole, wait = now - self.last - self.apart, waited - self.waited
     self.useful += whole - wait
-    self.last, self.apart, self.waited = now, 0.0, waited
+    self.begin(waited)
     seconds = whole / steps
     speed = self.flops / seconds / self.devices
     tokens = self.config.batch * self.config.row_length
@@ -98,7 +104,8 @@ def _devices():
 def useful_flops(config: TrainConfig, target, drafter) -> float:
   """Of a step: the formulas beside the models."""
   blocks = config.row_length if drafter.every_position else config.anchors
-  return step_flops(target.config, drafter.config, rows=config.batch, length=config.row_length, blocks=blocks)
+  return step_flops(target.config, drafter.config, rows=config.batch, length=config.row_length, blocks=blocks,
+                    target_runs=config.features is None)
 
 
 class HeldOut:

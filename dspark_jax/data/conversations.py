@@ -15,6 +15,7 @@ learned: the limit cut it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ import numpy as np
 
 from dspark_jax.text import opened, read_jsonl, read_text
 
+LOOKED = 32          # lines of a file whose texts are compared with their tokens
 MIN_SUPERVISED = 14  # documents with fewer supervised tokens are dropped, as the reference does
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 Encoded = tuple[list[int], list[bool]]  # tokens, loss mask
@@ -151,6 +153,28 @@ def _read_jsonl(shard: Shard, tokenizer: Any, encode_conversation: Callable, los
     except ValueError as error:
       raise ValueError(f"{shard.path}, line {number}: {error}") from error
     yield from ((number, document) for document in found)
+
+
+def check_texts(path: str | os.PathLike, tokenizer: Any) -> None:
+  """ValueError for a file of tokens of another tokenizer, by the "text" with which replies in its first lines begin.
+
+  Most of them decide: a server may put another text beside some tokens, as where it takes a tool's call out of it.
+  """
+  letters = lambda text: "".join(text.replace("\ufffd", " ").split())  # blanks and half characters are cut differently
+  right = []
+  for number, record in itertools.islice(read_jsonl(path), LOOKED):
+    if "tokens" not in record or not isinstance(record.get("text"), list):
+      continue
+    try:
+      tokens, mask = _tokens(record)
+    except ValueError as error:
+      raise ValueError(f"{path}, line {number}: {error}") from error
+    said = letters(tokenizer.decode(list(itertools.compress(tokens, mask)), skip_special_tokens=True))
+    right += [wanted in said for text in record["text"] if (wanted := letters(str(text)))]
+  if 2 * sum(right) < len(right):
+    raise ValueError(f"{path} was written with another tokenizer than the target's, to which the tokens of "
+                     f"{right.count(False)} of its first {len(right)} replies are another text: leave it out, or have "
+                     f"servers of this target answer")
 
 
 def _n_runs(mask: list[bool]) -> int:

@@ -1,4 +1,4 @@
-"""What the target says of a training batch, by whoever knows it: the step itself, memory, or a store.
+"""What the target says of a training batch, by whoever knows it: the step itself, or a store.
 
 One protocol, `Features`; None stands for "nobody knows: run the target in the step".
 """
@@ -22,6 +22,7 @@ class Features(Protocol):
 
   def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput | None: ...  # [B,T,...], placed
   def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None: ...  # it will be asked for soon
+  def forget(self) -> None: ...  # what was said to be asked for soon will not be
 
 
 class Online:
@@ -33,28 +34,8 @@ class Online:
   def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None:
     pass
 
-
-class Memory:
-  """What the target has said of some steps, up to `limit` bytes of it; another one's answer for all others."""
-
-  def __init__(self, limit: int, others: Features = Online()):
-    self._left, self._others, self._kept = limit, others, {}
-
-  def __len__(self) -> int:
-    return len(self._kept)
-
-  def keep(self, step: int, encoded: TargetOutput) -> None:
-    """Keeps it, where there is room."""
-    size = sum(x.nbytes for x in jax.tree.leaves(encoded))
-    if size <= self._left:
-      self._left, self._kept[step] = self._left - size, encoded
-
-  def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput | None:
-    return self._kept[step] if step in self._kept else self._others.at(step, indices, batch)
-
-  def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None:
-    if step not in self._kept:
-      self._others.ask(step, indices, batch)
+  def forget(self) -> None:
+    pass
 
 
 class Stored:
@@ -68,6 +49,9 @@ class Stored:
   def ask(self, step: int, indices: np.ndarray, batch: Batch) -> None:
     if step not in self._asked:
       self._asked[step] = self._threads.submit(self.store.take, indices, np.asarray(batch.segments))
+
+  def forget(self) -> None:
+    self._asked.clear()
 
   def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput:
     self.ask(step, indices, batch)

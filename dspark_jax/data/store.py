@@ -173,13 +173,15 @@ class Store:
     if not is_begun(place):
       others = [key.decode(errors="replace") for key in files.list().result()]
       # What a killed first start leaves, and what owners of a folder keep there, does no harm.
-      if others := [key for key in others if key != OFFSETS and not key.startswith(".")]:
+      others = [key for key in others if key != OFFSETS and not key.startswith(".")]
+      if others and not is_begun(place):  # asked again: another writer may have begun it meanwhile
         raise ValueError(f"{place} holds {others[0]} but no {MANIFEST}, so it is no store: choose another place")
-      try:  # the manifest last: whoever reads it finds the rest; writers that come here at once write the same
-        files.write(OFFSETS, data).result()
-        files.write(MANIFEST, json.dumps(to_json(manifest), indent=1).encode() + b"\n").result()
-      except Exception as error:  # TensorStore's are those of its drivers
-        raise _unwritten(f"{place}", error) from error
+      if not others:
+        try:  # the manifest last: whoever reads it finds the rest; writers that come here at once write the same
+          files.write(OFFSETS, data).result()
+          files.write(MANIFEST, json.dumps(to_json(manifest), indent=1).encode() + b"\n").result()
+        except Exception as error:  # TensorStore's are those of its drivers
+          raise _unwritten(f"{place}", error) from error
     store = cls(place)
     names = {field.name: field.name for field in dataclasses.fields(Manifest) if field.name != "date"}
     if differ := _differences(store.manifest, to_json(manifest), names | SHARED):

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 # What launchers tell every process of a job that has several; jax.distributed reads the rest of it.
 TOLD = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES",
         "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-AGAIN = os.EX_TEMPFAIL  # the exit code of a process that ends because another one did: the same command goes on
+AGAIN = os.EX_TEMPFAIL  # the exit code of a process that another one has left, or not joined: the same command goes on
 WEEK = 7 * 24 * 3600 * 1000  # milliseconds: who waits is ended by `_watch`, not by a time-out
 # Run beside each process: JAX aborts a process in the moment in which the coordinator is gone, before Python can say
 # what happened. Reads ADDRESS|SENTENCE lines; the last one is said when its writer ends and nobody listens there.
@@ -49,7 +49,8 @@ if sentence and not address:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-  """Which processes run together; nothing of it is needed on Slurm, Open MPI and TPU pods, which say it themselves."""
+  """Which processes run together. Slurm, Open MPI, xpk and GKE say it themselves. So do TPU VMs outside GKE, but only
+  when asked: `processes` alone is given there."""
   coordinator: str | None = None
   """HOST:PORT at which process 0 listens; the same on every host"""
   processes: int | None = None
@@ -84,11 +85,15 @@ class _Joined:
 here = _Joined()
 
 
+class Apart(Exception):
+  """Not all processes have come together. Nobody's mistake, as far as one knows: the same command may do it later."""
+
+
 @contextlib.contextmanager
 def join(config: HostsConfig) -> Iterator[None]:
   """Makes this process one of several for as long as the block lasts; does nothing for one that is alone.
 
-  ValueError when not all come in time.
+  Apart when not all come in time, ValueError where the flags do not say who takes part.
   """
   asked = {"coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.process}
   if not any(value is not None for value in asked.values()) and _told() < 2:
@@ -104,8 +109,12 @@ def join(config: HostsConfig) -> Iterator[None]:
                                heartbeat_timeout_seconds=max(100, 2 * config.silence))
   except (RuntimeError, ValueError) as error:
     here.expect("")
-    raise ValueError(f"the processes cannot be joined ({str(error).splitlines()[0]}): give --hosts.coordinator, "
-                     f"--hosts.processes and --hosts.process") from error
+    said = str(error).partition("\n")[0]
+    if isinstance(error, RuntimeError):
+      raise Apart(f"the processes did not come together ({said}): start every one with the same command, and give a "
+                  f"longer --hosts.timeout where hosts start slowly") from error
+    raise ValueError(f"the processes cannot be joined ({said}): give --hosts.coordinator, --hosts.processes and "
+                     f"--hosts.process") from error
   here.process, here.processes, here.silence = jax.process_index(), jax.process_count(), config.silence
   _tell("here")
   if first():
@@ -129,7 +138,7 @@ def _told() -> int:
   for name in TOLD:
     value = os.environ.get(name, "")
     if value.isdigit():
-      if int(value) > 1 and "SLURM_PROCID" in os.environ or name != "SLURM_NTASKS" and int(value) > 1:
+      if int(value) > 1 and (name != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in os.environ):
         return int(value)
     elif "ADDRESSES" in name or "HOSTNAMES" in name:
       if "," in value:
@@ -159,7 +168,7 @@ def _witness():
 
 
 def _reach(config):
-  """Waits until process 0 listens. ValueError after the time-out: JAX would abort."""
+  """Waits until process 0 listens. Apart after the time-out: JAX would abort."""
   if not config.process or config.coordinator is None:
     return
   host, _, port = config.coordinator.rpartition(":")
@@ -169,8 +178,8 @@ def _reach(config):
       return socket.create_connection((host.strip("[]"), int(port)), 5).close()
     except OSError as error:
       if time.monotonic() > until:
-        raise ValueError(f"process {config.process} found nobody at {config.coordinator} for {config.timeout} seconds "
-                         f"({error}): start process 0, and check --hosts.coordinator and firewalls") from error
+        raise Apart(f"process {config.process} found nobody at {config.coordinator} for {config.timeout} seconds "
+                    f"({error}): start process 0, and check --hosts.coordinator and firewalls") from error
       time.sleep(0.2)
 
 
@@ -228,13 +237,11 @@ def beat(step: int) -> None:
 
 
 def leave(sentence: str, code: int) -> None:
-  """Ends this process after a failure, and the others with its sentence; returns where there are no others."""
+  """Ends this process after a failure, and the others with its sentence and code; returns where there are no others."""
   if here.processes == 1:
     return
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    _tell("failed", sentence)
-  if first():
-    time.sleep(2 * _period() + 1)  # the others must see it before the store goes
+    _tell("failed", sentence, code)
   _end(code)
 
 
@@ -265,7 +272,7 @@ def _watch():
         continue
       if sign["state"] == "failed":
         _say(f"error: {who} ended: {sign['sentence']}")
-        _end(2)
+        _end(sign["code"])
       if now - since > here.silence:
         _say(f"error: {who} has given no sign of life for {now - since:.0f} seconds, since step {sign['step']}: look "
              f"there; the same command on every host goes on from the newest checkpoint")
@@ -276,11 +283,11 @@ def _watch():
       slow = slow | {process} if lags else slow - {process}
 
 
-def _tell(state, sentence=""):
+def _tell(state, sentence="", code=0):
   with here.lock:
     here.sign += 1
     _client().key_value_set(f"dspark/alive/{here.process}", json.dumps(dict(
-        host=socket.gethostname(), state=state, sentence=sentence, step=here.step, sign=here.sign)),
+        host=socket.gethostname(), state=state, sentence=sentence, code=code, step=here.step, sign=here.sign)),
         allow_overwrite=True)
 
 
@@ -294,6 +301,8 @@ def _say(text):
 
 def _end(code):
   here.expect("")
+  if first():
+    time.sleep(2 * _period() + 1)  # the others must see why, too, before the store goes
   sys.stdout.flush(), sys.stderr.flush()
   # Not sys.exit: threads that wait for the dead, and JAX's own end, which waits for all, would hang.
   os._exit(code)

@@ -39,7 +39,7 @@ def owned(out: Path) -> Iterator[None]:
   ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too.
   Of several processes of one run the first owns it for all.
   """
-  if out.parts[0] in ("gs:", "s3:"):
+  if out.parts[:1] in (("gs:",), ("s3:",)):  # "." has none
     raise ValueError(f"{out} is in a bucket, expected a folder: locks and appended lines need a file system; give one "
                      f"that all hosts see (NFS, Filestore, Lustre)")
   if not hosts.first():

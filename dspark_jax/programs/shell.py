@@ -9,6 +9,7 @@ import io
 import json
 import secrets
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
 
   default: makes the settings that the command line overrides. mesh: whether a `mesh` of theirs is the current one
   meanwhile. With `hosts` among them the program runs in several processes, of which the first alone speaks. The user's
-  mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence.
+  mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence, processes that do not
+  come together hosts.AGAIN. Whatever ends one of several ends all, with the same code.
   """
   try:
     more = {"default": default()} if default else {}
@@ -46,16 +48,21 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
       stderr.quiet = not hosts.first()
       with joint_mesh(getattr(asked, "mesh", ONE_DEVICE)) if mesh else contextlib.nullcontext():
         result = main(asked)
-  except (ValueError, NotImplementedError, OSError) as error:
+  except (ValueError, NotImplementedError, OSError, hosts.Apart) as error:
+    code = hosts.AGAIN if isinstance(error, hosts.Apart) else 2
     stderr.quiet = False
     stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-    hosts.leave(str(error), 2)
-    sys.exit(2)
+    hosts.leave(str(error), code)
+    sys.exit(code)
   except KeyboardInterrupt:
     hosts.leave("interrupted", 130)
     sys.exit(130)  # 128 + SIGINT, as a shell has it
-  except jax.errors.JaxRuntimeError:
-    hosts.blame()
+  except Exception as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      hosts.blame()  # an exchange with one that is gone; or our own device, and then nobody is
+    if hosts.here.processes > 1:
+      traceback.print_exc()
+      hosts.leave(f"{type(error).__name__}: {error}".partition("\n")[0], 1)
     raise
   if hosts.first():
     print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong

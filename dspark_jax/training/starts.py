@@ -84,8 +84,8 @@ def no_moments(drafter: DSpark) -> Moments:
 
 
 def observe(moments: Moments, drafter: DSpark, target: Target, batch: Batch, encoded: TargetOutput | None = None
-            ) -> tuple[Moments, TargetOutput]:
-  """(the moments with those of a batch, what the target said of it: `encoded`, where that is stored). A block counts at
+            ) -> Moments:
+  """The moments with those of a batch. encoded: what the target says of it, where that is stored. A block counts at
   every t where t - 1, t, ..., t + T - 1 are of one document."""
   ahead, encoded = drafter.lens.positions, target.encode(batch, drafter.taps) if encoded is None else encoded
   length = batch.tokens.shape[1] - ahead
@@ -98,7 +98,7 @@ def observe(moments: Moments, drafter: DSpark, target: Target, batch: Batch, enc
   last = features[..., -encoded.hidden.shape[-1]:].astype(jnp.float32)
   size = jnp.where(inside, jnp.sqrt((last * last).mean(-1)), 0).sum()
   new = Moments(product(inputs), product(hidden), size, inside.sum().astype(jnp.float32))
-  return jax.tree.map(jnp.add, moments, new), encoded
+  return jax.tree.map(jnp.add, moments, new)
 
 
 def checked(moments: Moments) -> Moments:

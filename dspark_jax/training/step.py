@@ -171,13 +171,15 @@ def part_loss(params, drafter, target, part, weights, config):
                     weights=weights)
 
 
-def step_flops(target: TargetConfig, drafter: DrafterConfig, *, rows: int, length: int, blocks: int) -> float:
-  """Useful flops of a training step in which the target runs: the target forward, its words at every draft position
-  (and, for a reduced draft vocabulary, its normaliser at every token), and the drafter. Full rows; causal attention
-  sees half of one. blocks: per row; every position has one in recurrent drafters."""
+def step_flops(target: TargetConfig, drafter: DrafterConfig, *, rows: int, length: int, blocks: int,
+               target_runs: bool = True) -> float:
+  """Useful flops of a training step: the target forward (unless what it says is given), its words at every draft
+  position (and, for a reduced draft vocabulary, its normaliser at every token), and the drafter. Full rows; causal
+  attention sees half of one. blocks: per row; every position has one in recurrent drafters."""
   positions, words = blocks * drafter.block_size, target.head_flops / target.vocab_size
   teacher = positions * words * drafter.words + (length * target.head_flops if drafter.draft_vocab_size else 0)
-  return rows * (length * target.flops(length / 2) + teacher + drafter.train_flops(length, blocks))
+  forward = length * target.flops(length / 2) if target_runs else 0
+  return rows * (forward + teacher + drafter.train_flops(length, blocks))
 
 
 def gradients(drafter, params, target, batch, encoded, blocks, config):

@@ -5,9 +5,9 @@
 #
 # The run folder is on a shared disk. The first host, by a name that the others know, is the coordinator, on
 # port PORT (8476). One process a host, with all its devices. Run it in tmux, or with nohup.
-# When a process or host dies, the others end too (JAX misses its heartbeat), and all are started again: at most
-# MAX_RESTARTS (100) times. SIGTERM or Ctrl-C to this script is passed on: all save at one step, and it exits 143; the
-# same command goes on there. A mistake in the input (exit 2) ends it.
+# When a process or host dies, or does not come, the others end too (--hosts.silence, --hosts.timeout), and all are
+# started again: at most MAX_RESTARTS (100) times. SIGTERM or Ctrl-C to this script is passed on: all save at one step,
+# and it exits 143; the same command goes on there. A mistake in the input (exit 2) ends it.
 # PYTHON (.venv/bin/python) and JAX_COMPILATION_CACHE_DIR (runs/xla-cache of the checkout) are the same on all hosts.
 set -u
 read -r -a hosts <<< "${1:?hosts, as one word: \"host1 host2\"}"
@@ -49,5 +49,6 @@ DSPARK_PID=$pid_file-${hosts[i]} exec bash train/launch/host.sh $(printf '%q ' "
   if [ "$code" = 0 ] || [ "$code" = 2 ]; then exit "$code"; fi
   echo "exit $code: starting all hosts again in ${PAUSE:-20} seconds" >&2
   sleep "${PAUSE:-20}"
+  if [ "$stopped" = 1 ]; then exit 143; fi
 done
 exit "$code"

@@ -9,13 +9,14 @@
 # hosts mount (Filestore, by xpk storage attach); JAX_COMPILATION_CACHE_DIR, which may be gs://, is passed on: a restart
 # does not compile then.
 # Preemption, maintenance, dead hosts: xpk starts all hosts again on exit codes 42 and 127 to 255, among them the 143 of
-# host.sh and the aborts of JAX; 1, an exception of Python's, is added here. 2, a mistake in the input, ends it.
+# host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who ends as another one did.
+# 2, a mistake in the input, ends it.
 # An own JobSet, for clusters without xpk: jobset.yaml.
 set -eu
 name="${1:?name of the workload}"
 shift
 exec xpk workload create --workload "$name" --cluster "${CLUSTER:?name of the cluster}" \
   --tpu-type "${TPU_TYPE:-v5litepod-16}" --num-slices "${SLICES:-1}" --docker-image "${IMAGE:?docker image}" \
-  --max-restarts "${MAX_RESTARTS:-100}" --restart-on-exit-codes 1 --termination-grace-period-seconds 300 \
+  --max-restarts "${MAX_RESTARTS:-100}" --restart-on-exit-codes 1,75 --termination-grace-period-seconds 300 \
   ${JAX_COMPILATION_CACHE_DIR:+--env "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR"} \
   --command "bash train/launch/host.sh python -m train.train --mesh.fsdp -1 $(printf '%q ' "$@")"
