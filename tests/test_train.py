@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import dspark_jax
 from dspark_jax.data import pipeline
+from dspark_jax.data.features import Heard
 from dspark_jax.data.rows import Rows
 from dspark_jax.drafters import MTP, DSpark
 from dspark_jax.nn.parameters import values
@@ -218,15 +220,23 @@ def test_a_run_killed_before_its_first_checkpoint(folder, uninterrupted, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_lens_is_fitted_once(folder, monkeypatch, tmp_path):
-  """Kills: first steps by another program than the same steps after a restart, as of what the target said for the lens;
-  a resumed run that fits its lens again, or not at all."""
+@pytest.mark.parametrize("kept", [0, 2, 6])
+def test_a_lens_is_fitted_once(kept, folder, monkeypatch, tmp_path):
+  """What the target said for the lens is kept for no batch, for some, for all that it is fitted to. Kills: outputs kept
+  for another batch; first steps by another program than the same steps after a restart; a resumed run that fits
+  its lens again, or not at all."""
   drafter = dataclasses.replace(experiment(folder, tmp_path).drafter, lens=True)
   run = lambda name: train.main(experiment(folder, tmp_path / name, drafter=drafter, lens_rows=12))
-  step, traced = train.train_step, []
-  monkeypatch.setattr(train, "train_step", lambda *args, **how: traced.append(how) or step(*args, **how))
+  sizes, keep = [], Heard.keep
+  monkeypatch.setattr(Heard, "keep", lambda self, step, said: sizes.append(
+      sum(x.nbytes for x in jax.tree.leaves(said))) or keep(self, step, said))
+  run("kept")
+  assert len(sizes) == 6
+  monkeypatch.setattr(train, "SAID_BYTES", kept * sizes[0])
   run("whole")
-  assert len(traced) == 1
+  assert len(sizes) == 6 + kept
+  for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "kept"), strict=True):
+    np.testing.assert_allclose([one["loss"], one["grad_norm"]], [other["loss"], other["grad_norm"]], rtol=1e-4)
   at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
   assert run("stopped")["steps"] == 3 and run("stopped")["steps"] == STEPS
   assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")

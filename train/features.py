@@ -1,4 +1,4 @@
-"""What a training step is given: its batch and, from a store, what the target says of it.
+"""What a training step is given: its batch and, where that is known, what the target says of it.
 
 Which store goes with which run: what train.cache_hidden writes and train.train checks.
 """

@@ -42,6 +42,7 @@ import numpy as np
 import dspark_jax
 from dspark_jax.checkpoints import state as checkpoints
 from dspark_jax.data import chat
+from dspark_jax.data.features import Features, Heard
 from dspark_jax.data.rows import Rows, Some, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
@@ -59,7 +60,8 @@ from train.loop import loop, summarise_saved
 from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
 PROGRAM = "train.train"
-TIMED = 4   # steps whose median says how long one takes
+SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
+TIMED = 4   # steps whose median says how long one takes: the first of them may compile
 FEWEST = 8  # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
 
 
@@ -114,14 +116,19 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older)
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
+    fitted = 0  # batches that the lens is fitted to
+    if not started_from and getattr(config.drafter, "lens", False):  # not every kind has one
+      fitted = (run or {}).get("lens_batches") or math.ceil(min(config.lens_rows, len(data)) / config.batch)
+      batches.features = heard(config, target, batches, fitted)
     advance = stepper(config, static, state, target, batches)
     began = time.monotonic()
-    if fresh and not started_from and getattr(config.drafter, "lens", False):  # not every kind has one
-      state = state.replace(drafter=fit_lens(config, state.drafter, target, batches, timed=asked is None))
+    if fresh and fitted:
+      drafter, fitted = fit_lens(config, state.drafter, target, batches, fitted, timed=run is asked is None)
+      state = state.replace(drafter=drafter)
     if run is None:
       left = (config.minutes or 0) * 60 - (time.monotonic() - began)
-      steps = asked or steps_in(left, state, advance)
-      more = {"date": rows.manifest.date, "lost": rows.manifest.lost}
+      steps = asked or steps_in(left, state, advance, getattr(batches.features, "until", 0))
+      more = {"date": rows.manifest.date, "lost": rows.manifest.lost, "lens_batches": fitted}
       run = hosts.agree(lambda: new_run(config, record | more, steps))
     if fresh:
       state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
@@ -135,21 +142,27 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 
 
 def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Batches):
-  """A function (state, index of the step) -> (state, metrics), compiled."""
+  """A function (state, index of the step) -> (state, metrics), compiled: for steps that are given what the target says,
+  and for those that ask it."""
   # The metrics whole everywhere, so that any process can read them.
   step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0,
                  out_shardings=(shardings(state), everywhere()))
-  with shell.stderr.status("compiling the training step"):
-    batch, encoded = batches(0)
-    # Without a mesh as shapes: a restored state is committed to its device, which would be another program, compiled
-    # again, and not surely with the same bits.
-    like = jax.eval_shape(lambda x: x, state) if jax.sharding.get_mesh().empty else state
-    compiled = step.lower(like, target, batch, encoded=encoded).compile()
-  shell.say(f"step: {shell.memory_report(compiled)}")
+  # Without a mesh as shapes: a restored state is committed to its device, which would be another program, compiled
+  # again, and not surely with the same bits.
+  like = jax.eval_shape(lambda x: x, state) if jax.sharding.get_mesh().empty else state
+  compiled = {}
+
+  def program(batch, encoded):
+    if (asks := encoded is None) not in compiled:
+      with shell.stderr.status("compiling the training step"):
+        compiled[asks] = step.lower(like, target, batch, encoded=encoded).compile()
+      shell.say(f"step: {shell.memory_report(compiled[asks])}")
+    return compiled[asks]
 
   def advance(state, index):
     batch, encoded = batches(index)
-    return compiled(state, target, batch, encoded=encoded)
+    return program(batch, encoded)(state, target, batch, encoded=encoded)
+  program(*batches(int(state.step)))
   return advance
 
 
@@ -234,9 +247,20 @@ def is_stopped(config: TrainConfig, result: dict) -> bool:
   return result["steps"] < run_folder.read_record(config.out, PROGRAM, {"total_steps": int})["total_steps"]
 
 
-def fit_lens(config: TrainConfig, drafter, target, batches: Batches, *, timed: bool):
-  """The drafter with its lens fitted to the first batches. timed: in half of the minutes, at most."""
-  total = math.ceil(min(config.lens_rows, len(batches.data)) / config.batch)
+def heard(config: TrainConfig, target, batches: Batches, fitted: int) -> Features:
+  """Where the steps of a run with a lens have what the target says from: of the batches that the lens is fitted to, up
+  to SAID_BYTES of it, it has been asked then."""
+  if config.features:
+    return batches.features
+  encode = functools.partial(jax.jit(lambda target, batch: target.encode(batch, tuple(config.drafter.taps))), target)
+  said = jax.eval_shape(encode, batches(0)[0])
+  return Heard(encode, min(fitted, SAID_BYTES // sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(said))))
+
+
+def fit_lens(config: TrainConfig, drafter, target, batches: Batches, total: int, *, timed: bool):
+  """(the drafter with its lens fitted to the first `total` batches, how many these were). timed: in half of the
+  minutes, at most."""
+  features = batches.features
   observe, moments = jax.jit(starts.observe, donate_argnums=0), made(starts.no_moments, drafter)
   began = time.monotonic()
   with shell.bar() as bar:
@@ -245,23 +269,35 @@ def fit_lens(config: TrainConfig, drafter, target, batches: Batches, *, timed: b
       batch, encoded = batches(index)
       # Blocked on, or the clock below would be that of the queue.
       moments = jax.block_until_ready(observe(moments, drafter, target, batch, encoded))
+      if isinstance(features, Heard) and encoded is not None:
+        features.keep(index, encoded)
       bar.update(task, completed=index + 1, note=f"{(index + 1) * config.batch} rows")
       if timed and hosts.agree(lambda: time.monotonic() - began > config.minutes * 60 / 2):
         break
   shell.say(f"lens: fitted to {int(moments.count)} positions")
+  if isinstance(features, Heard):
+    features.until = min(features.until, index + 1)
   fitted = jax.jit(starts.from_moments, out_shardings=shardings(drafter))
-  return fitted(drafter, target, starts.checked(moments))
+  return fitted(drafter, target, starts.checked(moments)), index + 1
 
 
-def steps_in(left: float, state, advance) -> int:
-  """How many steps fit into the seconds that are left, from timing a few on a copy of the state."""
-  # The steps are donated their state, and the run begins from this one.
-  state, times = jax.tree.map(jnp.copy, state), []
-  for index in range(TIMED):
-    began = time.perf_counter()
-    state, _ = jax.block_until_ready(advance(state, index))
-    times.append(time.perf_counter() - began)
-  return hosts.agree(lambda: max(int(left / np.median(times)), FEWEST))
+def steps_in(left: float, state, advance, known: int) -> int:
+  """How many steps fit into the seconds that are left, from timing a few on a copy of the state. The first `known` are
+  quicker than those that follow: the target has already run."""
+  state = jax.tree.map(jnp.copy, state)  # the steps are donated their state, and the run begins from this one
+
+  def seconds(first):
+    nonlocal state
+    times = []
+    for index in range(first, first + TIMED):
+      began = time.perf_counter()
+      state, _ = jax.block_until_ready(advance(state, index))
+      times.append(time.perf_counter() - began)
+    return np.median(times)
+
+  slow = seconds(known)
+  quick = seconds(0) if known else slow
+  return hosts.agree(lambda: max(int(min(left / quick, known + max(left - known * quick, 0) / slow)), FEWEST))
 
 
 if __name__ == "__main__":

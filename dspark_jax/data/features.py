@@ -1,4 +1,4 @@
-"""What the target says of a training batch, by whoever knows it: the step itself, or a store.
+"""What the target says of a training batch, by whoever knows it: the step itself, a program before it, or a store.
 
 One protocol, `Features`; None stands for "nobody knows: run the target in the step".
 """
@@ -6,6 +6,7 @@ One protocol, `Features`; None stands for "nobody knows: run the target in the s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -36,6 +37,22 @@ class Online:
 
   def forget(self) -> None:
     pass
+
+
+class Heard(Online):
+  """Of the first `until` steps the target has been asked before, by a program of its own: encode(batch). What it said
+  then is given once, where it was kept; else it is asked again by the same program, so that the bits are the same."""
+
+  def __init__(self, encode: Callable[[Batch], TargetOutput], until: int):
+    self._encode, self.until, self._kept = encode, until, {}
+
+  def keep(self, step: int, encoded: TargetOutput) -> None:
+    """Keeps what was said of a step."""
+    self._kept[step] = encoded
+
+  def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput | None:
+    kept = self._kept.pop(step, None)
+    return self._encode(place_rows(batch)) if kept is None and step < self.until else kept
 
 
 class Stored:
