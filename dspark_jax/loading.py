@@ -209,9 +209,14 @@ def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") ->
   """A drafter for `target` from our own folder, a training run, a DeepSpec or DFlash folder, or a hub id of
   one of these, in `dtype`.
 
-  ValueError when it was made for another target, and for every missing, unknown and misshapen tensor at once.
+  ValueError when it was made for another target, for every missing, unknown and misshapen tensor at once, and where the
+  target's kernels, by which it drafts too, do not suit its heads.
   """
-  return _read_drafter(Path(path), target, jnp.dtype(dtype))[0]
+  drafter = _read_drafter(Path(path), target, jnp.dtype(dtype))[0]
+  spec = drafter.config.spec
+  with _of(f"drafter {path}"):
+    target.kernels.check(kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, layout=target.cache_layout)
+  return drafter
 
 
 def made_for(path: str | os.PathLike, target: Target) -> bool:

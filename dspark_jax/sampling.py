@@ -134,6 +134,9 @@ def argmax(logits: Array) -> Array:
 
   So a caller sees broken logits as `tokens >= V`, never as token 0.
   """
+  # Of words that lie on several devices no chunks are made: they would be exchanged, padded, to be cut anew.
+  if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+    return _first_max(logits)
   return jax.lax.platform_dependent(logits, cpu=_argmax_of_chunks, default=_first_max)
 
 

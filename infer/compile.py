@@ -34,10 +34,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax.decoding import session
 from dspark_jax.decoding.generate import start
 from dspark_jax.decoding.policy import All
 from dspark_jax.decoding.round import Models, Rows, play
-from dspark_jax.decoding.session import Session
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
 from dspark_jax.loading import target_config
 from dspark_jax.nn.attention import Kernels
@@ -77,10 +77,16 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
-  shell.at_least(settings, batch=1, block_size=1, draft_layers=1, capacity=settings.block_size + 2)
+  # A prompt, padded as all are, or the anchor with a block that is verified.
+  least = max(session.PROMPT_BUCKET, settings.block_size + 2)
+  shell.at_least(settings, batch=1, block_size=1, draft_layers=1, capacity=least)
   if not settings.programs:
     raise ValueError("there are no programs to compile: name plain, draft, verify or round")
   target = target_config(settings.model)
+  most = session.capacity(target.max_positions, 0, settings.block_size)
+  if settings.capacity > most:
+    raise ValueError(f"capacity is {settings.capacity}, expected at most {most}: {settings.model} has "
+                     f"{target.max_positions} positions")
   devices = absent_devices(settings.topology)
   chip, mesh, rows = chip_of(devices[0]), settings.mesh.build(devices), {}
   with jax.set_mesh(mesh):
@@ -121,8 +127,8 @@ class Served:
     drafter = half(jax.eval_shape(lambda: DSpark(drafting, rngs=nnx.Rngs(0))))
 
     def rows(drafter):
-      (batch,) = Session(target, drafter, budget=None).prepare([[0]] * settings.batch, max_new_tokens=1,
-                                                               **SAMPLING[settings.sampling])
+      (batch,) = session.Session(target, drafter, budget=None).prepare(
+          [[0]] * settings.batch, max_new_tokens=1, **SAMPLING[settings.sampling])
       begun = lambda target, drafter: start(Models.of(target, drafter), batch.args[2], settings.capacity)
       begun = jax.eval_shape(begun, target, drafter)
       return compiled.on(begun, row_shardings(begun))

@@ -78,13 +78,13 @@ class Page:
     """Whether the device is right."""
     if not self.correctness:
       return []
-    rows = [[r["model"], "yes" if r["correct"] else "**NO**", f"{r['logits']:.1e}",
+    rows = [[r["model"], r["attention"], "yes" if r["correct"] else "**NO**", f"{r['logits']:.1e}",
              texts(r["same_as_cpu"], r["from_cpu"]), texts(r["same_as_plain"], r["from_plain"]),
              f"{r['bfloat16_logits']:.1e}"] for r in self.correctness]
     return ["## The same numbers as on this machine's CPU",
             "Greedy, float32 with products of full precision. Differences are in parts of the largest logit; texts "
             "that part may do so at a tie alone.",
-            table(["model", "right", "logits differ by", "text as on the CPU", "speculative text as plain",
+            table(["model", "attention", "right", "logits differ by", "text as on the CPU", "speculative text as plain",
                    "logits in bfloat16 differ by"], rows)]
 
   def decoding_part(self) -> list[str]:
@@ -99,8 +99,9 @@ class Page:
     rates = [[r["context"], r["batch"], f"{r['batch'] / r['plain_step_seconds']:.0f}",
               *(f"{n * r['batch'] / r['round_seconds']:.0f}" for n in ACCEPTED)] for r in points]
     return [f"## Decoding at {self.model} size, bfloat16",
-            f"A round drafts and verifies {self.block_size} tokens. A share is of the memory's speed: bytes that "
-            "cannot but be read (weights, live cache) over seconds and the stated GB/s.",
+            f"A round drafts and verifies {self.block_size} tokens; attention over caches is by "
+            f"{points[0]['attention']}. A share is of the memory's speed: bytes that cannot but be read (weights, live "
+            "cache) over seconds and the stated GB/s.",
             table(["context", "batch", "plain step ms", "of the memory's speed", "round ms", "of the memory's speed",
                    "round / plain step"], rows),
             f"![Steps and rounds]({self.figure.name})",
@@ -111,21 +112,21 @@ class Page:
 
   def training_part(self) -> list[str]:
     """The optimizer step."""
-    rows = [[r["tokens"], r["anchors"], f"{1e3 * r['seconds']:.1f}", f"{r['useful_tflop']:.2f}",
+    rows = [[r["tokens"], r["anchors"], r["attention"], f"{1e3 * r['seconds']:.1f}", f"{r['useful_tflop']:.2f}",
              "" if r["mfu"] is None else f"{100 * r['mfu']:.1f} %", f"{r['arguments_gb']:.2f}",
              f"{r['temporaries_gb']:.2f}"] for r in self.training]
     return rows and [f"## A training step at {self.model} size, bfloat16 with float32 masters, batch 1", table(
-        ["tokens", "anchors", "ms", "useful TFLOP", "MFU", "arguments GB", "temporaries GB"], rows)]
+        ["tokens", "anchors", "attention", "ms", "useful TFLOP", "MFU", "arguments GB", "temporaries GB"], rows)]
 
   def smollm2_part(self) -> list[str]:
     """Whole generations."""
-    rows = [[r["batch"], f"{r['plain_tokens_per_second']:.0f}", f"{1e3 * r['plain_step_seconds']:.2f}",
+    rows = [[r["batch"], r["attention"], f"{r['plain_tokens_per_second']:.0f}", f"{1e3 * r['plain_step_seconds']:.2f}",
              f"{1e3 * r['draft_seconds']:.2f}", f"{1e3 * r['verification_seconds']:.2f}",
              f"{1e3 * r['round_seconds']:.2f}", f"{r['round_in_plain_steps']:.2f}"] for r in self.smollm2]
     return rows and ["## SmolLM2-135M, bfloat16, whole texts (infer.bench)",
                      "The drafter is untrained: 2 layers, block 4, rank 64.",
-                     table(["batch", "plain tokens/s", "plain step ms", "draft ms", "verification ms", "round ms",
-                            "round / plain step"], rows)]
+                     table(["batch", "attention", "plain tokens/s", "plain step ms", "draft ms", "verification ms",
+                            "round ms", "round / plain step"], rows)]
 
 
 def texts(same: bool, gap: float) -> str:

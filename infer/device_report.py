@@ -39,6 +39,7 @@ from dspark_jax.decoding.generate import start
 from dspark_jax.decoding.policy import All
 from dspark_jax.decoding.round import Models, Rows, play
 from dspark_jax.drafters.dspark import DSpark, DSparkChoices, DSparkConfig
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
@@ -52,9 +53,11 @@ from infer import bench, device_page, head_cost
 from infer.compile import spread_taps
 
 MODEL = "qwen3-4b"
-# Of the model whose numbers are compared with the CPU's: a minute of compiling, and enough heads to confuse.
-SMALL = TargetConfig("qwen3", BlockSpec(256, 768, 8, 2, 64, 1e-6, 1e6, qk_norm=True), 4, 4096, True, 8192)
+# Of the model whose numbers are compared with the CPU's: a minute of compiling, enough heads to confuse, and as wide as
+# all kernels read them.
+SMALL = TargetConfig("qwen3", BlockSpec(256, 768, 8, 2, 128, 1e-6, 1e6, qk_norm=True), 4, 4096, True, 8192)
 TINY = TargetConfig("qwen3", BlockSpec(32, 64, 4, 2, 16, 1e-6, 1e6, qk_norm=True), 2, 256, True, 8192)
+AUTO = Kernels("auto", "auto")  # on the device; on the CPU beside it everything is by reference
 NEAR = 1e-3      # of the largest logit: what two right float32 computations may differ by
 PER_CALL = 0.4   # seconds of rounds that one measurement lasts
 GUESS = {"correctness": 75, "decoding": 30, "training": 75, "smollm2": 100}  # seconds, before one of a kind has run
@@ -101,10 +104,11 @@ class Bench:
 
   @functools.cached_property
   def models(self) -> tuple[Decoder, DSpark]:
-    """Random weights in bfloat16, made when first asked for."""
+    """Random weights in bfloat16, made when first asked for, with the kernels that suit the device."""
     build = lambda: Decoder(self.target, rngs=nnx.Rngs(0))
-    return (random_weights(lambda: stack_layers(build()) if self.scanned else build()),
-            random_weights(lambda: DSpark(self.drafter, rngs=nnx.Rngs(0))))
+    target = random_weights(lambda: stack_layers(build()) if self.scanned else build())
+    target.use(AUTO)
+    return target, random_weights(lambda: DSpark(self.drafter, rngs=nnx.Rngs(0)))
 
 
 class LeftOut(Exception):
@@ -240,7 +244,7 @@ def smollm2(here: Bench) -> dict:
   settings = smollm2_settings()
   prompts = bench.read_prompts(settings)[:3]
   with jax.default_device(cpu()):
-    target = dspark_jax.load_target("smollm2", scanned=False)
+    target = dspark_jax.load_target("smollm2", scanned=False, kernels=Kernels())
     drafter = bench.random_drafter(settings, target)
   return compared(here, "SmolLM2-135M", target, drafter, prompts)
 
@@ -260,14 +264,15 @@ def smollm2_texts(here: Bench) -> list[dict]:
   prompts = bench.read_prompts(settings)
   target = dspark_jax.load_target("smollm2", dtype="bfloat16", scanned=here.scanned)
   drafter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bench.random_drafter(settings, target))
-  return [bench.measure(settings, target, drafter, bench.prompts_of(settings, target, prompts, batch))
-          for batch in (1, 16)]
+  measure = lambda batch: bench.measure(settings, target, drafter, bench.prompts_of(settings, target, prompts, batch))
+  return [measure(batch) | {"attention": target.kernels.decode} for batch in (1, 16)]
 
 
 def compared(here: Bench, name: str, target: Decoder, drafter: DSpark, prompts: list[list[int]], new: int = 48) -> dict:
   """How a float32 model of the CPU differs on this device: logits and greedy text; and speculative from plain text."""
   on_cpu = jax.device_put((target, drafter), cpu())
   on_device = jax.device_put((stack_layers(on_cpu[0]) if here.scanned else on_cpu[0], drafter), jax.devices()[0])
+  on_device[0].use(AUTO)
   # Products of float32 numbers: a TPU's default are bfloat16's, a GPU's are TF32's.
   with jax.default_matmul_precision("highest"):
     right, here_too = (logits(model, prompts[-1]) for model in (on_cpu[0], on_device[0]))
@@ -279,10 +284,10 @@ def compared(here: Bench, name: str, target: Decoder, drafter: DSpark, prompts: 
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), on_device[0])
   rough = np.abs(logits(half, prompts[-1]) - right).max()
   numbers = {"logits": np.abs(here_too - right).max() / largest, **gaps}
-  return {"model": name, "tokens": len(prompts) * new, "same_as_cpu": plain == alone,
-          "same_as_plain": alone == speculative, **{key: float(value) for key, value in numbers.items()},
-          "bfloat16_logits": float(rough / largest), "correct": bool(
-              np.isfinite(rough) and all(value < NEAR for value in numbers.values()))}
+  return {"model": name, "attention": on_device[0].kernels.decode, "tokens": len(prompts) * new,
+          "same_as_cpu": plain == alone, "same_as_plain": alone == speculative,
+          **{key: float(value) for key, value in numbers.items()}, "bfloat16_logits": float(rough / largest),
+          "correct": bool(np.isfinite(rough) and all(value < NEAR for value in numbers.values()))}
 
 
 def logits(target: Decoder, prompt: list[int]) -> np.ndarray:
@@ -307,8 +312,8 @@ def parted(target: Decoder, prompt: list[int], a: list[int], b: list[int]) -> fl
 
 def decoding_at(here: Bench, batch: int, context: int) -> dict:
   """Seconds of a plain step and of a round at one batch and context, and the share of the memory's speed that is."""
-  out = {"batch": batch, "context": context}
   target, drafter = here.models
+  out = {"batch": batch, "context": context, "attention": target.kernels.decode}
   for name, chosen in (("plain_step", None), ("round", drafter)):
     # Both are looked at before either runs: half a row in the page says less than what it needs.
     seconds = round_seconds(target, chosen, batch, context)
@@ -397,8 +402,8 @@ def training(here: Bench) -> dict:
   if not np.isfinite(loss.sum):
     raise LeftOut(f"the loss is {float(loss.sum)} after a few steps")
   useful = step_flops(here.target, here.drafter, rows=1, length=tokens, blocks=anchors)
-  return {"tokens": tokens, "anchors": anchors, "seconds": seconds, "useful_tflop": useful / 1e12,
-          "mfu": here.tflops and useful / 1e12 / seconds / here.tflops,
+  return {"tokens": tokens, "anchors": anchors, "attention": target.kernels.train, "seconds": seconds,
+          "useful_tflop": useful / 1e12, "mfu": here.tflops and useful / 1e12 / seconds / here.tflops,
           "arguments_gb": stats.argument_size_in_bytes / 1e9, "temporaries_gb": stats.temp_size_in_bytes / 1e9}
 
 

@@ -159,6 +159,7 @@ def test_differences_between_seeds_count():
     ('datasets=(', 'datasets=("gsm8k",', "nothing says where the benchmark gsm8k is"),
     ("temperatures=(0.0,)", "temperatures=(-1.0,)", "temperature is -1.0"), ("steps=2, ", "", "give --steps"),
     ("Eagle3.Settings(taps=(-1, 0)", "Eagle3.Settings(taps=(9,)", "taps [9] are out of range"),
+    ("log_every=1)", "log_every=1, mesh=type(TrainConfig.mesh)(2))", "wrong.py: the mesh is data 2, fsdp 1, tensor 1"),
     ("Eagle3.Settings(", "Eagle3.Settings(num_layers=5, ", "unexpected keyword argument 'num_layers'")])
 def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
   """Kills: hours of training, then the sentence that says what was wrong from the start."""

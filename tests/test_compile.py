@@ -121,7 +121,9 @@ def test_what_a_run_costs():
 
 @pytest.mark.parametrize("args, sentence", [
     ("--model tiny --batch 0", "batch is 0, expected at least 1"),
-    ("--model tiny --capacity 8", "capacity is 8, expected at least 9"),
+    ("--model tiny --capacity 63", "capacity is 63, expected at least 64"),
+    ("--model tiny --capacity 71 --block-size 70", "capacity is 71, expected at least 72"),
+    ("--model tiny --capacity 4161", "capacity is 4161, expected at most 4160: tiny has 4096 positions"),
     ("--model qwen3-5b", "qwen3-5b is not here, and is no size that is known: give one of qwen3-4b, qwen3-8b"),
     ("--model tiny --mesh.tensor 16", "there are 8 devices"),
     ("--model tiny --programs", "there are no programs")])
@@ -132,6 +134,25 @@ def test_settings_are_refused_before_anything_is_compiled(args, sentence, here, 
     shell.run(decoding.main, decoding.Settings, args=args.split())
   err = capsys.readouterr().err
   assert exit_.value.code == 2 and sentence in err.replace("\n", " ") and "Traceback" not in err
+
+
+def test_rows_that_devices_cannot_share_are_refused(here, capsys, monkeypatch):
+  """Kills: numbers of a step whose devices all run all rows, under the name of one that divides them."""
+  monkeypatch.setattr(training, "arguments", lambda *_: pytest.fail("begun"))
+  with pytest.raises(SystemExit) as exit_:
+    shell.run(training.main, training.CompileConfig, default=lambda: training.resolved("configs/qwen3_4b.py"),
+              args="--batch 4 --microbatches 1 --mesh.fsdp 8".split(), mesh=False)
+  err = capsys.readouterr().err
+  assert exit_.value.code == 2 and "batch is 4, expected a multiple of 8" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_layers_lie_as_training_has_them(scanned, monkeypatch):
+  """Kills: layers that are stacked for a machine on which train.train leaves them unrolled."""
+  monkeypatch.setattr(training, "scans", lambda platform: platform == ("cpu" if scanned else "tpu"))
+  with jax.set_mesh(MeshConfig().build()):
+    target = training.arguments(SHORT, TINY, drafter_config(SHORT.drafter, TINY))[1]
+  assert target.scanned == scanned
 
 
 @pytest.mark.parametrize("topology, sentence", [
@@ -187,6 +208,19 @@ def judged(program, batch, capacity, sampling, topology="v5p:2x2x1", mesh=MeshCo
   with jax.set_mesh(mesh.build(devices)):
     served = decoding.Served.of(settings, dataclasses.replace(SMALL, vocab_size=words), devices[0].platform)
     return compiled.read(decoding.lower(program, served)), decoding.floors(served)[program]
+
+
+SHORT = dataclasses.replace(qwen3_4b, batch=1, microbatches=1, drafter=dataclasses.replace(
+    qwen3_4b.drafter, taps=(0,), mask_token_id=0, num_layers=1))
+
+
+def step(config, heads, words):
+  """(what a v5p's compiler makes of a training step for a target of two narrow layers, the drafter's weights)"""
+  spec = dataclasses.replace(SMALL.spec, hidden_size=1024, intermediate_size=2048, num_heads=heads)
+  target = dataclasses.replace(SMALL, spec=spec, vocab_size=words)
+  with jax.set_mesh(MeshConfig().build(absent_devices("v5p:2x2x1"))):
+    args = training.arguments(config, target, drafter_config(config.drafter, target))
+    return compiled.read(training.lower(config, *args)), args[0].drafter
 
 
 def moved(found):
@@ -257,15 +291,16 @@ class TestJudge:
 
   def test_a_training_step_needs_no_more_than_a_few_chunks(self):
     """Kills: logits of all draft positions at a time."""
-    spec = dataclasses.replace(SMALL.spec, hidden_size=1024, intermediate_size=2048, num_heads=8)
-    target = dataclasses.replace(SMALL, spec=spec, vocab_size=32_768)
-    config = dataclasses.replace(
-        qwen3_4b, batch=1, microbatches=1, row_length=1024, anchors=128, loss=LossConfig(chunk=256),
-        drafter=dataclasses.replace(qwen3_4b.drafter, taps=(0,), mask_token_id=0, num_layers=1))
-    with jax.set_mesh(MeshConfig().build(absent_devices("v5p:2x2x1"))):
-      args = training.arguments(config, target, drafter_config(config.drafter, target))
-      found = compiled.read(training.lower(config, *args))
-    logits, gradients = 4 * config.loss.chunk * target.vocab_size, compiled.size(args[0].drafter)
+    config, words = dataclasses.replace(SHORT, row_length=1024, anchors=128, loss=LossConfig(chunk=256)), 32_768
+    found, trained = step(config, heads=8, words=words)
+    logits = 4 * config.loss.chunk * words
     # A chunk's logits of draft and target, and their gradients. With the logits of all 896 positions it takes 9 more.
     assert config.anchors * config.drafter.block_size > 3 * config.loss.chunk
-    assert found.temporaries <= gradients + 5 * logits
+    assert found.temporaries <= compiled.size(trained) + 5 * logits
+
+  def test_a_step_of_many_heads_compiles(self):
+    """Kills: splash without its barriers: where a step fuses its own operations with those of blocks' own tokens, the
+    compiler of a v5p ends with "split of a padded window dim is not supported", not at every size."""
+    config = dataclasses.replace(SHORT, row_length=4096, anchors=512, loss=LossConfig(chunk=512))
+    found, _ = step(config, heads=32, words=8192)
+    assert [op for op in found.operations if op.opcode == "custom-call"]  # by splash at all

@@ -11,6 +11,8 @@ from flax import nnx
 from dspark_jax.data import chat
 from dspark_jax.decoding import round as rounds
 from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.nn import pallas_decode
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets.decoder import Decoder, stack_layers
 from infer import device_page, device_report as report
@@ -40,6 +42,7 @@ def test_the_whole_program(bare, capsys, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.md", "cpu.png"]
   text = (tmp_path / "cpu.md").read_text()
   (model,), (point,), (step,) = result["correctness"], result["decoding"], result["training"]
+  assert model["attention"] == point["attention"] == step["attention"] == "reference"
   assert result["correct"] and model["correct"] and model["same_as_cpu"] and model["same_as_plain"]
   assert model["logits"] < 1e-5 < model["bfloat16_logits"] < 0.1 and model["tokens"] == 3 * 48
   assert (point["batch"], point["context"]) == (2, 40)
@@ -96,14 +99,32 @@ def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
   monkeypatch.setattr(report, "smollm2", lambda _: [].pop())
   monkeypatch.setattr(report, "decoding_at", broken("RESOURCE_EXHAUSTED: out of memory"))
   monkeypatch.setattr(report, "small_model", lambda _: {
-      "model": "a model", "correct": False, "logits": 0.5, "same_as_cpu": False, "from_cpu": 0.4, "same_as_plain": True,
-      "from_plain": 0.0, "bfloat16_logits": 0.5})
+      "model": "a model", "attention": "triton", "correct": False, "logits": 0.5, "same_as_cpu": False, "from_cpu": 0.4,
+      "same_as_plain": True, "from_plain": 0.0, "bfloat16_logits": 0.5})
   _, err = run(capsys, tmp_path, *ROWS, code=2)
   assert "a model is not what it is on a CPU; a training step failed; numbers of SmolLM2 failed: see" in err
   text = (tmp_path / "cpu.md").read_text()
   assert "- a training step: JaxRuntimeError: INTERNAL: no such instruction (in device_report.py:" in text
-  assert "- numbers of SmolLM2: IndexError: pop from empty list" in text and "| a model | **NO** |" in text
+  assert "- numbers of SmolLM2: IndexError: pop from empty list" in text and "| a model | triton | **NO** |" in text
   assert "## Left out" in text.partition("- batch 2, context 40: JaxRuntimeError: RESOURCE_EXHAUSTED")[0]
+
+
+def test_the_cpu_is_the_reference(monkeypatch):
+  """Kills: a kernel of the accelerator for the model that runs on the CPU beside it, where it cannot be compiled."""
+  found = []
+  def load_target(name, **how):
+    target = Decoder(report.TINY, rngs=nnx.Rngs(0))
+    target.use(how.get("kernels", report.AUTO))
+    return target
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(report, "smollm2_settings", lambda: None)
+  monkeypatch.setattr(report.bench, "read_prompts", lambda _: [[1]])
+  monkeypatch.setattr(report.bench, "random_drafter", lambda *_: None)
+  monkeypatch.setattr(report.dspark_jax, "load_target", load_target)
+  monkeypatch.setattr(report, "compared", lambda here, name, target, *_: found.append(target.kernels))
+  report.smollm2(None)
+  report.small_model(report.Bench(report.Settings(), report.TINY, None, False, 0.0, None, None))
+  assert found == [Kernels(), Kernels()]
 
 
 @pytest.mark.slow
@@ -130,6 +151,21 @@ def test_where_texts_part():
   last = report.logits(target, [3, 4, 5, 7])[-1]
   assert report.parted(target, [3, 4, 5], [7, 1, 9], [7, 2, 8]) == pytest.approx(abs(last[1] - last[2]), rel=1e-5)
   assert report.parted(target, [3], [7, 1], [7, 1]) == 0 and report.parted(target, [3], [7, 1], [7]) == float("inf")
+
+
+@pytest.mark.slow
+def test_the_kernels_are_what_is_compared(monkeypatch):
+  """Kills: a report of an accelerator whose kernels nobody ran, or one that measures the reference."""
+  monkeypatch.setattr(report, "AUTO", Kernels("pallas", interpret=True))
+  config, original = report.TINY, pallas_decode.cached_attention
+  target, drafter = Decoder(config, rngs=nnx.Rngs(0)), DSpark(report.tiny_drafter(config), rngs=nnx.Rngs(1))
+  here = report.Bench(report.Settings(), config, drafter.config, True, 0.0, None, None)
+  assert here.models[0].kernels.decode == "pallas"
+  right = report.compared(here, "right", target, drafter, [[3, 4, 5], [6, 9] * 10], new=4)
+  monkeypatch.setattr(pallas_decode, "cached_attention", lambda *args, **how: 2 * original(*args, **how))
+  monkeypatch.setattr(report, "AUTO", Kernels("pallas", "splash", interpret=True))  # traced anew
+  wrong = report.compared(here, "wrong", target, drafter, [[3, 4, 5], [6, 9] * 10], new=4)
+  assert right["correct"] and not wrong["correct"] and right["attention"] == wrong["attention"] == "pallas"
 
 
 @pytest.mark.thorough
@@ -180,10 +216,11 @@ def test_the_page_as_it_grows(tmp_path):
   page = device_page.Page("A [device]", tmp_path / "a.md", tmp_path / "a.png", None, None, "tiny", "scanned", 4)
   page.write()
   assert "give --gb-per-second" in page.path.read_text() and not page.figure.exists() and not page.summary()["correct"]
-  page.add("decoding", {"batch": 1, "context": 8, "plain_step_seconds": 0.5, "plain_step_share": None,
-                        "round_seconds": 1.0, "round_share": None})
+  page.add("decoding", {"batch": 1, "context": 8, "attention": "pallas", "plain_step_seconds": 0.5,
+                        "plain_step_share": None, "round_seconds": 1.0, "round_share": None})
   page.write()
-  assert page.figure.exists() and "| 8 | 1 | 500.00 |  | 1000.00 |  | 2.00 |" in page.path.read_text()
+  text = page.path.read_text()
+  assert page.figure.exists() and "| 8 | 1 | 500.00 |  | 1000.00 |  | 2.00 |" in text and "caches is by pallas." in text
   assert json.dumps(page.summary())
 
 

@@ -175,6 +175,36 @@ def test_fusions_read_slices_and_update_in_place():
   assert ops["f"].read == part + row + 4 and ops["f"].written == 2 * part + row  # the sum is float32
 
 
+CACHE = """
+  %cache = bf16[512,128]{1,0} parameter(0)
+  %new = bf16[2,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+"""
+UPDATE = "bf16[512,128]{1,0} dynamic-update-slice(%s, %%new, %%i, %%zero)"
+WHOLE, PART = 512 * 128 * 2, 2 * 128 * 2
+
+
+@pytest.mark.parametrize("base, end, moved", [
+    ("%base = bf16[512,128]{1,0} bitcast(%cache)", "ROOT %r = bf16[128,512]{0,1} bitcast(%put)", (0, PART)),
+    ("%base = bf16[512,128]{1,0} copy(%cache)", "ROOT %r = bf16[512,128]{1,0} bitcast(%put)", (WHOLE, WHOLE)),
+    ("%base = bf16[512,128]{1,0} broadcast(%zero)", "ROOT %r = bf16[512,128]{1,0} bitcast(%put)", (0, WHOLE)),
+    ("%base = bf16[512,128]{1,0} bitcast(%cache)", "ROOT %r = f32[512,128]{1,0} convert(%put)", (WHOLE, 2 * WHOLE)),
+    ("%base = bf16[512,128]{1,0} bitcast(%cache)",
+     "%sum = f32[128]{0} reduce(%put, %zero), dimensions={0}, to_apply=%add\n"
+     "ROOT %r = (bf16[512,128]{1,0}, f32[128]{0}) tuple(%put, %sum)", (WHOLE, WHOLE + 512))])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_not_updated_in_place_is_made_whole(base, end, moved, nested):
+  """Kills: a cache that is copied or converted on its way into an update, or out of it, and an update of nothing that
+  is there, counted as the update alone; also where the update is a fusion inside the fusion."""
+  others = computation("put_in", CACHE + "ROOT %p = " + UPDATE % "%cache")
+  put = "bf16[512,128]{1,0} fusion(%base, %new, %i), kind=kLoop, calls=%put_in" if nested else UPDATE % "%base"
+  others += computation("update", f"{CACHE}{base}\n%put = {put}\n{end}")
+  shape = re.search(r"ROOT %r = (\(.*?\)|\S+) ", end)[1]
+  ops = read(program(f"{CACHE}ROOT %f = {shape} fusion(%cache, %new, %i), kind=kLoop, calls=%update", others))
+  assert (ops["f"].read, ops["f"].written) == (moved[0] + PART + 4, moved[1])
+
+
 def test_a_copy_inside_a_fusion_is_no_copy():
   """Kills: a stack of weights that a TPU7x sees in other tiles, read whole by every layer."""
   others = computation("view", """
@@ -216,6 +246,20 @@ def test_of_a_conditional_the_larger_branch_counts():
     ops = read(program(f"%i = s32[] parameter(0)\n%x = f32[8]{{0}} parameter(1)\n"
                        f"ROOT %c = f32[8]{{0}} conditional(%i, %x, %x), {named}", others))
     assert list(ops) == ["b"] and ops["b"].bytes == 64
+
+
+def test_a_collective_counts_as_often_as_it_runs():
+  """Kills: one in a function that is called twice counted once; one that a branch, which is left out, takes from the
+  operation that does run."""
+  given = "%q = f32[256]{0} parameter(0)\n"
+  others = computation("one", f"{given}ROOT %h = f32[1024]{{0}} all-gather(%q), channel_id=4, dimensions={{0}}")
+  others += computation("more", f"{given}%n = f32[4096]{{0}} broadcast(%q)\nROOT %s = f32[1024]{{0}} slice(%n)")
+  args = "%i = s32[] parameter(0)\n%x = f32[256]{0} parameter(1)\n"
+  twice = "\n".join(f"{name} = f32[1024]{{0}} call(%x), to_apply=%one" for name in ("%a", "ROOT %b"))
+  assert [op.exchanged for op in hlo.Module(program(args + twice, others)).operations()] == [4096, 4096]
+  ops = read(program(f"{args}%c = f32[1024]{{0}} conditional(%i, %x, %x), branch_computations={{%one, %more}}\n"
+                     "ROOT %f = f32[1024]{0} fusion(%x), kind=kCustom, calls=%one", others))
+  assert {name: op.exchanged for name, op in ops.items() if op.collective} == {"f": 4096}
 
 
 def test_kernels_move_what_their_author_says():

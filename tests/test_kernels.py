@@ -221,6 +221,23 @@ def test_heads_that_a_mesh_does_not_divide_are_refused():
     jax.jit(attend)(*new, place, Context(normal(3, 1, 2, 20, 8), normal(4, 1, 2, 20, 8), "rows"))
 
 
+@pytest.mark.parametrize("platform, scanned, kernel, train", [
+    ("tpu", True, "pallas", "splash"), ("cuda", False, "triton", "reference"), ("cpu", True, "reference", "reference")])
+def test_what_suits_a_platform_and_a_mesh(platform, scanned, kernel, train):
+  """Kills: a kernel that nobody named and that the mesh refuses, while a step is compiled; a name that gives way."""
+  build = lambda: Decoder(TARGET, rngs=nnx.Rngs(0))
+  target = jax.eval_shape(lambda: stack_layers(build()) if scanned else build())
+  auto = Kernels("auto", "auto")
+  for sizes, wanted in (({}, (kernel, train)), (dict(data=8), (kernel, train)), (dict(tensor=8), (kernel, train)),
+                        (dict(tensor=3), ("reference", "reference"))):
+    with MeshConfig(**sizes).use():
+      target.use(auto, platform)
+    assert (target.kernels.decode, target.kernels.train) == wanted, sizes
+  if kernel != "reference":
+    with MeshConfig(tensor=3).use(), pytest.raises(ValueError, match="8 key heads cannot be split over 3 devices"):
+      target.use(Kernels(kernel))
+
+
 def test_what_does_not_suit_is_refused():
   """Kills: a kernel that another name, layout or width of heads gets in silence."""
   with pytest.raises(ValueError, match="decode is 'cudnn', expected auto, reference, pallas or triton"):

@@ -1,5 +1,6 @@
 """Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, own folders. Nothing is lost on the way."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import dspark_jax
 from dspark_jax import loading
 from dspark_jax.checkpoints import hf
 from dspark_jax.loading import locate_target
+from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import scans
@@ -73,6 +75,17 @@ def test_any_form_of_the_target_will_do(target, tmp_path):
   other = dspark_jax.load_target(QWEN3, **({"scanned": True} if target == "scanned" else {"dtype": target}))
   for source in (DSPARK, tmp_path / "ours"):
     assert_same_weights(dspark_jax.load_drafter(source, other), dspark_jax.load_drafter(DSPARK, qwen3()))
+
+
+def test_heads_that_the_kernels_do_not_suit(tmp_path):
+  """Kills: a drafter of other heads than its target's that is refused only while its first round is compiled."""
+  narrow = fresh_drafter(spec=dataclasses.replace(qwen3().config.spec, head_dim=8))
+  dspark_jax.save_drafter(tmp_path / "d", narrow, qwen3())
+  target = dspark_jax.load_target(QWEN3, scanned=False, kernels=Kernels("triton"))
+  with complains(f"drafter {tmp_path / 'd'}: kernels: triton reads heads of a power of two", "8 wide: decode by ref"):
+    dspark_jax.load_drafter(tmp_path / "d", target)
+  target.use(Kernels())
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "d", target), narrow)
 
 
 def test_export_refuses_a_rounded_target(tmp_path):

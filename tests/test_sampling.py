@@ -12,6 +12,8 @@ import pytest
 from scipy import stats
 
 from dspark_jax import sampling as subject
+from dspark_jax.nn.sharding import MeshConfig
+from dspark_jax.programs import hlo
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.sampling import make_sampling, split_keys
 from test_targets import compile_as
@@ -200,6 +202,18 @@ def test_argmax_is_the_first_maximum(size):
   logits = np.random.default_rng(0).normal(size=(40, 2, size)).astype(np.float32)
   for logits in (logits, np.round(logits), np.minimum(logits, -3)):
     np.testing.assert_array_equal(argmax(logits), np.argmax(logits, -1))
+
+
+@pytest.mark.parametrize("chip", ["cpu"], indirect=True)
+def test_the_first_maximum_of_a_split_vocabulary():
+  """Kills: logits that a mesh of CPUs exchanges for the first maximum of each row, or another token than one has."""
+  logits = jnp.asarray(np.random.default_rng(0).integers(0, 40, (8, 4096)), jnp.float32)  # with ties
+  with jax.set_mesh(mesh := MeshConfig(data=2, tensor=4).build()):
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "tensor"))
+    split = jax.jit(lambda x: subject.argmax(x)).lower(jax.device_put(logits, where)).compile()
+    np.testing.assert_array_equal(split(jax.device_put(logits, where)), np.argmax(logits, -1))
+  moved = {op.collective: op.exchanged for op in hlo.Module(split.as_text()).operations() if op.collective}
+  assert moved and max(moved.values()) <= 4 * 8
 
 
 @pytest.mark.parametrize("broken", [np.nan, -np.inf])

@@ -16,6 +16,7 @@ from dspark_jax.nn import attention, layers
 from dspark_jax.nn.layers import BlockSpec, linear
 from dspark_jax.nn.rope import rope_table
 from dspark_jax.nn.parameters import parameters
+from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.targets import TARGETS, decoder
 from dspark_jax.targets.decoder import Decoder, stack_layers
@@ -338,6 +339,16 @@ def test_linear_small_rows(rows, dtype, platform, monkeypatch):
   for y, wanted in zip(actual, expected):
     y, wanted = np.asarray(y, np.float64), np.asarray(wanted, np.float64)
     close(y, wanted, atol=2 * step * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("rows, padded", [(1, True), (8, True), (16, False)])
+def test_one_row_of_each_device(rows, padded):
+  """Kills: a row that each device of a mesh has alone left to the vector units, as all of them together are several."""
+  weight, x = jnp.ones((7, 5)), jnp.arange(5. * rows).reshape(rows, 5)
+  with MeshConfig(data=8).use():
+    text = str(jax.make_jaxpr(layers._few_rows_on_tpu)(weight, x))
+    close(jax.jit(layers._few_rows_on_tpu)(weight, x), x @ weight.T, atol=1e-4)
+  assert ("optimization_barrier" in text) == padded
 
 
 @pytest.mark.tpu_compiler

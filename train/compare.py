@@ -51,6 +51,7 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   config = read_config(settings.config, CompareConfig)
+  config.base.mesh.refuse(settings.config)
   if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
     raise ValueError(f"seeds are {settings.seeds}, expected at least one, each once")
   if not (settings.steps or config.base.steps):
@@ -60,7 +61,7 @@ def main(settings: Settings) -> dict:
       targets=(config.base.target,), drafters=tuple(str(run.out) for seeds in runs.values() for run in seeds),
       datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
       max_new_tokens=config.max_new_tokens, folder=settings.folder, hub=settings.hub,
-      out=settings.out / "evaluation")
+      out=settings.out / "evaluation", kernels=config.base.kernels)
   evaluate.check(asked), evaluate.read_samples(asked)  # a mistake is seen now, not after hours of training
   with run_folder.owned(settings.out):
     return compare(settings, config, runs, asked)
@@ -92,7 +93,7 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
 
 def train_all(out: Path, runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
-  target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype)
+  target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype, runs[0].kernels)
   for run in runs:
     train.drafter_config(run.drafter, target.config)  # what does not fit the target is seen before anything is trained
   # What else could differ is in the records of the trainings and of the evaluation.

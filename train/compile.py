@@ -1,8 +1,9 @@
 """Compile a training step for a machine that is not there, and see what it moves, computes and needs.
 
 When to use it: before a pod is booked, to see that an experiment fits, and which batch, anchors and microbatches do.
-Needs `make tpu-compiler`. Nothing is run, nothing is downloaded and no data are read: a target that is not on this
-machine is taken by its published size (Qwen/Qwen3-4B). A step of that size compiles for some minutes.
+Needs `make tpu-compiler`, or `make gpu-compiler`. Nothing is run, nothing is downloaded and no data are read: a target
+that is not on this machine is taken by its published size (Qwen/Qwen3-4B). A step of that size compiles for some
+minutes.
 
     python -m train.compile --config configs/qwen3_4b.py --topology v5p:2x2x1 --rows 44346
     python -m train.compile --config configs/qwen3_4b.py --topology v6e:4x4 --mesh.fsdp 16 --microbatches 32
@@ -39,18 +40,18 @@ from dspark_jax.nn.sharding import shardings
 from dspark_jax.programs import compiled, shell
 from dspark_jax.programs.compilers import CHIPS, absent_devices, chip_of
 from dspark_jax.targets import TARGETS
-from dspark_jax.targets.decoder import TargetConfig, stack_layers
+from dspark_jax.targets.decoder import TargetConfig, scans, stack_layers
 from dspark_jax.training.step import TrainState, init_state, step_flops, train_step
 from dspark_jax.types import Batch, Target
 from train.config import TrainConfig, experiment, read_config
-from train.train import drafter_config, step_config
+from train.train import check_rows, drafter_config, step_config
 
 
 @tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # as for train.train; it is not inherited
 @dataclasses.dataclass(frozen=True)
 class CompileConfig(TrainConfig):
   topology: str = "v5p:2x2x1"
-  """any that libtpu knows: v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1 ..."""
+  """any that libtpu knows: v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1 ...; or h100:1 to h100:8"""
   rows: int | None = None
   """rows that are trained on, from which the hours of epochs follow"""
 
@@ -63,6 +64,7 @@ def main(config: CompileConfig) -> dict:
   devices = absent_devices(config.topology)
   chip, mesh = chip_of(devices[0]), config.mesh.build(devices)
   with shell.stderr.status("compiling a training step; minutes, for billions of parameters"), jax.set_mesh(mesh):
+    check_rows(config)
     state, target, batch = arguments(config, about, drafting)
     found = compiled.read(lower(config, state, target, batch))
   blocks = config.row_length if state.drafter.every_position else config.anchors
@@ -90,9 +92,11 @@ def costs(config: CompileConfig, seconds: float, devices: int, flops: float) -> 
 
 def arguments(config: TrainConfig, about: TargetConfig, drafting: DrafterConfig) -> tuple[TrainState, Target, Batch]:
   """What a step is given, as shapes on the current mesh: no array of this size is made."""
-  target = jax.eval_shape(lambda: jax.tree.map(
-      lambda x: x.astype(config.target_dtype), stack_layers(TARGETS[about.family].build(about, rngs=nnx.Rngs(0)))))
-  target.use(config.kernels, jax.sharding.get_mesh().devices.flat[0].platform)
+  platform = jax.sharding.get_mesh().devices.flat[0].platform
+  build = lambda: TARGETS[about.family].build(about, rngs=nnx.Rngs(0))
+  built = (lambda: stack_layers(build())) if scans(platform) else build
+  target = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(config.target_dtype), built()))
+  target.use(config.kernels, platform)
   start = functools.partial(init_state, config=step_config(config), seed=0, total_steps=1)  # no shape depends on these
   state = jax.eval_shape(start, jax.eval_shape(lambda: new_drafter(drafting)))
   whole = jax.ShapeDtypeStruct((config.batch, config.row_length), jnp.int32)

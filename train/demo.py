@@ -45,6 +45,7 @@ class Settings:
 def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
+  config.mesh.refuse(settings.config)
   with run_folder.owned(settings.out):
     return demonstrate(settings, config)
 
@@ -52,7 +53,7 @@ def main(settings: Settings) -> dict:
 def demonstrate(settings: Settings, config: TrainConfig) -> dict:
   """Answers, training and comparison, of which what is done stays done; returns what the program prints."""
   # In float32 greedy text is the same token for token, whatever wrote it; for training it is cast as the config says.
-  target, tokenizer = shell.load(config.target, "float32")
+  target, tokenizer = shell.load(config.target, "float32", config.kernels)
   # 192: with the longest question (64 tokens) an answer fills a training row. 64 rows read each weight once for all.
   ask = answers.Settings(config.target, config.data[0], minutes=settings.minutes, batch=64, max_new_tokens=192)
   if run_folder.is_begun(settings.out):  # a run that began keeps its data

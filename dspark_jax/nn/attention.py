@@ -31,8 +31,8 @@ QUERY_BLOCK = 128  # a prompt or a training sequence is cut into causal blocks o
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """How attention is computed, by name; a target has it, and drafters follow. Nothing falls back: what a kernel does
-  not accept it refuses. auto is what `chosen` names."""
+  """How attention is computed, by name; a target has it, and drafters follow. A kernel that is named refuses what
+  it does not accept; auto is what `chosen` names."""
   decode: Literal["auto", "reference", "pallas", "triton"] = "reference"
   """over caches; pallas, for TPUs: nn/pallas_decode.py; triton, for GPUs: nn/triton_decode.py"""
   train: Literal["auto", "reference", "splash"] = "reference"
@@ -43,21 +43,21 @@ class Kernels:
   def __post_init__(self):
     raise_all("kernels", wrong_choices(self))
 
-  def chosen(self, platform: str, *, head_dim: int, layout: str) -> Kernels:
-    """These, with a name for what is auto, for a platform as jax calls it."""
+  def chosen(self, platform: str, *, kv_heads: int, head_dim: int, layout: str) -> Kernels:
+    """These, with a name for what is auto, for a platform as jax calls it and the current mesh."""
     decode = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(platform, "reference")
-    decode = "reference" if _unsuited(decode, head_dim, layout) else decode
-    train = "splash" if platform == "tpu" else "reference"
+    decode = "reference" if _unsuited(decode, kv_heads, head_dim, layout) else decode
+    train = "splash" if platform == "tpu" and not _undivided(kv_heads) else "reference"
     return dataclasses.replace(self, decode=decode if self.decode == "auto" else self.decode,
                                train=train if self.train == "auto" else self.train)
 
-  def check(self, *, head_dim: int, layout: str) -> None:
-    """ValueError where the names do not suit heads of this width and caches of this layout."""
-    raise_all("kernels", _unsuited(self.decode, head_dim, layout, self.interpret))
+  def check(self, *, kv_heads: int, head_dim: int, layout: str) -> None:
+    """ValueError where the names do not suit such heads, caches of this layout, or the current mesh."""
+    raise_all("kernels", _unsuited(self.decode, kv_heads, head_dim, layout, self.interpret))
 
 
-def _unsuited(decode, head_dim, layout, interpret=False):
-  """Why a kernel over caches does not suit heads of this width and caches of this layout: sentences."""
+def _unsuited(decode, kv_heads, head_dim, layout, interpret=False):
+  """Why a kernel over caches does not suit such heads, caches of this layout, or the current mesh: sentences."""
   if decode == "reference":
     return []
   # A TPU would pad narrower rows to 128, and keep a second, padded cache; Triton has arrays of powers of two alone.
@@ -65,8 +65,8 @@ def _unsuited(decode, head_dim, layout, interpret=False):
       "pallas": ("rows", "stack its layers (scanned)", head_dim % 128 == 0, "a multiple of 128"),
       "triton": ("columns", "leave its layers unrolled", head_dim >= 16 and head_dim & (head_dim - 1) == 0,
                  "a power of two from 16 on")}[decode]
-  problems = [] if layout == reads else [f"{decode} reads caches of {reads}, the model's are {layout}: {unscanned}, or "
-                                         f"decode by reference"]
+  problems = _undivided(kv_heads) + ([] if layout == reads else [
+      f"{decode} reads caches of {reads}, the model's are {layout}: {unscanned}, or decode by reference"])
   return problems + ([] if fits or interpret else [f"{decode} reads heads of {widths}, the model's are {head_dim} "
                                                    f"wide: decode by reference"])
 
@@ -216,7 +216,7 @@ def _by_kernel(q, k, v, place, context):
     cached, there = (context.k, context.v, context.layer), (stack, stack, ())
     if context.layer is None:
       cached = *(x[None] for x in cached[:2]), jnp.int32(0)
-  _heads_divide(heads)
+  raise_all("kernels", _undivided(heads))
   kernel = functools.partial(cached_attention, interpret=place.kernels.interpret)
   out = each_its_part(kernel, (mine, mine, mine, rows, *there, rows, rows),
                       queries.reshape(batch, heads, blocks, length * groups, width), k, v,
@@ -234,7 +234,7 @@ def _by_splash(q, k, v, place, context):
     own = cut(k), cut(v), jnp.broadcast_to(place.own, (batch, blocks, *place.own.shape[2:]))
   else:  # Rows that follow one another see up to themselves: their own blocks are part of the sequence.
     hi = jnp.broadcast_to(1 + jnp.arange(blocks * length, dtype=jnp.int32).reshape(1, blocks, length), hi.shape)
-  _heads_divide(context.k.shape[2])
+  raise_all("kernels", _undivided(context.k.shape[2]))
   rows, along, mine = ("rows",), ("rows", None, "heads"), ("rows", None, None, "heads")
   kernel = functools.partial(ranged_attention, interpret=place.kernels.interpret)
   out = each_its_part(kernel, (mine, along, along, rows, rows, mine, mine, rows)[:5 + len(own)],
@@ -242,10 +242,9 @@ def _by_splash(q, k, v, place, context):
   return out.reshape(q.shape)
 
 
-def _heads_divide(heads):
-  """ValueError for key heads that the current mesh does not divide: every device would read all of the keys."""
+def _undivided(heads):
+  """Why key heads do not suit kernels on the current mesh, if so: every device would read all of the keys."""
   mesh = jax.sharding.get_abstract_mesh()
   devices = 1 if mesh.empty else mesh.shape[AXES["heads"]]
-  if heads % devices:
-    raise ValueError(f"{heads} key heads cannot be split over {devices} devices of the mesh's axis {AXES['heads']}: "
-                     f"choose a divisor, or attention by reference")
+  return [f"{heads} key heads cannot be split over {devices} devices of the mesh's axis {AXES['heads']}: choose a "
+          f"divisor, or attention by reference"] if heads % devices else []

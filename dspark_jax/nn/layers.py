@@ -16,7 +16,7 @@ from dspark_jax.nn.attention import Place
 from dspark_jax.nn.cache import Full, Layout
 from dspark_jax.nn.packing import PackedPlace, through
 from dspark_jax.nn.rope import Theta, Yarn, rope_table, rotate
-from dspark_jax.nn.sharding import ROWS, constrain
+from dspark_jax.nn.sharding import ROWS, constrain, local
 from dspark_jax.types import Array
 
 # Below this many rows a matrix product is bound by reading its weight, and XLA's CPU backend is fast only when a
@@ -41,7 +41,7 @@ def _few_rows_on_cpu(weight, x):
 
 def _few_rows_on_tpu(weight, x):
   rows, width = x.shape
-  if rows > 1:
+  if local(rows, "rows") > 1:
     return _contract(x, weight, 1, 1)
   # A matrix times a vector is left to the vector unit; a second row, which the compiler must not see through, brings it
   # back to the matrix unit (plain steps of Qwen3-8B, one row, by the compilers: v5p 37 Mcycles without it, 21 with it,

@@ -69,6 +69,12 @@ class MeshConfig:
       return jax.make_mesh(sizes, NAMES, devices=devices, **axes)
     return Mesh(np.asarray(devices[:math.prod(sizes)]).reshape(sizes), NAMES, **axes)
 
+  def refuse(self, where: str) -> None:
+    """ValueError for more than one device, in a program that would leave them idle. where: what asks for them."""
+    if dataclasses.astuple(self) != (1, 1, 1):
+      raise ValueError(f"{where}: {self}, but this program runs on one device: leave the mesh out, or give it to "
+                       f"train.train")
+
   def use(self) -> contextlib.AbstractContextManager:
     """What makes the mesh of this process's devices the current one; nothing where one device is asked for."""
     return contextlib.nullcontext() if dataclasses.astuple(self) == (1, 1, 1) else jax.set_mesh(self.build())

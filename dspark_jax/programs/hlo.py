@@ -34,6 +34,7 @@ FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast"
         "opt-barrier", "partition-id", "replica-id", "domain", "async-update", "async-done"}
 SAME = {"bitcast", "reshape"}                       # another view of a value
 ELEMENTWISE = SAME | {"convert", "copy", "transpose", "negate"}  # of which no more is made than is asked for
+COPIES = {"copy", "bitcast", "copy-start", "copy-done"}
 SLICES, UPDATES = {"slice", "dynamic-slice", "gather"}, {"dynamic-update-slice", "scatter"}
 # Custom calls that tell the compiler something, and move nothing.
 NOTES = {"AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AllocateBuffer", "Sharding",
@@ -161,7 +162,7 @@ class Module:
     """What every instruction that costs something does, in order. `unknown_loops` then names the loops whose number of
     runs is not to be seen in the text, which are counted once, and `unknown_kernels` the kernels without an estimate.
     """
-    self.unknown_loops, self.unknown_kernels, self._channels = [], [], set()
+    self.unknown_loops, self.unknown_kernels, self._channels = [], [], {}
     return list(self._run(self.entry, 1))
 
   def _run(self, at, times):
@@ -172,7 +173,12 @@ class Module:
         branches = re.search(r"branch_computations=\{([^}]*)\}", ins.attributes)
         names = re.findall(r"[\w.\-]+", branches[1]) if branches else [
             ins.attribute("true_computation"), ins.attribute("false_computation")]
-        yield from max(([*self._run(name, times)] for name in names), key=lambda ops: sum(op.bytes for op in ops))
+        before, found = self._channels, []
+        for name in names:
+          self._channels = dict(before)  # of what a branch that is left out exchanges, pieces elsewhere count
+          found.append(([*self._run(name, times)], self._channels))
+        operations, self._channels = max(found, key=lambda branch: sum(op.bytes for op in branch[0]))
+        yield from operations
       elif ins.opcode == "call" or (ins.opcode == "async-start" and ins.called):
         yield from self._run(ins.called, times)
       elif ins.opcode not in FREE and not ins.opcode.endswith("-done"):
@@ -184,10 +190,8 @@ class Module:
     label = re.search(r'op_name="([^"]*)"', ins.attributes)
     kind, exchanged, channel = self._exchanged(at, ins)
     # One that runs beside products stands in its start and in each of the fusions that hold a piece of it.
-    if channel in self._channels:
+    if channel and self._channels.setdefault(channel, (at, ins.name)) != (at, ins.name):
       kind, exchanged = None, 0.0
-    if channel:
-      self._channels.add(channel)
     first = next((array for array in ins.results if array.dims), ins.results[0])
     return Operation(ins.name, ins.opcode, f"{first.dtype}[{','.join(map(str, first.dims))}]", times, read * times,
                      written * times, self._flops(at, ins) * times, (int(cycles[1]) if cycles else 0) * times, kind,
@@ -245,11 +249,13 @@ class Module:
     if value.root or not value.size:
       return 1.0
     for user in self._users[at][name]:
-      first = user.operands[0] == name and name not in user.operands[1:]
+      first, (base, _) = user.operands[0] == name and name not in user.operands[1:], self._update(at, user)
       if user.opcode in SLICES and first:
         share += user.size / value.size
+      elif base == name and not self._in_place(at, user):
+        return 1.0
       elif user.opcode in UPDATES and first:
-        pass  # in place: what is not updated stays where it is
+        pass  # what is not updated stays where it is
       elif user.opcode in ELEMENTWISE or self._is_view(user):
         share += self._read_share(at, user.name)
       elif user.opcode == "fusion":
@@ -266,16 +272,28 @@ class Module:
 
   def _written_share(self, at, name):
     """How much of a result of a fusion is written anew: 0 to 1."""
-    here = self.computations[at]
-    value = here[name]
-    if value.opcode in SAME:
-      return self._written_share(at, value.operands[0])
+    value = self._origin(at, name, SAME)
+    return min(self._update(at, value)[1] / value.size, 1.0) if self._in_place(at, value) else 1.0
+
+  def _update(self, at, value):
+    """(name of what it writes into, bytes that it writes) of an update, or of a fusion that is one; else (None, 0)."""
     if value.opcode in UPDATES:
-      update = value.operands[1 if value.opcode == "dynamic-update-slice" else -1]
-      return min(here[update].size / value.size, 1.0)
+      new = value.operands[1 if value.opcode == "dynamic-update-slice" else -1]
+      return value.operands[0], self.computations[at][new].size
     if value.opcode == "fusion":
-      return self._written_share(value.called, self._root(value.called).name)
-    return 1.0
+      inside, root = value.called, self._origin(value.called, self._root(value.called).name, SAME)
+      if self._in_place(inside, root):
+        base, size = self._update(inside, root)
+        return value.operands[int(self._origin(inside, base, SAME).literal)], size
+    return None, 0
+
+  def _in_place(self, at, value):
+    """Whether an update inside a fusion writes into what the fusion was given, and is a result of it, no more: of any
+    other a whole new value is made."""
+    base, _ = self._update(at, value)
+    ends = lambda x: x.root or bool(users := self._users[at][x.name]) and all(
+        user.root and user.opcode == "tuple" or user.opcode in SAME and ends(user) for user in users)
+    return base is not None and self._origin(at, base, SAME).opcode == "parameter" and ends(value)
 
   # Collectives, flops
 
@@ -338,10 +356,10 @@ class Module:
   def _root(self, computation):
     return next(x for x in self.computations[computation].values() if x.root)
 
-  def _origin(self, at, name):
-    """The instruction that made a value, before it was copied about."""
+  def _origin(self, at, name, through=COPIES):
+    """The instruction that made a value, before it was copied about, or seen otherwise."""
     value = self.computations[at][name]
-    while value.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
+    while value.opcode in through:
       value = self.computations[at][value.operands[0]]
     return value
 

@@ -80,12 +80,13 @@ class Decoder(nnx.Module):
     return "rows" if self.scanned else "columns"
 
   def use(self, kernels: Kernels, platform: str | None = None) -> None:
-    """Computes attention so from now on, what is auto as suits the platform (default: jax's); ValueError where the
-    names do not suit the model."""
+    """Computes attention so from now on, what is auto as suits the platform (default: jax's) and the current mesh;
+    ValueError where the names do not suit the model."""
     platform = platform or jax.default_backend()
     for spec in self.config.period:
-      kernels = kernels.chosen(platform, head_dim=spec.head_dim, layout=self.cache_layout)
-      kernels.check(head_dim=spec.head_dim, layout=self.cache_layout)
+      how = dict(kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, layout=self.cache_layout)
+      kernels = kernels.chosen(platform, **how)
+      kernels.check(**how)
     self.kernels = kernels
 
   def feature_width(self, taps: tuple[int, ...]) -> int:
