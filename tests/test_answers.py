@@ -264,8 +264,10 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   assert len(mortal.asked) + len(steady.asked) == 156 and time.monotonic() - began < 10
 
 
-def test_a_server_that_needs_a_moment(tmp_path):
+def test_a_server_that_needs_a_moment(tmp_path, monkeypatch):
   """Kills: a run that a healthy server ends with its first few answers, of all that are asked at once."""
+  monkeypatch.setattr(servers, "ASIDE", 0.5)  # longer than eight answers at once take
+  monkeypatch.setattr(servers, "GIVE_UP", 60)
   questions(tmp_path)
   with serving(lambda body, number: (503, b"loading") if number <= 9 else None) as server:
     result = asked(tmp_path / "a.jsonl", server.url, concurrency=8)

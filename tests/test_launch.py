@@ -26,8 +26,9 @@ FOREVER = "while :; do sleep 0.1; done"
 def tool(folder: Path, name: str, script: str) -> None:
   """A program of this name, first on PATH, that notes its words in NAME.log, a line a call."""
   folder.mkdir(exist_ok=True)
-  quoted = 'printf "%q " "$@"'
-  (folder / name).write_text(f'#!/usr/bin/env bash\n{{ {quoted}; echo; }} >> "{folder}/{name}.log"\n{script}\n')
+  # In one piece: two of them may write at a time.
+  noted = f'line=$(printf "%q " "$@")\necho "$line" >> "{folder}/{name}.log"'
+  (folder / name).write_text(f"#!/usr/bin/env bash\n{noted}\n{script}\n")
   (folder / name).chmod(0o755)
 
 
