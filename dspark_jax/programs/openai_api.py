@@ -76,7 +76,7 @@ def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: Callable[[int], i
   stream = fields.take("stream", bool, False)
   logs = fields.take("logprobs", bool, False) if chat_form else fields.take("logprobs", int, -1, 0, 1) >= 0
   asked = dict(
-      max_new_tokens=next((limit for limit in limits if limit is not None), None) or most(len(prompt)),
+      max_new_tokens=limits[0] or limits[1] or most(len(prompt)),
       temperature=fields.take("temperature", float, 1.0, 0), top_p=fields.take("top_p", float, 1.0, 0, 1),
       top_k=fields.take("top_k", int, 0, 0), stop_token_ids=tuple({*ids, *chat.stop_ids(tokenizer)}),
       log_probabilities=logs)
@@ -210,10 +210,9 @@ class Speaker:
         self._stream = DecodeStream(skip_special_tokens=True)
     return ""
 
-  @property
-  def kept(self) -> list[int]:
-    """The tokens, by number, without those behind a stop text, which one round may bring along."""
-    return [i for i in range(len(self.tokens)) if self.starts[i] < len(self.said) or not self.stopped]
+  def kept(self, first: int = 0) -> list[int]:
+    """The tokens from `first` on, by number, without those behind a stop text, which one round may bring along."""
+    return [i for i in range(first, len(self.tokens)) if self.starts[i] < len(self.said) or not self.stopped]
 
   def _pieces(self, last):
     """Those that were told to their end; of the last ones what lies before the end."""
@@ -235,7 +234,7 @@ class Speaker:
 
   def logs(self, chat_form: bool, first: int = 0) -> dict | None:
     """Log-probabilities of the tokens from `first` on, in OpenAI's form; those behind a stop text are left out."""
-    kept = [i for i in self.kept if i >= first]
+    kept = self.kept(first)
     words = [self.texts[i] for i in kept]
     values = [self.log_probs[i] for i in kept]
     if not chat_form:
@@ -279,7 +278,7 @@ class Answer:
 
   def usage(self, speakers: list[Speaker]) -> dict:
     """Tokens, and how many of them a round brought."""
-    prompt, new = len(self.job.requests[0].prompt), sum(len(speaker.kept) for speaker in speakers)
+    prompt, new = len(self.job.requests[0].prompt), sum(len(speaker.kept()) for speaker in speakers)
     rounds = sum(speaker.rounds for speaker in speakers)
     length = sum(speaker.round_tokens for speaker in speakers) / rounds if rounds else None
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, "accepted_length": length}
