@@ -133,13 +133,15 @@ def admit(models: Models, rows: Rows, seat: Array, settings: Settings, seed: Arr
   settings: of one row. Those n are in both caches: the seat's own, or (how: copy) the row `source`'s.
   """
   cache, state, (target, drafter) = rows.cache, rows.draft, (models.target, models.drafter)
-  if how == "copy":
-    cache = target.insert(cache, seat, target.take(cache, source))
-    state = drafter and drafter.insert(state, seat, drafter.take(state, source))
+  if how == "copy":  # cut before it is put there: a row is moved once
+    cache = target.insert(cache, seat, target.cut(target.take(cache, source), 0, n))
+    state = drafter and drafter.insert(state, seat, drafter.cut(drafter.take(state, source), 0, n))
+  else:
+    cache, state = target.cut(cache, seat, n), drafter and drafter.cut(state, seat, n)
   put = lambda old, new: old.at[seat].set(new)
   return rows.replace(
-      cache=target.cut(cache, seat, n), draft=drafter and drafter.cut(state, seat, n),
-      keys=put(rows.keys, jax.random.key(seed)), settings=insert_row(rows.settings, seat, settings),
+      cache=cache, draft=state, keys=put(rows.keys, jax.random.key(seed)),
+      settings=insert_row(rows.settings, seat, settings),
       past=put(rows.past, 0), rounds=put(rows.rounds, 0), count=put(rows.count, 0), done=put(rows.done, True),
       failed=put(rows.failed, False))
 
