@@ -107,8 +107,9 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
     engine = Engine(target, drafter, config, measure=measure, say=say)
   shell.say(profile_sps.table(engine.cost))
   runs = {name: [] for name in ("alone", *POLICIES)}
-  for _ in range(settings.repeats + 1):  # the first warms up
-    for name in runs:
+  for repeat in range(settings.repeats + 1):  # the first warms up
+    # There and back: none always comes after the one that has kept the machine busy for longest.
+    for name in list(runs)[::(-1) ** repeat]:
       if name != "alone":
         engine.use(name)
       runs[name].append(run_once(alone if name == "alone" else engine, prompts, settings.new_tokens))
