@@ -77,6 +77,9 @@ def main(settings: Settings) -> dict:
   if settings.transformers and settings.new_tokens <= SHORT:
     raise ValueError(f"new_tokens is {settings.new_tokens}, expected more than {SHORT} with --transformers: its step "
                      f"is the difference of two lengths")
+  if settings.transformers and 1 not in settings.batches:
+    raise ValueError(f"batches are {', '.join(map(str, settings.batches))}, expected 1 among them with --transformers, "
+                     f"which is timed at batch 1")
   prompts = read_prompts(settings)
   with shell.stderr.status("loading"):
     target = shell.load_target(settings.target, settings.dtype, settings.kernels)
@@ -91,7 +94,8 @@ def main(settings: Settings) -> dict:
   result = {"block_size": drafter.block_size, "batches": rows}
   if settings.transformers:
     result["transformers_step_seconds"] = transformers_step(settings)
-    result["speedup_over_transformers"] = result["transformers_step_seconds"] / rows[0]["plain_step_seconds"]
+    result["speedup_over_transformers"] = result["transformers_step_seconds"] / next(
+        row["plain_step_seconds"] for row in rows if row["batch"] == 1)
   shell.say(table(rows))
   return result
 
@@ -199,22 +203,22 @@ def fastest(function, repeats: int):
 
 
 def transformers_step(settings: Settings) -> float:
-  """Seconds of a greedy step of Hugging Face transformers with the same weights, cache and length."""
+  """Seconds of a greedy step of Hugging Face transformers with the same weights, dtype, cache and length."""
   try:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
   except ImportError as error:
     raise ValueError(f"--transformers needs torch ({error}): pip install -e '.[bench]'") from error
   from dspark_jax.checkpoints.gguf import read_gguf
-  path = locate_target(settings.target)
+  path, dtype = locate_target(settings.target), getattr(torch, settings.dtype)
   if path.is_file():
     config, tensors = read_gguf(path)
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if v is not None})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if v is not None})).to(dtype).eval()
     model.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in tensors.items()}, strict=False)
     model.tie_weights()
   else:
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
   prompt = torch.randint(10, model.config.vocab_size, (1, settings.prompt_tokens))
   def run(new):
     began = time.perf_counter()

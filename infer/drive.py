@@ -110,11 +110,15 @@ def _noted(kind: str, detail: Any) -> str:
   return kind
 
 
+def key_and_headers() -> tuple[str, dict[str, str]]:
+  """The key of the environment and the headers that tell a server of it, both empty without one."""
+  key = os.environ.get(KEY, "").strip()
+  return key, {"Authorization": f"Bearer {key}"} if key else {}
+
+
 async def over_http(url: str, bodies: list[tuple[Arrival, dict]], drain: float) -> list[Answer]:
   """What a server makes of these. url: of the completions, which are streamed."""
-  headers = {}
-  if key := os.environ.get(KEY, "").strip():
-    headers["Authorization"] = f"Bearer {key}"
+  key, headers = key_and_headers()
   end, told = (bodies[-1][0].due if bodies else 0.0) + drain, set()
   limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 

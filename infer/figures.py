@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,13 +28,15 @@ class Point:
 
 def draw(points: list[Point], x: str, y: str, xlabel: str, ylabel: str, *, log_y: bool) -> Figure:
   """A panel for each title, a line for each policy through its points by concurrency; x on a logarithmic scale."""
-  panels = list(dict.fromkeys(p.panel for p in points))
-  colours = plots.looks(p.policy for p in points)
+  if not points:
+    raise plots.LeftOut("nothing was measured: no text of two or more tokens came")
+  panels, policies = (list(dict.fromkeys(getattr(p, name) for p in points)) for name in ("panel", "policy"))
+  colours = plots.looks(policies)
   figure, axes = plots.grid(len(panels), columns=4)
   for ax, panel in zip(axes, panels):
     artists = []
     # Lines lie on each other where policies do the same: what is drawn first is larger, and shows.
-    for policy, size in zip(dict.fromkeys(p.policy for p in points), (9, 7, 5, 4, 3)):
+    for policy, size in zip(policies, itertools.chain((9, 7, 5, 4), itertools.repeat(3))):
       some = sorted((p for p in points if (p.panel, p.policy) == (panel, policy)), key=lambda p: p.concurrency)
       colour, dashes = colours[policy]
       artists += ax.plot([getattr(p, x) for p in some], [getattr(p, y) for p in some], color=colour, linestyle=dashes,

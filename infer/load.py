@@ -61,7 +61,7 @@ class Settings:
   drafter: str = "none"
   """of the engine: drafter folder or run"""
   policies: tuple[Literal[POLICIES], ...] = ("plain", "fixed", "scheduled")
-  """of the engine, each with an engine of its own"""
+  """of the engine, each with an engine of its own; without a drafter there is only plain"""
   rates: tuple[float, ...] = (0.5, 1, 2, 4)
   """arrivals per second, each for so many seconds"""
   seconds: float = 30.0
@@ -147,6 +147,8 @@ def check(settings: Settings) -> None:
   """ValueError for settings that cannot be measured."""
   if (settings.url is None) == (settings.target is None):
     raise ValueError("expected either --url of a server or --target of the engine in this process, not both")
+  if settings.url is not None:
+    check_url(settings.url)
   for name in ("rates", "policies", "questions", "new_tokens"):
     if not getattr(settings, name) or name != "policies" and not min(getattr(settings, name)) > 0:
       raise ValueError(f"{name} is {getattr(settings, name)}, expected one or more, above 0")
@@ -156,6 +158,19 @@ def check(settings: Settings) -> None:
   if settings.seconds * max(settings.rates) > 1e5:
     raise ValueError(f"{settings.seconds * max(settings.rates):.0f} arrivals at a rate of {max(settings.rates):g}, "
                      f"expected at most 100000: fewer --seconds")
+  if settings.target and settings.drafter == "none" and set(settings.policies) != {"plain"}:
+    raise ValueError(f"policies are {', '.join(settings.policies)}, but without a drafter all of them are plain: give "
+                     f"--drafter, or --policies plain")
+
+
+def check_url(url: str) -> None:
+  """ValueError for what is no URL of a server."""
+  try:
+    parts = httpx2.URL(url)
+  except httpx2.InvalidURL:
+    parts = httpx2.URL()
+  if parts.scheme not in ("http", "https") or not parts.host or parts.query:
+    raise ValueError(f"url is {url.rpartition('@')[2]}, expected one such as http://localhost:8000/v1")
 
 
 def arrivals(settings: Settings, rate: float, texts: list[str]) -> list[Arrival]:
@@ -208,9 +223,9 @@ def of_server(settings: Settings):
 def find_model(base: str) -> str:
   """The one model of a server."""
   try:
-    listed = httpx2.get(f"{base}/models", timeout=10)
+    listed = httpx2.get(f"{base}/models", headers=drive.key_and_headers()[1], timeout=10)
     names = [model["id"] for model in listed.json()["data"]]
-  except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
+  except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{base} lists no models ({type(error).__name__}): start the server, or check --url, or name the "
                      f"--model") from error
   if len(names) != 1:
@@ -227,7 +242,8 @@ def row(panel: str, policy: str, rate: float, seconds: float, coming: list[Arriv
   open_at = lambda t: sum(a.due <= t and (a.failure == "unfinished" or a.last is not None and a.last > t)
                           for a in answers)
   half, end = open_at(coming[-1].due / 2), open_at(coming[-1].due)
-  speeds = [(a.tokens - 1) / (a.last - a.first) for a in good if a.tokens > 1 and a.last > a.first]
+  speeds = [(a.tokens - 1) / (a.last - a.first) for a in heard
+            if a.failure is None and a.tokens > 1 and a.last > a.first]
   waits = sorted(a.first - a.due for a in heard)
   counted = [a for a in good if a.rounds]
   rounds, told = sum(a.rounds for a in counted), [a for a in counted if a.verified is not None]

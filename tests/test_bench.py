@@ -1,7 +1,10 @@
 """infer.bench, and what every program refuses before a model is loaded."""
 
+import contextlib
 import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +40,30 @@ def test_a_target_without_a_tokenizer(capsys, monkeypatch):
   result, err = called(capsys, bench.main, bench.Settings, "--target", QWEN3, *SMALL, "--prompt-tokens", 5)
   assert "random tokens" in err
   assert [[len(p) for p in row["prompts"]] for row in result["batches"]] == [[5], [5, 5]]
+
+
+def test_the_same_work_is_compared(capsys, monkeypatch):
+  """Kills: transformers at batch 1 over the first of --batches; its weights in float32 beside ours in bfloat16."""
+  said = {}
+  def load(path, dtype):
+    said.update(path=path, dtype=dtype)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=99), generate=lambda *_, **__: 0)
+    return SimpleNamespace(eval=lambda: model)
+  torch = SimpleNamespace(bfloat16="two bytes", randint=lambda *_: 0, ones_like=lambda x: x,
+                          no_grad=contextlib.nullcontext)
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
+      LlamaConfig=None, LlamaForCausalLM=None, AutoModelForCausalLM=SimpleNamespace(from_pretrained=load)))
+  bench.transformers_step(bench.Settings(str(QWEN3), "random", dtype="bfloat16"))
+  assert said == {"path": QWEN3, "dtype": "two bytes"}
+  monkeypatch.setattr(bench, "measure", lambda settings, target, drafter, prompts: {
+      "batch": len(prompts), "plain_step_seconds": float(len(prompts))})
+  monkeypatch.setattr(bench, "transformers_step", lambda settings: 3.0)
+  monkeypatch.setattr(bench, "table", str)
+  args = ("--target", QWEN3, "--drafter", "random", "--layers", 1, "--transformers", "--batches", 2)
+  assert called(capsys, bench.main, bench.Settings, *args, 1)[0]["speedup_over_transformers"] == 3
+  monkeypatch.setattr(dspark_jax, "load_target", lambda *_, **__: pytest.fail("a model was loaded"))
+  assert "batches are 2, expected 1 among them" in called(capsys, bench.main, bench.Settings, *args, code=2)[1]
 
 
 @pytest.mark.slow

@@ -114,6 +114,18 @@ def test_a_seed_is_compared_with_its_own(tmp_path):
   assert [(r.drafter, r.accepted_length, r.by_seed) for r in rows] == [("a", 2.5, (2, 3)), ("b", 2.5, (4, 1))]
 
 
+def test_a_report_says_what_was_evaluated(folder):
+  """Kills: a report of the samples that were asked for, where a file has fewer; a user's file called held-out."""
+  settings = compare.Settings(str(folder / "config.py"), (folder / "data.jsonl",), folder / "out")
+  config = compare.read_config(settings.config, compare.CompareConfig)
+  runs = {name: compare.planned(settings, config, name) for name in config.drafters}
+  rows = [from_json(Result, dict.fromkeys(f.name for f in dataclasses.fields(Result)) | dict(
+      target="t", kind="dspark", drafter="a", dataset=name, mode="greedy", threshold=0.0, samples=n, tokens=9, rounds=4,
+      accepted_tokens=0, rejected_tokens=0, by_seed=[1.0]), name) for name, n in (("mine", 2), ("stdlib", 3))]
+  text = compare.report(settings, config, runs, {}, {}, rows, [], {})
+  assert "trained for 2 steps" in text and "evaluated on 2 samples of mine, 3 samples of stdlib, 8 new" in text
+
+
 def test_differences_are_paired():
   """Kills: an interval of two independent samples, which is far wider when prompts differ more than drafters do."""
   rng = np.random.default_rng(0)
@@ -173,9 +185,11 @@ def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
 
 
 def test_mistakes(folder, capsys):
-  """Kills: a traceback for a train config given by mistake, or for a seed given twice."""
+  """Kills: a traceback for a train config given by mistake, or for a seed given twice; the config's steps for
+  --steps 0."""
   for words, parts in ((("--config", "configs/demo.py"), ("CompareConfig",)),
-                       (("--config", folder / "config.py", "--seeds", 1, 1), ("each once",))):
+                       (("--config", folder / "config.py", "--seeds", 1, 1), ("each once",)),
+                       (("--config", folder / "config.py", "--steps", 0), ("steps is 0, expected more than 0",))):
     with pytest.raises(SystemExit) as exit_:
       shell.run(compare.main, compare.Settings, args=[*map(str, words), "--data", str(folder / "data.jsonl"), "--out",
                                                       str(folder / "no")])

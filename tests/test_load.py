@@ -20,6 +20,10 @@ from folders import called, complains, files
 class Handler(chat_server.Speaker):
   """Streams as vLLM does, or as server.how(number of the request) says."""
 
+  def do_GET(self):
+    self.server.keys.append(self.headers.get("Authorization"))
+    super().do_GET()
+
   def do_POST(self):
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
     with self.server.lock:
@@ -182,9 +186,11 @@ def bodies(*due, tokens=8):
 
 
 def test_a_server_is_asked_when_requests_are_due(monkeypatch):
-  """Kills: one request after the other, chunks counted as tokens, a first token that is the response's head."""
+  """Kills: one request after the other, chunks counted as tokens, a first token that is the response's head; a list of
+  models that is asked for without the key."""
   monkeypatch.setenv(drive.KEY, KEY)
   with serving() as server:
+    assert load.find_model(f"{server.url}/v1") == MODEL and server.keys == [f"Bearer {KEY}"]
     began = time.perf_counter()
     answers = over_http(server.url, bodies(0.0, 0.0, 0.1, 0.2))
     times = [t - began for t, *_ in server.asked]
@@ -205,9 +211,11 @@ END = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
     ((200, b"<html>hello"), "no stream of completions", 0), (["<html>"], "no JSON in the stream", 0),
     (["[1, 2]"], "no completion in the stream", 0), ([{"choices": [3]}], "no completion in the stream", 0),
     ([WORDS, WORDS], "closed mid-stream", 2), ([WORDS, {"error": {"message": "died"}}], "error in the stream", 1),
-    ([WORDS, END], None, 1), ([WORDS, WORDS, END, "[DONE]"], None, 2), ([END], None, 0), ("hang", "unfinished", None)])
+    ([WORDS, END], None, 1), ([WORDS, WORDS, END, "[DONE]"], None, 2), ([END], None, 0),
+    ([END, {"usage": {"completion_tokens": 5}}], None, 5), ("hang", "unfinished", None)])
 def test_servers_that_fail(how, failure, tokens, monkeypatch, capsys):
-  """Kills: a failure that ends the run, is taken for an answer, or is tried again; a key that is shown; a hang."""
+  """Kills: a failure that ends the run, is taken for an answer, or is tried again; a key that is shown; a hang;
+  a speed of a text that was counted and never sent."""
   monkeypatch.setenv(drive.KEY, KEY)
   with serving(lambda number: how if number == 2 else None) as server:
     answers = over_http(server.url, bodies(0.0, 0.1, 0.2, tokens=8 if how != "hang" else 40), 0.8)
@@ -278,7 +286,8 @@ def test_program_with_engines(capsys, tmp_path, monkeypatch):
   monkeypatch.setattr(load.chat, "encode_prompt", lambda tokenizer, messages: list(range(len(messages[0]["content"]))))
   monkeypatch.setattr(load.chat, "stop_ids", lambda tokenizer: (5,))
   result, _ = called(capsys, load.main, load.Settings, "--target", "x", "--rates", 20, "--seconds", 0.4, "--out",
-                     tmp_path / "o", "--prompts", prompts(tmp_path), "--policies", "plain", "scheduled")
+                     tmp_path / "o", "--prompts", prompts(tmp_path), "--drafter", "d", "--policies", "plain",
+                     "scheduled")
   assert [policy for policy, _ in made] == ["plain", "scheduled"] == [r["policy"] for r in result["rows"]]
   one, two = (engine.requests for _, engine in made)
   assert one == two and one[0].stop_token_ids == (5,)
@@ -289,20 +298,36 @@ def test_program_with_engines(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, part", [
     ((), "expected either --url"), (("--url", "u", "--target", "t"), "expected either --url"),
     (("--target", "t", "--rates", "0"), "rates is (0.0,)"), (("--target", "t", "--seconds", "0"), "seconds 0"),
-    (("--target", "t", "--new-tokens", "0"), "new_tokens is (0,)"), (("--url", "http://x:y"), "lists no models"),
+    (("--target", "t", "--new-tokens", "0"), "new_tokens is (0,)"),
+    (("--url", "http://x:y", "--model", "m"), "url is http://x:y"),
+    (("--url", "localhost:8000", "--model", "m"), "expected one such as http://localhost:8000/v1"),
+    (("--target", "t"), "policies are plain, fixed, scheduled, but without a drafter"),
     (("--target", "t", "--rates", "1e6"), "expected at most 100000"),
-    (("--target", "t", "--prompts", "nowhere"), "dataset nowhere"), (("--target", "t", "--drain", "nan"), "drain nan")])
+    (("--target", "t", "--drafter", "d", "--prompts", "nowhere"), "dataset nowhere"),
+    (("--target", "t", "--drain", "nan"), "drain nan")])
 def test_mistakes(args, part, capsys, tmp_path):
-  """Kills: tracebacks, and folders of what did not run."""
+  """Kills: tracebacks, and folders of what did not run; one measurement under the names of three policies."""
   _, err = called(capsys, load.main, load.Settings, "--out", tmp_path / "o", *args, code=2)
   assert part in err and not (tmp_path / "o").exists()
 
 
-def test_nothing_answered():
-  """Kills: divisions by nothing, and NaN in JSON, where every request failed."""
+def test_nothing_answered(capsys, tmp_path):
+  """Kills: divisions by nothing, and NaN in JSON, where every request failed; a traceback after the measurement."""
+  with serving(lambda number: (404, {"error": "no such model"})) as server:
+    result, err = called(capsys, load.main, load.Settings, "--url", server.url, "--model", "wrong", "--rates", 20,
+                         "--seconds", 0.2, "--prompts", prompts(tmp_path), "--out", tmp_path / "o")
+  assert [row["answered"] for row in result["rows"]] == [0] and result["figures"] == {}
+  assert "figure7 is left out: nothing was measured" in err and sorted(files(tmp_path / "o")) == ["load.json"]
   found = load.row("p", "x", 1.0, 1.0, coming(0.0), [Answer(0.0, 0.0, failure="HTTP 500")])
   assert found.tokens_per_second == 0 == found.concurrency and not found.kept_up
   assert (found.first_token, found.accepted_length, found.budget, found.tokens_per_second_per_user) == (None,) * 4
   json.dumps(load.to_json(found), allow_nan=False)
   with pytest.raises(plots.LeftOut):
     load.figures.figure8([load.figures.Point("p", "x", 1.0, 1.0, 1.0, None)])
+
+
+def test_every_policy_is_drawn():
+  """Kills: a policy left out of the figures without a word, past the sizes that markers have."""
+  points = [load.figures.Point("p", f"x{i}", 1.0, 1.0, 1.0 + i, 2.0) for i in range(7)]
+  for draw in load.figures.FIGURES.values():
+    assert [line.get_label() for line in draw(points).axes[0].lines] == [p.policy for p in points]

@@ -1,9 +1,13 @@
 """train.survival: which predictor of survival wins, measured on rounds whose truth is planted."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from train import survival as subject
+from folders import DSPARK, complains
+from train import calibrate, survival as subject
 from train.survival import Prompt
 
 BLOCK = 3
@@ -49,3 +53,27 @@ def test_a_drafter_without_a_head():
   assert set(found) == {"estimator", "observations"} and found["observations"]["report"] == [180, 0, 0]
   assert found["estimator"]["log_loss"][1:] == [None, None]
   subject.table({"greedy": found})
+
+
+def test_no_draft_was_verified():
+  """Kills: NaN as JSON, or an IndexError, for replies that end at once."""
+  some, none = Prompt("1", (0,), (3,), (((0.0, 0.0),) * BLOCK,)), Prompt("2", (), (), ())
+  for prompts, half in (([none, some], "fit"), ([some, none], "report")):
+    with complains(f"T=1: none of the 1 prompts that {half} verified a draft"):
+      subject.compare("T=1", prompts, BLOCK, True)
+
+
+def test_broken_weights_are_said(monkeypatch):
+  """Kills: rounds of NaN logits kept for ever in a file, as if the text had ended."""
+  ended = SimpleNamespace(done=np.ones(3, bool), failed=np.array([False, True, True]))
+  monkeypatch.setattr(subject, "_start", lambda *_, **__: ended)
+  with complains("NaN logits or confidences in rows [7]"):  # the third row fills the batch up
+    subject.play_out(SimpleNamespace(args=(None,) * 4, static={"capacity": 8}, indices=(5, 7)))
+
+
+def test_a_drafter_of_another_library():
+  """Kills: a folder that is refused for having no place to store what is never stored."""
+  drafter = Path(DSPARK)
+  assert calibrate.check(subject.Settings("t", drafter)) == {"greedy": 0, "T=1": 1}
+  with complains("nowhere does not exist"):
+    calibrate.check(subject.Settings("t", drafter / "nowhere"))

@@ -43,6 +43,7 @@ from dspark_jax.sampling import make_sampling
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
 # The first and the second of every two prompts: a user's file may be in some order, which both halves should see.
 HALVES = {"fit": 0, "report": 1}
+EXPECTED = "expected a run of train.train, or what infer.convert makes of a DeepSpec drafter"
 
 
 @dataclasses.dataclass
@@ -115,6 +116,8 @@ class Rounds:
 
 def main(settings: Settings) -> dict:
   modes = check(settings)
+  if not (drafter_folder(settings.drafter) / "drafter.json").exists():
+    raise ValueError(f"{settings.drafter} has no drafter.json to store temperatures in: {EXPECTED}")
   questions = read_questions(settings)
   # Beside the drafter and not in it: a drafter's folder is replaced as a whole when it is saved again.
   out = settings.out or settings.drafter.resolve().with_name(settings.drafter.resolve().name + "-calibration")
@@ -158,10 +161,8 @@ def check(settings: Settings) -> dict[str, float]:
   if not modes or len(modes) != len(settings.temperatures):
     raise ValueError(f"temperatures are {', '.join(map(str, settings.temperatures)) or 'none'}, expected one or more, "
                      f"each once")
-  if not (drafter_folder(settings.drafter) / "drafter.json").exists():
-    what = "has no drafter.json to store temperatures in" if settings.drafter.exists() else "does not exist"
-    raise ValueError(f"{settings.drafter} {what}: expected a run of train.train, or what infer.convert makes of a "
-                     f"DeepSpec drafter")
+  if not drafter_folder(settings.drafter).exists():
+    raise ValueError(f"{settings.drafter} does not exist: {EXPECTED}")
   return modes
 
 
@@ -247,10 +248,8 @@ def fit_and_report(mode: str, prompts: list[Prompt], block: int) -> dict:
   """Temperatures from every other prompt, and the reliability before and after on the ones between."""
   halves = {half: prompts[first::2] for half, first in HALVES.items()}
   rounds = {half: Rounds.of(rows, block) for half, rows in halves.items()}
-  for half, r in rounds.items():
-    if not r.counts()[0]:
-      raise ValueError(f"{mode}: none of the {len(halves[half])} prompts that {half} verified a draft, their replies "
-                       f"end at once: give others with --questions, or raise --samples")
+  for half, rows in halves.items():
+    check_drafts(mode, half, [prompt.n_verify for prompt in rows])
   temperatures = fit(mode, rounds["fit"])
   before, after = rounds["report"].reliability(), rounds["report"].reliability(temperatures)
   # A fit of few rounds can be worse than none. It is stored all the same: half of the prompts cannot tell for sure.
@@ -260,6 +259,13 @@ def fit_and_report(mode: str, prompts: list[Prompt], block: int) -> dict:
   return dict(temperatures=temperatures, before=before, after=after,
               observations={half: r.counts().tolist() for half, r in rounds.items()},
               prompts={half: [prompt.id for prompt in rows] for half, rows in halves.items()})
+
+
+def check_drafts(mode: str, half: str, verified: list[tuple[int, ...]]) -> None:
+  """ValueError where no round of a half's prompts verified a draft. verified: by prompt and round."""
+  if not any(map(any, verified)):
+    raise ValueError(f"{mode}: none of the {len(verified)} prompts that {half} verified a draft, their replies end at "
+                     f"once: give others with --questions, or raise --samples")
 
 
 def fit(mode: str, rounds: Rounds) -> list[float]:

@@ -54,7 +54,7 @@ def main(settings: Settings) -> dict:
   config.base.mesh.refuse(settings.config)
   if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
     raise ValueError(f"seeds are {settings.seeds}, expected at least one, each once")
-  if not (settings.steps or config.base.steps):
+  if settings.steps is config.base.steps is None:
     raise ValueError(f"{settings.config} sets no steps, and all drafters must have as many: give --steps")
   runs = {name: planned(settings, config, name) for name in config.drafters}
   asked = evaluate.Settings(
@@ -86,8 +86,9 @@ def compare(settings: Settings, config: CompareConfig, runs: dict[str, list], as
 def planned(settings: Settings, config: CompareConfig, name: str) -> list:
   """The training runs of one drafter, one per seed."""
   drafter, loss = config.drafters[name]
+  steps = config.base.steps if settings.steps is None else settings.steps
   return [dataclasses.replace(config.base, drafter=drafter, loss=loss, data=settings.data, seed=seed,
-                              out=settings.out / f"{name}-seed{seed}", steps=settings.steps or config.base.steps)
+                              out=settings.out / f"{name}-seed{seed}", steps=steps)
           for seed in settings.seeds]
 
 
@@ -154,13 +155,15 @@ def report(settings: Settings, config: CompareConfig, runs: dict, trained: dict,
            gaps: list[dict], figures: dict[str, str]) -> str:
   """The report as Markdown."""
   table = lambda head, rows: results.markdown(head, rows).splitlines()
-  base, to = config.base, lambda x, spec: "" if x is None else format(x, spec)
+  base, steps = config.base, next(iter(runs.values()))[0].steps
+  samples = [f"{n} samples of {name}" for name, n in {row.dataset: row.samples for row in rows}.items()]
+  to = lambda x, spec: "" if x is None else format(x, spec)
   seeds = [f"seed {seed}" for seed in settings.seeds]
   parts = [f"# Drafters for {base.target}, trained alike", "",
-           f"{len(runs)} drafters, each trained for {settings.steps or base.steps} steps of {base.batch} x "
+           f"{len(runs)} drafters, each trained for {steps} steps of {base.batch} x "
            f"{base.row_length} tokens on the same data in the same order (seeds "
-           f"{', '.join(map(str, settings.seeds))}), then evaluated on {config.samples} held-out samples of "
-           f"{', '.join(config.datasets)}, {config.max_new_tokens} new tokens each. Intervals: 95 %, bootstrapped over "
+           f"{', '.join(map(str, settings.seeds))}), then evaluated on {', '.join(samples)}, "
+           f"{config.max_new_tokens} new tokens each. Intervals: 95 %, bootstrapped over "
            f"samples, and over seeds where there are several. Versions: "
            + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", "", "## Training", ""]
   parts += table(["run", "parameters", "loss", "tau (training)", "tokens/s"],

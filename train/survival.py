@@ -44,6 +44,8 @@ DRAWS = 20  # of what chance alone would show
 
 @dataclasses.dataclass
 class Settings(calibrate.Settings):
+  drafter: Path
+  """drafter folder or training run; nothing is stored there"""
   verification: Rule = "token"
   """how sampled drafts are verified: a rule has survivals of its own"""
 
@@ -121,6 +123,9 @@ def play_out(batch) -> list[tuple]:
   while not np.all(rows.done):
     rows, report = _round(target, drafter, rows)
     said.append(jax.device_get(report))
+  if failed := [index for index, row in zip(batch.indices, rows.failed) if row]:
+    raise ValueError(f"NaN logits or confidences in rows {failed}: the target's or the drafter's weights are broken, "
+                     f"or the dtype overflows")
   result = []
   for row in range(len(batch.indices)):
     own = [[x[row] for x in report] for report in said if report[0][row]]
@@ -149,6 +154,8 @@ def _round(target, drafter, rows):
 def compare(mode: str, prompts: list[Prompt], block: int, has_head: bool) -> dict:
   """What the predictors are worth on the prompts that did not fit them, and how much each position was observed."""
   fits, reports = (prompts[first::2] for first in calibrate.HALVES.values())
+  for half, rows in zip(calibrate.HALVES, (fits, reports)):
+    calibrate.check_drafts(mode, half, [prompt.verified for prompt in rows])
   held = _arrays(reports, block)
   names = PREDICTORS if has_head else ("estimator",)
   predicted = {name: predict(mode, name, fits, block, held[2]) for name in names}
