@@ -1,7 +1,9 @@
 """train.answers: what is asked, who answers, and what becomes of servers that fail, which are real ones here."""
 
+import datetime
 import json
 import sys
+import threading
 import time
 import types
 import zlib
@@ -93,6 +95,9 @@ def test_datasets_of_the_hub(monkeypatch):
   assert [(c.id, c.turns[0][0]["content"]) for c in found] == [("1", "a"), ("2", "b")] and found.count == 2
   with complains("the split 'x' of the dataset owner/name could not be fetched (KeyError)", "the network"):
     answers.read_questions(answers.Settings("x", dataset="owner/name", split="x"))
+  rows.append({"prompt": "c", "tools": [{"since": datetime.date(2026, 1, 1)}]})  # rows need not be JSON
+  with complains("owner/name, row 3", "date is not JSON"):
+    answers.read_questions(settings)
 
 
 # Replies
@@ -215,6 +220,33 @@ def test_tokens_are_taken_where_servers_give_them(tmp_path):
                                          "finish": ["stop"], "text": [f"1 {zlib.crc32(b'0/1')} 0.0 question 0"]}]
 
 
+def test_a_conversation_whose_servers_differ(tmp_path):
+  """The first reply comes in tokens, the last without. Kills: an end that is learned although the limit cut the first;
+  thinking, or a call as text, that comes beside tokens and goes to the template."""
+  def mixed(body, number):
+    found = completion(body, f"w{number}", "length" if number == 1 else "stop")
+    if number == 1:
+      found["choices"][0]["token_ids"] = [8, 9]
+    return 200, found | {"prompt_token_ids": [5, 6, 7]}
+  say = lambda role, text: {"role": role, "content": text}
+  written(tmp_path / "q.jsonl", {"messages": [say("user", "w7"), say("user", "w8")]})
+  with serving(mixed) as server:
+    assert asked(tmp_path / "a.jsonl", server.url, token_ids=True)["answers"] == 1
+  (line,) = read(tmp_path / "a.jsonl")
+  cut = say("assistant", "w1") | {"finish_reason": "length"}
+  assert line["messages"] == [say("user", "w7"), cut, say("user", "w8"), say("assistant", "w2")]
+  tokenizer = chat.load_tokenizer(with_tokenizer(LLAMA, tmp_path / "target"))
+  ((ids, mask),) = chat.encode_conversation(tokenizer, line["messages"])
+  assert sum(learned and token in chat.stop_ids(tokenizer) for token, learned in zip(ids, mask)) == 1
+  tokens = lambda message: {"choices": [{"message": message, "finish_reason": "stop", "token_ids": [8]}],
+                            "prompt_token_ids": [5]}
+  call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
+  reply = servers.read_reply(tokens({"content": None, "tool_calls": [call]}), False)
+  assert reply.tokens == [8] and reply.message["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+  with pytest.raises(replies.Unanswered, match="thinking is off"):
+    servers.read_reply(tokens({"content": "a", "reasoning": "why"}), False)
+
+
 def tries(server) -> dict[str, int]:
   """Requests by question."""
   texts = [body["messages"][-1]["content"] for body in server.asked]
@@ -274,9 +306,21 @@ def test_a_server_that_needs_a_moment(tmp_path, monkeypatch):
   assert result["answers"] == 12 and result["failed"] == {}
 
 
+def test_a_server_that_accepts_and_never_answers(tmp_path, monkeypatch, capsys):
+  """Kills: a start that waits for a list of models as long as for a reply, three times and without a word."""
+  monkeypatch.setattr(servers, "HELLO", 0.2)
+  over, began = threading.Event(), time.monotonic()
+  questions(tmp_path, 2)
+  with serving() as one, serving(handler=type("Mute", (Handler,), {"do_GET": lambda self: over.wait(9)})) as mute:
+    assert asked(tmp_path / "a.jsonl", mute.url, one.url)["answers"] == 2
+    over.set()
+  assert f"{mute.url}/v1 does not answer (nothing within 0.2 seconds)" in capsys.readouterr().err
+  assert time.monotonic() - began < 9
+
+
 def test_questions_that_cannot_be_answered(tmp_path, capsys):
   """Kills: one bad question that ends the run; failures that are lost, or counted as answers; ones that are never asked
-  again; more or fewer tries than were asked for."""
+  again, or forgotten where the count is reached before; more or fewer tries than were asked for."""
   way = {"question 2": (400, {"error": {"message": "too long"}}), "question 3": (500, b"crash")}
   questions(tmp_path, 5)
   with serving(lambda body, number: way.get(body["messages"][-1]["content"])) as server:
@@ -287,7 +331,10 @@ def test_questions_that_cannot_be_answered(tmp_path, capsys):
     failed = {line["id"]: line for line in read(tmp_path / "a.failed.jsonl")}
     assert failed["3"] == {"id": "3", "reason": "refused by the server", "detail": "400: too long"}
     assert "4 tries" in failed["4"]["detail"] and "500: crash" in failed["4"]["detail"]
+    left = lambda: [line["id"] for line in read(tmp_path / "a.failed.jsonl")]
     way.clear(), server.asked.clear()
+    assert asked(tmp_path / "a.jsonl", server.url, count=3)["answers"] == 3 and left() == ["3", "4"]
+    assert asked(tmp_path / "a.jsonl", server.url, count=4, concurrency=1)["answers"] == 4 and left() == ["4"]
     assert asked(tmp_path / "a.jsonl", server.url)["answers"] == 5 and len(server.asked) == 2
   assert sorted(line["id"] for line in read(tmp_path / "a.jsonl")) == list("12345")
   assert not (tmp_path / "a.failed.jsonl").exists()

@@ -138,6 +138,17 @@ def test_errors_name_file_and_line(tmp_path, line, message):
   assert "\n" not in str(caught.value)
 
 
+def test_rows_that_are_no_json():
+  """Kills: a traceback for a date or bytes in a dataset of the hub, of which a sentence was to be made."""
+  for read_row, row, part in (
+      (conversations.messages_of, {"messages": [{"role": "user", "content": b"hi"}]}, "'content': b'hi'}"),
+      (conversations.variables_of, {"tools": [b"x"]}, "got [b'x']"),
+      (conversations.variables_of, {"chat_template_kwargs": {"enable_thinking": b"x"}}, ": b'x'}: other")):
+    with pytest.raises(ValueError) as caught:
+      read_row(row)
+    assert part in str(caught.value)
+
+
 def test_errors_name_the_file(tmp_path):
   """Kills: guessing what an unknown file is, and text in another encoding read as something else."""
   with pytest.raises(ValueError, match="data.csv ends in none of"):

@@ -217,7 +217,9 @@ class Progress:
     self.settings, self.questions = settings, questions
     self.known = answered(settings.out)
     self.failed_out = settings.out.with_name(f"{settings.out.stem}.failed.jsonl")
-    self.failed_out.unlink(missing_ok=True)  # they are asked again
+    # By question. They are asked again, but the time or the count may be over before: what they were told stays.
+    lines = run_folder.read_lines(self.failed_out, lambda line: (line["id"], line)) if self.known else []
+    self.unanswered = {name: line for name, line in lines if name not in self.known}
     self.failed, self.wrong, self.new, self.tokens, self.unasked = collections.Counter(), 0, 0, 0, 0
     self.began = time.monotonic()
     self.seconds, self.bar = 0.0, shell.bar()
@@ -236,6 +238,10 @@ class Progress:
   def __exit__(self, *_) -> None:
     self.seconds = time.monotonic() - self.began
     self.bar.stop()
+    if self.unanswered:
+      shell.write(self.failed_out, "".join(json.dumps(line) + "\n" for line in self.unanswered.values()))
+    else:
+      self.failed_out.unlink(missing_ok=True)
 
   def todo(self) -> Iterator[Conversation]:
     """What is to be asked; what cannot be asked at all is told apart on the way."""
@@ -268,9 +274,12 @@ class Progress:
     good, bad = [o for o in outcomes if not o.failed], [o for o in outcomes if o.failed]
     if good:
       run_folder.append(self.settings.out, [line for o in good for line in o.lines])
+    for o in good:
+      self.unanswered.pop(o.id, None)
     if bad:
-      run_folder.append(self.failed_out, [{"id": o.id, "reason": o.failed.reason, "detail": o.failed.detail}
-                                          for o in bad])
+      lines = {o.id: {"id": o.id, "reason": o.failed.reason, "detail": o.failed.detail} for o in bad}
+      run_folder.append(self.failed_out, list(lines.values()))
+      self.unanswered |= lines
     self.new += len(good)
     self.tokens += sum(o.tokens for o in good)
     self.unasked += sum(o.unasked for o in good)

@@ -27,6 +27,7 @@ KEY = "OPENAI_API_KEY"
 BACKOFF, MOST = 0.5, 30.0   # seconds before the second try, doubled with each, and the longest wait
 FAULTS, ASIDE = 5, 1.0      # after so many in a row a server is left alone for so long, doubled each time
 RESTS = 4                   # times that each has been, before one that never answered is not waited for: 7 seconds
+HELLO = 10.0                # seconds at most for a connection, and for the list of models
 GIVE_UP = 600.0             # seconds without an answer of any server
 POLL = 0.25                 # seconds between looks for a free server, where all are busy or set aside
 SHOWN = 200                 # characters of what a server says
@@ -82,7 +83,7 @@ class Fleet:
     """With a client for each server: a shared one would look through the connections of all for every request."""
     headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    limit = httpx2.Timeout(self.settings.timeout, connect=min(10, self.settings.timeout))
+    limit = httpx2.Timeout(self.settings.timeout, connect=min(HELLO, self.settings.timeout))
     certificates = httpx2.create_ssl_context()  # once: reading them takes longer than a request
     async with contextlib.AsyncExitStack() as stack:
       for server in self.servers:
@@ -167,7 +168,7 @@ class Fleet:
     for attempt in range(self.settings.retries + 1):
       server = await self._take()
       try:
-        response = await self._send(server, "POST", "/chat/completions", json=body)
+        response = await self._send(server, "POST", "/chat/completions", self.settings.timeout, json=body)
         reply = read_reply(self._opened(server, response), thinking)
         self._well(server)
         return reply
@@ -217,7 +218,7 @@ class Fleet:
       if attempt:
         await asyncio.sleep(BACKOFF)
       try:
-        response = await self._send(server, "GET", "/models")
+        response = await self._send(server, "GET", "/models", min(HELLO, self.settings.timeout))
         if response.status_code in (404, 405):
           server.checked = True
           return None
@@ -232,12 +233,12 @@ class Fleet:
         server.said = str(fault)
     return fault
 
-  async def _send(self, server, method, path, **what) -> httpx2.Response:
+  async def _send(self, server, method, path, seconds, **what) -> httpx2.Response:
     try:
-      async with asyncio.timeout(self.settings.timeout):  # in all; httpx2's own is between two bytes
+      async with asyncio.timeout(seconds):  # in all; httpx2's own is between two bytes
         return await server.client.request(method, server.base + path, **what)
     except TimeoutError as error:
-      raise Fault(f"nothing within {self.settings.timeout:g} seconds") from error
+      raise Fault(f"nothing within {seconds:g} seconds") from error
     except httpx2.RequestError as error:
       raise Fault(self._short(f"{type(error).__name__} {error}")) from error
 
@@ -314,21 +315,21 @@ def read_reply(body: dict[str, Any], thinking: bool) -> Reply:
       raise Fault(f"a reply that ended in {finish}")
     raise Unanswered(f"ended in {finish:.40}")
   said = {"role": "assistant", "content": content or ""} | ({"reasoning_content": reasoning} if reasoning else {})
-  prompt, tokens = body.get("prompt_token_ids"), choice.get("token_ids")
-  if _ids(prompt) and _ids(tokens):
-    return Reply(said | ({"tool_calls": calls} if calls else {}), "tool_calls" if calls else finish, prompt, tokens,
-                 len(tokens), said["content"][:SHOWN])
-  # From here on the chat template must be able to write what was said.
+  # Also with tokens: of a conversation in which another server gives none, the chat template writes what was said.
   if reasoning and not thinking:
     raise Unanswered("thinks, though thinking is off", "give --thinking, or a server whose template can turn it off")
-  if not content and not calls:
-    raise Unanswered("an empty reply" if finish == "stop" else "cut before its reply began, raise --max-new-tokens")
   if finish == "length":
     said["finish_reason"] = finish  # for chat.encode_conversation: the template will write an end that was not said
+  if calls:
+    said["tool_calls"], finish = list(map(_call, calls)), "tool_calls"
+  prompt, tokens = body.get("prompt_token_ids"), choice.get("token_ids")
+  if _ids(prompt) and _ids(tokens):
+    return Reply(said, finish, prompt, tokens, len(tokens), said["content"][:SHOWN])
+  if not content and not calls:
+    raise Unanswered("an empty reply" if finish == "stop" else "cut before its reply began, raise --max-new-tokens")
   usage = body.get("usage")
   count = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-  return Reply(said | ({"tool_calls": list(map(_call, calls))} if calls else {}), "tool_calls" if calls else finish,
-               count=count if type(count) is int else 0)
+  return Reply(said, finish, count=count if type(count) is int else 0)
 
 
 def _first(choices):

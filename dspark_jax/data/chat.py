@@ -9,12 +9,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dspark_jax.config import raise_all, shown
+from dspark_jax.config import name_shown, raise_all, shown
 from dspark_jax.data.gguf_metadata import open_gguf, read_metadata
 from dspark_jax.data.limits import guarded, limited
 from dspark_jax.data.conversations import Encoded
@@ -150,22 +150,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, too
   """Tokens of `messages` up to where the next reply begins or, where the last message is a reply, goes on.
 
   A past reply with "tokens" beside its content stands as these tokens, as it was generated: its text need not encode to
-  them. Control tokens that messages spell stay text, unless allow_special. variables: see `render`. ValueError when the
-  template refuses the messages.
+  them. Control tokens that contents spell stay text, unless allow_special. variables: see `render`. ValueError when the
+  template refuses the messages, or when tools or another part of a message spell a control token.
   """
   goes_on = bool(messages) and messages[-1]["role"] == "assistant"
   how = _variables(tokenizer, messages, tools, variables)
-  return _prompt(tokenizer, messages, goes_on, allow_special, how)
+  return _prompt(tokenizer, messages, goes_on, allow_special, how, _writer(tokenizer, messages, how))
 
 
-def _prompt(tokenizer, messages, goes_on, allow_special, how):
-  ending = how | {"continue_final_message" if goes_on else "add_generation_prompt": True}
-  text = render(tokenizer, messages, **ending)
-  contents = functools.cache(lambda: _contents(tokenizer, messages, text, ending))
+def _writer(tokenizer, messages, how) -> Callable[..., str]:
+  """write(count, **ending): the first messages rendered, each way once, since that is what takes the time."""
+  return functools.cache(lambda count, **ending: render(tokenizer, messages[:count], **how, **ending))
+
+
+def _prompt(tokenizer, messages, goes_on, allow_special, how, write):
+  ending = {"continue_final_message" if goes_on else "add_generation_prompt": True}
+  text = write(len(messages), **ending)
+  contents = functools.cache(lambda: _contents(tokenizer, messages, text, how | ending))
   past = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i and i < len(messages) - goes_on]
-  spans = [(i, s) for i, s in zip(past, _reply_spans(tokenizer, messages, text, past, contents, how)) if s]
+  spans = [(i, s) for i, s in zip(past, _reply_spans(text, past, contents, write)) if s]
   pieces = _pieces(tokenizer, text, [at for _, span in spans for at in span],
-                   _spelled(tokenizer, messages, contents, allow_special))
+                   _spelled(tokenizer, messages, how["tools"], contents, allow_special))
   stops = set(stop_ids(tokenizer)) if spans else ()
   for (i, _), number in zip(spans, range(1, len(pieces), 2)):
     if said := messages[i].get("tokens"):
@@ -188,21 +193,22 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
   """
   how = _variables(tokenizer, messages, tools, variables)
   replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
-  text = render(tokenizer, messages, **how)
-  # Few conversations need it, and rendering is what takes the time.
+  write = _writer(tokenizer, messages, how)
+  text = write(len(messages))
+  # Few conversations need it.
   contents = functools.cache(lambda: _contents(tokenizer, messages, text, how))
-  spans = _reply_spans(tokenizer, messages, text, replies, contents, how)
+  spans = _reply_spans(text, replies, contents, write)
   if replies and None not in spans:
     cut = [_is_cut(messages[i]) for i in replies]
-    return [_document(tokenizer, text, spans, _spelled(tokenizer, messages, contents, allow_special), cut)]
+    return [_document(tokenizer, text, spans, _spelled(tokenizer, messages, tools, contents, allow_special), cut)]
   documents = []
   for part in (messages[:i + 1] for i in replies):
-    text, span = _generated(tokenizer, part, how)
+    text, span = _generated(len(part), write)
     if span:
-      hidden = _spelled(tokenizer, part, lambda: _contents(tokenizer, part, text, how), allow_special)
+      hidden = _spelled(tokenizer, part, tools, lambda: _contents(tokenizer, part, text, how), allow_special)
       ids, mask = _document(tokenizer, text, [span], hidden, [_is_cut(part[-1])])
       # What comes before it as generation has it, where the replies before were cut out of the text, too.
-      begin, prompt = (mask + [True]).index(True), _prompt(tokenizer, part[:-1], False, allow_special, how)
+      begin, prompt = (mask + [True]).index(True), _prompt(tokenizer, part[:-1], False, allow_special, how, write)
       documents.append((prompt + ids[begin:], [False] * len(prompt) + mask[begin:]))
   return documents
 
@@ -264,17 +270,16 @@ def _learned(reply, stops):
   return max((k + 1 for k, token in enumerate(reply) if token in stops), default=len(reply))
 
 
-def _generated(tokenizer, messages, how, text=None):
+def _generated(count, write):
   """(the rendered messages, where the last one, a reply, begins and ends in them, None if not after its own prompt)"""
-  before = render(tokenizer, messages[:-1], add_generation_prompt=True, **how)
-  text = text or render(tokenizer, messages, **how)
+  before, text = write(count - 1, add_generation_prompt=True), write(count)
   return text, (len(before), len(text)) if text.startswith(before) else None
 
 
-def _reply_spans(tokenizer, messages, text, replies, contents, how) -> list[Span | None]:
+def _reply_spans(text, replies, contents, write) -> list[Span | None]:
   """Where in `text` each reply begins and ends; None for one that the template rewrites once it is history."""
   def exact(i):
-    rendered, span = _generated(tokenizer, messages[:i + 1], how, text if i + 1 == len(messages) else None)
+    rendered, span = _generated(i + 1, write)
     return span if span and text.startswith(rendered) else None
 
   # All prefixes are rendered, few templates mark replies; that is quadratic, so of hundreds of replies these alone.
@@ -312,16 +317,36 @@ def _contents(tokenizer, messages, text, how) -> list[Span] | None:
   return spans
 
 
-def _spelled(tokenizer, messages, contents, allow_special) -> list[Span]:
-  """Contents in which a control token is spelled, which is to be read as text."""
+def _spelled(tokenizer, messages, tools, contents, allow_special) -> list[Span]:
+  """Contents in which a control token is spelled, which is to be read as text. ValueError where that cannot be."""
+  if allow_special:
+    return []
   special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-  spells = [any(token in message["content"] for token in special) for message in messages]
-  if allow_special or not any(spells):
+  spelled = lambda value: any(token in text for text in _texts(value) for token in special)
+  others = (item for message in messages for item in message.items() if item[0] not in ("content", "tokens"))
+  if wrong := next(filter(spelled, [*others, ("tools", tools)]), None):
+    raise ValueError(f"{name_shown(wrong[0])} of a conversation spells a control token, which could not be told from "
+                     f"the chat template's own: remove it, or allow control tokens in messages")
+  spells = [spelled(message["content"]) for message in messages]
+  if not any(spells):
     return []
   if contents() is None:
     raise ValueError("a message spells a control token, and the chat template rewrites messages, so they cannot be "
                      "told apart: remove it from the message, or allow control tokens in messages")
-  return [span for span, spelled in zip(contents(), spells) if spelled]
+  return [span for span, found in zip(contents(), spells) if found]
+
+
+def _texts(value) -> Iterator[str]:
+  """All texts in a JSON value, names too."""
+  left = [value]
+  while left:
+    value = left.pop()
+    if isinstance(value, str):
+      yield value
+    elif isinstance(value, dict):
+      left += value.items()
+    elif isinstance(value, list | tuple):
+      left += value
 
 
 def _pieces(tokenizer, text, cuts, hidden) -> list[list[int]]:

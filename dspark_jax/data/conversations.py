@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dspark_jax.config import shown
 from dspark_jax.text import opened, read_jsonl, read_text
 
 LOOKED = 32          # lines of a file whose texts are compared with their tokens
@@ -194,7 +194,7 @@ def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
       if theirs in message:
         message.setdefault(ours, message.pop(theirs))
     if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-      raise ValueError(f'a message must have the texts "role" and "content", got {json.dumps(given)[:80]}')
+      raise ValueError(f'a message must have the texts "role" and "content", got {shown(given)}')
     if message["role"] not in ROLES:
       raise ValueError(f"a message has the unknown role {message['role'][:40]!r}, expected one of "
                        f"{', '.join(ROLES)}: rename it")
@@ -208,10 +208,10 @@ def variables_of(record: dict[str, Any]) -> dict[str, Any]:
   _refuse(record, "it", SETTINGS)
   tools, given = record.get("tools"), record.get("chat_template_kwargs") or {}
   if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-    raise ValueError(f'"tools" must be a list of objects, got {json.dumps(tools)[:80]}: write each as a JSON schema')
+    raise ValueError(f'"tools" must be a list of objects, got {shown(tools)}: write each as a JSON schema')
   if not isinstance(given, dict) or not all(k == "enable_thinking" and type(v) is bool for k, v in given.items()):
-    raise ValueError(f'"chat_template_kwargs" must be {{"enable_thinking": true or false}}, got '
-                     f'{json.dumps(given)[:80]}: other variables of a template are not supported')
+    raise ValueError(f'"chat_template_kwargs" must be {{"enable_thinking": true or false}}, got {shown(given)}: '
+                     f'other variables of a template are not supported')
   return {"tools": tools, **given}
 
 

@@ -82,10 +82,10 @@ def _conversation(record: dict[str, Any], name: str, where: str) -> Conversation
     raise ValueError(f'{where} is no question: "prompt" must be some text')
   try:
     variables = variables_of(record)
-    json.dumps(variables["tools"], allow_nan=False)  # for its ValueError: NaN, which Python reads, can be sent nowhere
+    json.dumps(variables["tools"], allow_nan=False)  # for its errors: NaN, or a row's date, can be sent nowhere
     messages = ([{"role": "user", "content": record["prompt"]}] if given == ["prompt"] else
                 messages_of({given[0]: _with_content(record[given[0]])}))
-  except ValueError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(f"{where}: {error}") from error
   turns, problem = _turns(messages)
   return Conversation(name, turns, variables["tools"], variables.get("enable_thinking"), problem)

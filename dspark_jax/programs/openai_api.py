@@ -174,6 +174,7 @@ class Speaker:
     self.starts: list[int] = []  # where that begins
     self.log_probs: list[float] = []
     self.said = self._sent = ""
+    self._before = max(map(len, stops), default=1) - 1  # characters of a stop text that may come before its last one
     self._untold: list[tuple[int, str, bool]] = []  # pieces that hold what may begin a stop text: start, text, drafted
     self.stopped = False
     self.rounds = self.round_tokens = 0
@@ -193,7 +194,8 @@ class Speaker:
     if event.finish:  # also what is no whole character
       whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
       self.said = whole if whole.startswith(self._sent) else self.said  # stray bytes may spell earlier ones otherwise
-    found = [at for at in map(self.said.find, self._stops) if at >= 0]
+    begin = max(len(self._sent) - self._before, 0)  # in what was told there is none: an answer is not searched anew
+    found = [at for stop in self._stops if (at := self.said.find(stop, begin)) >= 0]
     if found:
       self.said, self.stopped = self.said[:min(found)], True
     held = 0 if event.finish or self.stopped else self._held()
@@ -223,8 +225,7 @@ class Speaker:
 
   def _held(self):
     """Characters at the end that a stop text may begin with."""
-    longest = max(map(len, self._stops), default=1) - 1
-    return max((n for n in range(1, min(longest, len(self.said)) + 1)
+    return max((n for n in range(1, min(self._before, len(self.said)) + 1)
                 if any(stop.startswith(self.said[-n:]) for stop in self._stops)), default=0)
 
   @property
