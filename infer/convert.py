@@ -26,6 +26,7 @@ from typing import Literal
 import jax
 
 import dspark_jax
+from dspark_jax.checkpoints import atomic, hf, state
 from dspark_jax.programs import shell
 
 
@@ -49,6 +50,8 @@ def main(settings: Settings) -> dict:
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
   if settings.source is None and settings.to == "deepspec":
     raise ValueError("deepspec is a format of drafters: name one with --source, or convert the target to orbax")
+  atomic.check_place(settings.destination, hf.FILES if settings.to == "deepspec" else
+                     state.FILES[state.DRAFTER if settings.source else state.TARGET])
   if settings.source is None:
     with shell.stderr.status("converting"):
       dspark_jax.import_target(settings.target, settings.destination, dtype=settings.target_dtype)

@@ -30,6 +30,14 @@ def test_keys_that_change_the_numbers(source, key, neutral, other, tmp_path):
       load(copied(source, tmp_path / level, config=change))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_copies(dtype, tmp_path):
+  """Kills: numpy's sentence about data types, without the file or the tensor, for a frozen copy of another type."""
+  quantised = lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"].astype(dtype)}
+  with complains(str(tmp_path / "d"), "lm_head.weight is ", "expected floating point"):
+    load(copied(DSPARK, tmp_path / "d", tensors=quantised))
+
+
 @pytest.mark.parametrize("key", ["sample_from_anchor", "shift_label"])
 def test_what_the_anchor_predicts(key, tmp_path):
   """Kills: one convention of positions run as the other: every draft is off by one, and nothing fails."""

@@ -12,12 +12,12 @@ import pytest
 import tyro
 import yaml
 
-from dspark_jax.programs import hosts
+from dspark_jax.programs import hosts, shell
 from train.config import TrainConfig, read_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "train" / "launch"
-WORDS = ["--config", "configs/qwen3_4b.py", "--data", "gs://b/rows", "--out", "gs://b/a run"]
+WORDS = ["--config", "configs/qwen3_4b.py", "--data", "/shared/rows", "--out", "/shared/a run"]
 HOST = ["bash", "train/launch/host.sh"]
 DONE, MISTAKE, STOPPED = 0, 2, 143
 FOREVER = "while :; do sleep 0.1; done"
@@ -67,6 +67,7 @@ def is_the_command(words: list[str]) -> None:
     at = words.index(word)
     words = words[:at] + words[at + 2:]
   config = tyro.cli(TrainConfig, default=read_config(ROOT / path), args=words)
+  shell.check_paths(config)
   assert config.mesh.fsdp == -1 and len(config.data) == 1 and "run" in str(config.out)
 
 

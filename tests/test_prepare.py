@@ -184,7 +184,8 @@ def test_the_program(folder, whole, capsys, tmp_path):
   assert result == {**whole[0], "out": str(tmp_path / "rows")} and "documents that are too short" in err
   for more, said in (((tmp_path / "none.jsonl",), "none.jsonl is missing"), ((folder,), "is a folder, expected a file"),
                      ((folder / "a.jsonl", "--row-length", 0), "row_length is 0, expected at least 1"),
-                     ((folder / "a.jsonl", "--part-mb", 0), "part_mb is 0.0, expected more than 0")):
+                     ((folder / "a.jsonl", "--part-mb", 0), "part_mb is 0.0, expected more than 0"),
+                     ((folder / "a.jsonl", "--part-mb", "inf"), "part_mb is inf, expected more than 0, and finite")):
     words = (*args[:2], "--out", tmp_path / "no", "--data", *more)
     _, err = called(capsys, prepare.main, prepare.Settings, *words, code=2)
     assert said in err and not (tmp_path / "no").exists()
@@ -229,6 +230,49 @@ def test_other_data(folder, whole, tmp_path):
   with complains(f"{out} holds rows of other data (their digest was {whole[0]['digest']}", "another --out"):
     prepare.main(settings(moved, out, names))
   assert files(out) == before
+
+
+def test_other_borders(folder, monkeypatch, tmp_path):
+  """Kills: documents cut in two, or joined, that pass for the rows that a store was written for, as their tokens are
+  the same; arrays of one preparation that a kill leaves under the manifest of another."""
+  data, asked = tmp_path / "data.jsonl", settings(tmp_path, tmp_path / "rows", ("data.jsonl",),
+                                                  target=str(folder / "target"))
+  lines = lambda *parts: data.write_text("".join(
+      json.dumps({"tokens": list(part), "loss_mask": [1] * len(part)}) + "\n" for part in parts))
+  lines(range(5, 45))
+  digest = prepare.main(asked)["digest"]
+  before = files(asked.out)
+  lines(range(5, 25), range(25, 45))
+  with complains(f"{asked.out} holds rows of other data (their digest was {digest}"):
+    prepare.main(asked)
+  assert files(asked.out) == before
+  lines(range(5, 45))
+  os.utime(data, (1, 1))
+  monkeypatch.setattr(prepare.shell, "write_json", lambda *_: pytest.fail("killed"))
+  with pytest.raises(pytest.fail.Exception):
+    prepare.main(asked)
+  monkeypatch.undo()
+  with complains("has no manifest.json"):
+    Rows(asked.out)
+  assert prepare.main(asked)["digest"] == digest
+
+
+@pytest.mark.parametrize("array", ["tokens", "lines"])
+def test_a_part_damaged_inside(array, folder, whole, monkeypatch, tmp_path):
+  """Kills: zeros in a part, as a machine leaves them that loses power: a traceback, and the same one for ever."""
+  monkeypatch.setattr(prepare, "pack_parts", lambda *_: None)  # as if killed before
+  with pytest.raises(AttributeError):
+    prepare.main(settings(folder, tmp_path / "rows"))
+  monkeypatch.undo()
+  part = max((tmp_path / "rows" / "parts").glob("*.npz"), key=lambda path: path.stat().st_size)
+  content = bytearray(part.read_bytes())
+  at = content.index(f"{array}.npy".encode()) + 170  # beyond the header of the array
+  content[at:at + 4] = bytes(byte ^ 255 for byte in content[at:at + 4])
+  part.write_bytes(content)
+  with complains(f"{part.name} is damaged (BadZipFile), and was removed: give the same command again"):
+    prepare.main(settings(folder, tmp_path / "rows"))
+  assert prepare.main(settings(folder, tmp_path / "rows"))["digest"] == whole[0]["digest"]
+  assert arrays(tmp_path / "rows") == arrays(whole[1])
 
 
 def test_what_cannot_be_prepared(folder, whole, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import dspark_jax
 from dspark_jax.data import chat
 from infer import convert, generate
-from train import answers
+from train import answers, cache_hidden, prepare
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, called, files, llama, with_tokenizer)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -167,6 +167,32 @@ def test_mistake_as_a_process():
 # infer.convert
 
 
+def test_convert_asks_for_the_place_first(capsys, monkeypatch, tmp_path):
+  """Kills: minutes of loading before a destination is refused."""
+  monkeypatch.setattr(dspark_jax, "load_target", lambda *_, **__: pytest.fail("loaded"))
+  monkeypatch.setattr(dspark_jax, "import_target", lambda *_, **__: pytest.fail("loaded"))
+  (tmp_path / "file").write_text("")
+  for destination, said in ((tmp_path, "holds file, which would be lost"), (tmp_path / "file", "file is a file"),
+                            (tmp_path / "file" / "d", "file is a file")):
+    for source in (("--source", DSPARK), ("--source", DSPARK, "--to", "deepspec"), ()):
+      _, err = called(capsys, convert.main, convert.Settings, *source, "--target", QWEN3, "--destination", destination,
+                      code=2)
+      assert said in err
+
+
+def test_paths_are_no_urls(capsys, tmp_path):
+  """Kills: gs://b/d that becomes the folder gs:/b/d, missing or written."""
+  for place in ("gs://b/d", "s3://b/d"):
+    _, err = called(capsys, convert.main, convert.Settings, "--target", QWEN3, "--destination", place, code=2)
+    assert f"destination is {place}, expected a path" in err and "train.cache_hidden" in err
+    _, err = called(capsys, prepare.main, prepare.Settings, "--target", QWEN3, "--data", "x", place, "--out", tmp_path,
+                    code=2)
+    assert f"data is {place}, expected a path" in err
+  cached = ("--target", QWEN3, "--taps", 1, "--data", tmp_path / "none", "--out", "gs://bucket/d")
+  _, err = called(capsys, cache_hidden.main, cache_hidden.Settings, *cached, code=2)
+  assert "data are files, expected a folder of train.prepare" in err  # but a store may be there
+
+
 def test_convert(capsys, tmp_path):
   """Kills: a program that converts in one direction only, or reports another place than it wrote."""
   result, _ = called(capsys, convert.main, convert.Settings, "--source", DSPARK, "--destination", tmp_path / "ours",
@@ -178,7 +204,7 @@ def test_convert(capsys, tmp_path):
   golden = files(DSPARK)
   assert files(tmp_path / "out") == {name: golden[name] for name in ("config.json", "model.safetensors")}
   _, err = called(capsys, convert.main, convert.Settings, "--source", tmp_path / "nothing", "--destination",
-                  tmp_path / "out", "--target", QWEN3, code=2)
+                  tmp_path / "out", "--target", QWEN3, "--to", "deepspec", code=2)
   assert "nothing does not exist" in err and files(tmp_path / "out")
   _, err = called(capsys, convert.main, convert.Settings, "--source", DSPARK, "--destination", tmp_path,
                   "--target", QWEN3, code=2)

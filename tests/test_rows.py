@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.data import rows
+from dspark_jax.data import words as words_module
 from dspark_jax.data.conversations import Document
 from dspark_jax.data.rows import Rows, pack
 from dspark_jax.data.words import bigram_factors, top_words
@@ -122,7 +123,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
       Rows(packed.folder)
   manifest.write_text(text)
   tokens.write_bytes(array[:-2])
-  with complains("tokens.npy cannot be read"):
+  with complains("tokens.npy cannot be read", "delete its manifest.json and run train.prepare again"):
     Rows(packed.folder)
   np.save(tokens, np.zeros(packed.manifest.tokens))
   with complains("tokens.npy holds float64, expected uint16 or int32"):
@@ -157,6 +158,16 @@ def test_top_words_fills_and_refuses(tmp_path):
   for k in (1, 11):
     with pytest.raises(ValueError, match="k must be 2 to 10"):
       top_words(packed, k, 10, always=(8, 9))
+
+
+def test_many_bigrams(monkeypatch):
+  """Kills: counts in float32, which one more does not change from 2 ** 24 on."""
+  million = np.zeros(2 ** 20, np.int64)
+  # 17 million pairs of tokens 0 and 3, one of 0 and 4.
+  monkeypatch.setattr(words_module, "_pairs", lambda *_: ((million, million + (n == 17)) for n in range(18)))
+  w1, w2 = bigram_factors(None, np.array([3, 4]), 5, 1)
+  log_p = w1[0] @ w2.T
+  np.testing.assert_allclose(np.exp(log_p[0] - log_p[1]), 17, rtol=1e-2)
 
 
 def test_bigram_factors(tmp_path, monkeypatch):

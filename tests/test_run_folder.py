@@ -211,6 +211,14 @@ def test_the_folder_that_one_is_in(monkeypatch, tmp_path):
   assert list(files(tmp_path)) == ["run.json"]
 
 
+def test_a_file_in_the_place_of_a_folder(lines):
+  """Kills: "File exists", for a place that no run can have."""
+  for out in (lines.rename(lines.with_name("taken")), lines.with_name("taken") / "run"):
+    with complains(f"{lines.with_name('taken')} is a file, expected a folder or nothing: choose another --out"):
+      with run_folder.owned(out):
+        pass
+
+
 def test_an_owner_that_is_killed(tmp_path):
   """Kills: a lock that knows its own process alone, or that a kill leaves locked for good."""
   code = ("import pathlib, sys, time\nfrom dspark_jax.programs import run_folder\n"

@@ -47,6 +47,7 @@ from dspark_jax.text import read_json
 
 PROGRAM = "train.prepare"
 PARTS = "parts"
+DAMAGED = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile  # a part, by a machine that went down
 
 
 @dataclasses.dataclass
@@ -107,8 +108,8 @@ def prepare(settings: Settings, tokenizer, vocab_size: int, date: datetime.date 
   vocab_size: no token may be beyond. date: what chat templates are told, by default the day on which this began.
   ValueError when the folder has rows of other settings or data, unless they may be replaced.
   """
-  if not settings.part_mb > 0:
-    raise ValueError(f"part_mb is {settings.part_mb}, expected more than 0")
+  if not 0 < settings.part_mb * 1e6 < math.inf:
+    raise ValueError(f"part_mb is {settings.part_mb}, expected more than 0, and finite")
   how = what_counts(settings, tokenizer, vocab_size, str(date or run_folder.date_of(settings.out)))
   files, before, manifest = files_of(settings.data), None, settings.out / packed.MANIFEST
   check_records(settings.data, how)
@@ -297,29 +298,41 @@ def count_of(path: Path) -> int | None:
   try:
     with np.load(path) as part:
       return len(part["sizes"])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # of a machine that went down, half a file
+  except DAMAGED:
     return None
+
+
+def read(part: Part, *names: str) -> list[np.ndarray]:
+  """These arrays of a part. ValueError for one that is damaged inside, which `count_of` cannot see: it is removed."""
+  try:
+    with np.load(part.path) as found:
+      return [found[name] for name in names]
+  except DAMAGED as error:
+    part.path.unlink(missing_ok=True)
+    raise ValueError(f"{part.path} is damaged ({type(error).__name__}), and was removed: give the same command again, "
+                     f"which makes it anew") from error
 
 
 def pack_parts(out: Path, parts: list[Part], about: dict, before: Rows | None) -> Rows:
   """Packs the parts and removes them. before: the rows that are there, which these must equal."""
   sizes, sources, lost = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)], Lost()
   for part in parts:
-    with np.load(part.path) as found:
-      sizes.append(found["sizes"])
-      lines = found["lines"] + part.shard.line
-      sources.append(np.stack([np.full_like(lines, part.file), lines], 1))
-      lost = Lost(*(a + b for a, b in zip(dataclasses.astuple(lost), found["lost"].tolist())))
+    size, lines, left_out = read(part, "sizes", "lines", "lost")
+    sizes.append(size)
+    lines = lines + part.shard.line
+    sources.append(np.stack([np.full_like(lines, part.file), lines], 1))
+    lost = Lost(*(a + b for a, b in zip(dataclasses.astuple(lost), left_out.tolist())))
   sizes, sources, scratch = np.concatenate(sizes), np.concatenate(sources), out / PARTS / "rows"
   if not len(sizes):
     raise ValueError(f"the data hold nothing to learn (left out: {lost}): give other data, or other settings")
   scratch.mkdir(exist_ok=True)
   with shell.stderr.status(f"packing {len(sizes)} documents"):
     manifest = packed.write(scratch, read_parts(parts), sizes, sources, about | {"lost": dataclasses.asdict(lost)})
-  if before and before.digest != manifest.digest:
+  if before and (was := f"{before.digest} {before.layout}") != (now := f"{manifest.digest} {packed.layout(scratch)}"):
     shutil.rmtree(out / PARTS)
-    raise ValueError(f"{out} holds rows of other data (their digest was {before.digest}, is {manifest.digest}): give "
-                     f"the same files, or another --out")
+    raise ValueError(f"{out} holds rows of other data (their digest was {was}, is {now}): give the same files, or "
+                     f"another --out")
+  (out / packed.MANIFEST).unlink(missing_ok=True)  # of a kill in between nothing is left that looks whole
   for name in packed.ARRAYS:
     (scratch / f"{name}.npy").replace(out / f"{name}.npy")
   shell.write_json(out / packed.MANIFEST, packed.to_json(manifest))
@@ -329,8 +342,7 @@ def pack_parts(out: Path, parts: list[Part], about: dict, before: Rows | None) -
 
 def read_parts(parts: list[Part]) -> Iterator[Documents]:
   for part in parts:
-    with np.load(part.path) as found:
-      yield Documents(found["tokens"], found["loss_mask"], found["sizes"])
+    yield Documents(*read(part, "tokens", "loss_mask", "sizes"))
 
 
 if __name__ == "__main__":

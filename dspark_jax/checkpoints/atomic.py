@@ -18,23 +18,16 @@ def new_folder(folder: Path, ours: set[str]):
 
   ours: the names a folder of this kind consists of. A full disk or a kill leaves the previous folder as it was, and
   what the kill left is swept away by the next call (of two writers at once the later one wins, the other one fails).
-  ValueError if the place is taken by a file, or by a folder with other things in it: they would be lost. Of several
-  processes all must call it, and get the same scratch folder; the first makes it and takes it into place.
+  ValueError as `check_place` has it. Of several processes all must call it, and get the same scratch folder; the first
+  makes it and takes it into place.
   """
   folder = Path(folder).resolve()  # through links: what a link points to is replaced, not the link
   prefix = f".{folder.name}.new-"
   if jax.process_index():
     yield folder.with_name(prefix + _told(b"    ").hex())
     return
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"{folder} is a file, expected a folder or nothing: choose another place")
+  check_place(folder, ours)  # puts back, too: of what the sweep below finds, `.old` may be the only copy
   folder.parent.mkdir(parents=True, exist_ok=True)
-  # Before the sweep below: of what a kill left, `.old` may be the only copy.
-  put_back(folder)
-  others = sorted({p.name for p in folder.iterdir()} - ours) if folder.exists() else []
-  if others:
-    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected "
-                     f"{', '.join(sorted(ours))} or nothing: choose another place")
   old = _old(folder)
   for left in [old, *(p for p in folder.parent.iterdir() if p.name.startswith(prefix))]:
     shutil.rmtree(left, ignore_errors=True)
@@ -54,6 +47,20 @@ def new_folder(folder: Path, ours: set[str]):
     put_back(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(folder: Path, ours: set[str]) -> None:
+  """ValueError if the place of a `new_folder` is taken by a file, or by a folder with other things in it: they would be
+  lost. To call before long work, too."""
+  folder = Path(folder).resolve()
+  put_back(folder)
+  there = next(place for place in (folder, *folder.parents) if place.exists())
+  if not there.is_dir():
+    raise ValueError(f"{there} is a file, expected a folder or nothing: choose another place")
+  others = sorted({p.name for p in folder.iterdir()} - ours) if there == folder else []
+  if others:
+    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected "
+                     f"{', '.join(sorted(ours))} or nothing: choose another place")
 
 
 def put_back(folder: Path) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.checkpoints.hf import FLOATS
 from dspark_jax.checkpoints.tensors import placed
 from dspark_jax.config import Count, Range, raise_all, read_known, shown
 from dspark_jax.drafters.dspark import DSparkConfig
@@ -207,6 +208,9 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
       problems.append(f"tensor {name} is missing")
       continue
     stored, mine = tensors[name], own(target)
+    if str(stored.dtype) not in FLOATS:
+      problems.append(f"{name} is {stored.dtype}, expected floating point: get the drafter as it was trained")
+      continue
     # Equal shapes prove nothing: another target's drafter would load, and no draft of it would be accepted.
     coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).bits)
     if stored.shape != mine.shape or not bool(jnp.array_equal(

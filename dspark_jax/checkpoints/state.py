@@ -34,6 +34,7 @@ DRAFTER, TARGET = "drafter.json", "target.json"
 CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
            "vocab.txt", "merges.txt", "tokenizer.model")
+FILES = {DRAFTER: {DRAFTER, "weights"}, TARGET: {TARGET, "weights", *CARRIED}}  # and nothing else, by the sidecar
 CHUNK = 2 ** 20  # bytes
 
 
@@ -127,7 +128,7 @@ class Tensors(Mapping):
 
 
 def _save(folder, name, sidecar, weights, carry=lambda folder: None):
-  with new_folder(folder, {name, "weights", *(CARRIED if name == TARGET else ())}) as new:
+  with new_folder(folder, FILES[name]) as new:
     context = ocp.Context()
     # A device, or a host, that holds a part of an array reads these chunks of it: by default an array is one.
     context.array.saving.storage_options.chunk_byte_size = CHUNK

@@ -69,8 +69,11 @@ class Cache:
     return self.manifest.num_samples
 
   def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens i32[T], loss mask u8[T]) of every sample, in order."""
+    """(tokens i32[T], loss mask u8[T]) of every sample, in order. ValueError for one with tokens that were masked."""
     for sample in range(len(self)):
+      if not self._array(sample, "attention_mask", "u1").all():
+        raise ValueError(f"{self.folder}: sample {sample} has tokens that its attention mask hides, expected none: "
+                         f"prepare the cache without padding")
       yield self._array(sample, "input_ids", "<i4"), self._array(sample, "loss_mask", "u1")
 
   def said(self, sample: int) -> dict[str, np.ndarray]:

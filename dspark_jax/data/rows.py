@@ -28,6 +28,8 @@ from dspark_jax.types import Batch
 MANIFEST, FORMAT = "manifest.json", "dspark_jax rows 1"
 ARRAYS = {"tokens": ("uint16", "int32"), "loss_mask": ("bool",), "documents": ("int64",), "rows": ("int64",),
           "sources": ("int32",)}
+# Not the folder: its record has the day that chat templates were told, and with another one tokens might differ.
+ANEW = f"delete its {MANIFEST} and run train.prepare again"
 OPEN_ROWS = 1024     # rows that packing looks at for each document
 CHUNK = 2 ** 20      # tokens that are in memory at once where all are gone through
 
@@ -71,8 +73,7 @@ class Rows:
                        f"it was stopped), or give files")
     found = read_json(path)
     if found.get("format") != FORMAT:
-      raise ValueError(f"{path} has the format {str(found.get('format'))[:40]!r}, expected {FORMAT!r}: run "
-                       f"train.prepare of this version")
+      raise ValueError(f"{path} has the format {str(found.get('format'))[:40]!r}, expected {FORMAT!r}: {ANEW}")
     self.manifest = m = from_json(Manifest, found, str(path))
     self._arrays = _opened(self.folder)
     shapes = {"tokens": (m.tokens,), "loss_mask": (m.tokens,), "documents": (m.documents + 1,), "rows": (m.rows + 1,),
@@ -80,7 +81,7 @@ class Rows:
     for name, shape in shapes.items():
       if self._arrays[name].shape != shape:
         raise ValueError(f"{self.folder / name}.npy has the shape {self._arrays[name].shape}, its manifest says "
-                         f"{shape}: restore it, or run train.prepare anew")
+                         f"{shape}: restore it, or {ANEW}")
     if not m.supervised:
       raise ValueError(f"{self.folder} has no supervised tokens, so there is nothing to learn: give other data")
 
@@ -97,8 +98,7 @@ class Rows:
   @property
   def layout(self) -> str:
     """What tells where documents and rows begin: hidden states depend on that, too."""
-    begins = (np.ascontiguousarray(self._arrays[name]).tobytes() for name in ("documents", "rows"))
-    return hashlib.sha256(b"".join(begins)).hexdigest()[:16]
+    return layout(self.folder)
 
   @property
   def fill(self) -> float:
@@ -271,6 +271,13 @@ def write(folder: Path, parts: Iterable[Documents], sizes: np.ndarray, sources: 
   return Manifest(**about, **counts, digest=_digest(_opened(folder), length))
 
 
+def layout(folder: Path) -> str:
+  """`Rows.layout` of what `write` has made, also without a manifest."""
+  arrays = _opened(folder)
+  begins = (np.ascontiguousarray(arrays[name]).tobytes() for name in ("documents", "rows"))
+  return hashlib.sha256(b"".join(begins)).hexdigest()[:16]
+
+
 def to_json(manifest: Manifest) -> dict[str, Any]:
   """What MANIFEST holds."""
   return asdict(manifest)
@@ -291,10 +298,9 @@ def _opened(folder):
       arrays[name] = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
       raise ValueError(f"{path} cannot be read ({type(error).__name__}), though there is a manifest: restore it, or "
-                       f"run train.prepare anew") from error
+                       f"{ANEW}") from error
     if str(arrays[name].dtype) not in dtypes:
-      raise ValueError(f"{path} holds {arrays[name].dtype}, expected {' or '.join(dtypes)}: restore it, or run "
-                       f"train.prepare anew")
+      raise ValueError(f"{path} holds {arrays[name].dtype}, expected {' or '.join(dtypes)}: restore it, or {ANEW}")
   return arrays
 
 

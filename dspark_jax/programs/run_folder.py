@@ -39,15 +39,15 @@ def owned(out: Path) -> Iterator[None]:
   ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too.
   Of several processes of one run the first owns it for all.
   """
-  if out.parts[:1] in (("gs:",), ("s3:",)):  # "." has none
-    raise ValueError(f"{out} is in a bucket, expected a folder: locks and appended lines need a file system; give one "
-                     f"that all hosts see (NFS, Filestore, Lustre)")
   if not hosts.first():
     yield
     return
   record = record_path(out)
   lock = record.with_name(f".{record.name}.lock")
-  made = not lock.parent.exists()
+  there = next(folder for folder in (lock.parent, *lock.parent.parents) if folder.exists())
+  if not there.is_dir():
+    raise ValueError(f"{there} is a file, expected a folder or nothing: choose another --out")
+  made = there != lock.parent
   lock.parent.mkdir(parents=True, exist_ok=True)
   held = FileLock(lock)  # the system's, which ends with the process, however that ends
   try:

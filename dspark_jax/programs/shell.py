@@ -29,6 +29,7 @@ from dspark_jax.types import Target
 
 stderr = Console(stderr=True)
 ONE_DEVICE = MeshConfig()
+URLS = "gs:", "s3:", "http:", "https:", "file:"
 
 
 def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> None:
@@ -42,6 +43,7 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
   try:
     more = {"default": default()} if default else {}
     asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
+    check_paths(asked)
     if not hasattr(asked, "hosts"):
       hosts.refuse(main.__module__)
     with hosts.join(getattr(asked, "hosts", hosts.HostsConfig())):
@@ -80,6 +82,17 @@ def say(text: Any) -> None:
   """A line, or a table, for people, on stderr."""
   # No markup: paths may hold [brackets]. No wrapping: a sentence stays one line for who reads a log.
   stderr.print(text, markup=False, highlight=False, soft_wrap=True) if isinstance(text, str) else stderr.print(text)
+
+
+def check_paths(settings: Any) -> None:
+  """ValueError for the first of these settings that is a path and was given as a URL, which would become a folder gs:
+  here; those that may be URLs are text."""
+  for name, value in vars(settings).items():
+    for path in value if isinstance(value, tuple) else (value,):
+      if isinstance(path, Path) and path.parts and path.parts[0] in URLS:
+        raise ValueError(f"{name} is {path.parts[0]}//{'/'.join(path.parts[1:])}, expected a path: programs lock files "
+                         f"and append to them, so give a file system that all hosts see (NFS, Filestore, Lustre); only "
+                         f"a hidden-state store (--features, --out of train.cache_hidden) may be at a URL")
 
 
 def at_least(settings: Any, **bounds: int) -> None:
