@@ -18,13 +18,14 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data.deepspec_cache import Cache
+from dspark_jax.data.features import Memory
 from dspark_jax.data.rows import Rows
 from dspark_jax.data.store import Store
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.types import Batch
-from train import cache_hidden, prepare, train
+from train import cache_hidden, features, prepare, train
 from train.config import TrainConfig
-from folders import LLAMA, called, complains, copied, files, with_tokenizer
+from folders import LLAMA, called, complains, copied, files, slow_but, with_tokenizer
 from test_store import ROOT, files_of_at_most
 
 
@@ -84,6 +85,39 @@ def test_programs_store_and_read(folder, online, capsys, tmp_path):
     train.main(dataclasses.replace(config, features=None))
   (tmp_path / "s").rename(tmp_path / "t")
   assert train.main(dataclasses.replace(config, features=str(tmp_path / "t")))["steps"] == 3
+
+
+@pytest.mark.slow
+def test_features_in_memory(folder, online, monkeypatch, tmp_path):
+  """Kills: losses that are not the target's own; a target that is asked for a row again; memory that is part of a run;
+  states that fill the host, or that processes wait for each other with."""
+  asked, config = [], experiment(folder, tmp_path / "run", features="memory")
+  monkeypatch.setattr(features, "Memory", lambda encode: Memory(lambda batch: asked.append(1) or encode(batch)))
+  assert trained(config) == online and len(asked) == 2  # four rows by two, in three steps
+  shutil.rmtree(tmp_path / "run" / "drafter")
+  assert train.main(config)["steps"] == 3 and train.main(dataclasses.replace(config, features=None))["steps"] == 3
+  with complains("those of 155 tokens take 8.93e-05 GB, expected at most 8e-05", "--memory-gb", "train.cache_hidden"):
+    train.main(experiment(folder, tmp_path / "other", features="memory", memory_gb=8e-5))
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with complains("there are 2 processes, expected one", "train.cache_hidden"):
+    train.main(experiment(folder, tmp_path / "other", features="memory"))
+
+
+@pytest.mark.parametrize("where", slow_but((), [None, "memory"]))
+def test_steps_of_shorter_rows(where, folder, online, tmp_path):
+  """Kills: anchors that depend on the padding; a length that no step is compiled for; work that counts as if rows were
+  whole; a run that goes on with other lengths."""
+  config = experiment(folder, tmp_path / "run", features=where, lengths=(43, 42))
+  found, shapes, flops = trained(config), [], []
+  np.testing.assert_allclose(found, online, rtol=1e-6)
+  for line in map(json.loads, open(config.out / "metrics.jsonl")):
+    shapes.append(round(line["tokens_per_second_per_device"] * line["step_seconds"] / 2))
+    flops.append(line["tflops_per_device"] * line["step_seconds"])
+  assert set(shapes) == {42, 48} and [f < max(flops) / 1.001 for f in flops] == [s == 42 for s in shapes]
+  with complains("lengths was [43, 42], is None"):
+    train.main(dataclasses.replace(config, lengths=()))
+  with complains("lengths are (48,), expected numbers from 1, below row_length, 48"):
+    experiment(folder, tmp_path, lengths=(48,))
 
 
 def test_programs_refuse(folder, once, capsys, tmp_path):
@@ -247,6 +281,48 @@ def test_the_references_cache(folder, reference, capsys, tmp_path):
   path = tmp_path / "cache" / "shard-00001.bin"
   path.write_bytes(path.read_bytes()[:-2])
   assert "the hidden of sample 5 reach beyond the end" in run(tmp_path / "y", code=2)[1]
+
+
+def test_the_references_cache_by_several(folder, reference, capsys, tmp_path):
+  """Kills: writers that make the same conversations at once; a store of several that is another than one writer's."""
+  write_cache(tmp_path / "cache", reference, 48, [0, 1], lambda number: number // 3)
+  run = lambda out, *args, code=0: called(
+      capsys, cache_hidden.main, cache_hidden.Settings, "--from-deepspec", tmp_path / "cache", "--out", tmp_path / out,
+      "--batch", 2, "--shard-tokens", 32, "--chunk-tokens", 8, "--target", folder / "target", *args, code=code)
+  err = run("s", "--writers", 2, code=2)[1]
+  assert "writers is 2, expected 1 until" in err and not list(tmp_path.glob("*s*.jsonl"))
+  run("s")
+  whole = files(tmp_path / "s")
+  shutil.rmtree(tmp_path / "s")
+  assert run("s", "--writers", 2)[0]["missing"] > 0
+  assert run("s", "--writers", 2, "--writer", 1)[0]["missing"] == 0
+  assert files(tmp_path / "s") == whole
+
+
+def test_another_cache(folder, reference, capsys, tmp_path):
+  """Kills: numpy's sentence about shapes for a target of another width, after the conversations were written; those of
+  a cache that has grown since."""
+  write_cache(tmp_path / "wide", [([5] * 20, [1] * 20, [[1] * 98] * 20, [[1] * 49] * 20)], 49, [0, 1], lambda _: 0)
+  run = lambda cache, code: called(
+      capsys, cache_hidden.main, cache_hidden.Settings, "--from-deepspec", tmp_path / cache, "--out", tmp_path / "s",
+      "--target", folder / "target", code=code)[1]
+  assert "wide has hidden states 49 wide, the target's are 48: give the --target" in run("wide", 2)
+  assert [path.name for path in tmp_path.iterdir()] == ["wide"]
+  write_cache(tmp_path / "cache", reference, 48, [0, 1], lambda number: 0)
+  cache_hidden.write_documents(Cache(tmp_path / "cache"), tmp_path / "s.jsonl")
+  with complains("s.jsonl has 6 conversations", "wide has 1", "another --out"):
+    cache_hidden.write_documents(Cache(tmp_path / "wide"), tmp_path / "s.jsonl")
+
+
+def test_masked_tokens(tmp_path):
+  """Kills: padding of a cache learned as if it were text."""
+  write_cache(tmp_path / "cache", [([5, 6], [1, 1], [[1, 2]] * 2, [[3]] * 2)], 1, [0, 1], lambda number: 0)
+  cache = Cache(tmp_path / "cache")
+  assert len(list(cache.documents())) == 1
+  path = tmp_path / "cache" / "shard-00000.bin"
+  path.write_bytes(path.read_bytes()[:9] + b"\0" + path.read_bytes()[10:])
+  with complains("sample 0 has tokens that its attention mask hides"):
+    list(Cache(tmp_path / "cache").documents())
 
 
 @pytest.mark.parametrize("change, part", [

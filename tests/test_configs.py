@@ -180,10 +180,11 @@ def test_how_long_a_run_is():
   of = lambda rows=30, **how: TrainConfig("t", MTP.Settings(), Path("o"), batch=8, **how).steps_over(rows)
   assert of(minutes=3) is None and of(epochs=10, minutes=3) == 38 and of(steps=4, epochs=10, minutes=3) == 4
   assert of(epochs=0.5) == 2 and of(epochs=1, rows=1) == 1 and of(epochs=0.3, rows=80) == 3
-  for wrong in (0, -1, float("nan")):
-    with complains(f"epochs is {wrong}, expected more than 0"):
-      of(epochs=wrong)
-  for how in (dict(epochs=1e9, rows=1000), dict(epochs=float("inf")), dict(steps=2 ** 31)):
+  for name in ("epochs", "minutes"):
+    for wrong in (0, -1, float("nan"), float("inf")):
+      with complains(f"{name} is {wrong}, expected more than 0, and finite"):
+        of(**{name: wrong})
+  for how in (dict(epochs=1e9, rows=1000), dict(steps=2 ** 31)):
     with complains("more than an int32 counts"):
       of(**how)
 

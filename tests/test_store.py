@@ -19,7 +19,7 @@ import dspark_jax
 from dspark_jax.data import pipeline
 from dspark_jax.data import store as subject
 from dspark_jax.data.conversations import Document
-from dspark_jax.data.features import Online, Stored
+from dspark_jax.data.features import Memory, Online, Stored
 from dspark_jax.data.rows import held_out
 from dspark_jax.data.store import NORM, Manifest, Store, decoded, encoded, fill
 from dspark_jax.drafters.dspark import DSpark, DSparkConfig
@@ -113,6 +113,24 @@ def test_stored_equals_online(dtype, off, tmp_path):
   assert off or stored == online
   # Of the losses alone: Adam's first step takes the sign of a gradient for its size, and so of its rounding.
   np.testing.assert_allclose(stored[::2], online[::2], rtol=off, atol=0)
+
+
+def test_memory_of_rows():
+  """Kills: a row's states at another row, or at another token; a target that is asked again for what it has said; what
+  it says of padding kept."""
+  asked = []
+
+  def encode(batch):
+    asked.append(1)
+    said = batch.tokens.astype(jnp.float32)[..., None] + 1
+    return TargetOutput(said, jnp.concatenate([said, -said], -1))
+  memory = Memory(encode)
+  for step, numbers in enumerate([[0, 3], [2, 1], [1, 0], [3, 3], [2, 4], [4, 0]]):
+    batch = rows().take(np.array(numbers))
+    got, wanted = memory.at(step, np.array(numbers), batch), (batch.tokens + 1.0) * (batch.segments > 0)
+    np.testing.assert_array_equal(got.hidden[..., 0], wanted)
+    np.testing.assert_array_equal(got.features, np.stack([wanted, -wanted], -1))
+    assert (len(asked), memory.until) == ((1, 1), (2, 2), (2, 2), (2, 2), (3, 3), (3, 3))[step]
 
 
 def test_padding_is_not_stored(tmp_path):
@@ -349,6 +367,15 @@ def test_a_store_at_a_url(tmp_path):
   written(url).check_whole()
   assert files(tmp_path / "a b" / "s") == files(Path(written(tmp_path / "once").place))
   assert {path.name for path in tmp_path.iterdir()} == {"a b", "once"}
+
+
+@pytest.mark.parametrize("change, part", [
+    ({"shard_tokens": 2 ** 31}, "shard_tokens is 2147483648"), ({"dtype": "int4"}, "dtype is 'int4'"),
+    ({"chunk_tokens": 0}, "chunk_tokens is 0")])
+def test_a_manifest_that_could_not_be_read(change, part):
+  """Kills: a store that is begun with what its own manifest refuses, and says for ever that it is damaged."""
+  with complains(part, "expected"):
+    manifest_of(**{"dtype": "float32"} | change)
 
 
 def test_no_place():

@@ -96,11 +96,18 @@ def test_sigterm_saves_and_the_run_goes_on(folder, uninterrupted, monkeypatch, t
   assert again["steps"] == STEPS and again["loss"] == result["loss"] and set(again) == TRAINED
 
 
+def test_microbatches_are_no_part_of_a_run(folder, uninterrupted):
+  """Kills: a run that more devices cannot go on with, as their batch divides into fewer parts."""
+  assert train.main(experiment(folder, uninterrupted[0], microbatches=2))["steps"] == STEPS
+
+
 @pytest.mark.thorough
 def test_a_run_goes_on_on_another_mesh(folder, uninterrupted, monkeypatch, capsys, tmp_path):
-  """Kills: a program that leaves its mesh aside; a mesh among what tells runs apart; a state that only the mesh which
-  saved it can read; text that depends on the mesh."""
+  """Kills: a program that leaves its mesh aside; a mesh, or the microbatches that suit it, among what tells runs apart;
+  a state that only the mesh which saved it can read; text that depends on the mesh."""
   out = tmp_path / "run"
+  at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+  assert train.main(experiment(folder, out, microbatches=2))["steps"] == 3
   at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
   with MeshConfig(1, 2, 1).use():
     assert train.main(experiment(folder, out, mesh=MeshConfig(1, 2, 1)))["steps"] == 5

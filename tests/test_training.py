@@ -182,6 +182,16 @@ def test_rows_with_too_few_candidates_get_dummies():
   assert not np.any(np.asarray(blocks.supervised)[~np.asarray(blocks.keep)])
 
 
+def test_anchors_of_rows_whose_padding_is_cut():
+  """Kills: a batch that is learned in other blocks where it takes a shorter length."""
+  batch = batch_of(3)
+  draw = jax.jit(sample_blocks, static_argnums=(2, 3, 4))
+  cut = draw(jax.random.key(0), jax.tree.map(lambda x: x[:, :14], batch), 4, BLOCK, LENGTH)
+  whole = draw(jax.random.key(0), batch, 4, BLOCK, 0)
+  for name, of in (("anchors", ...), ("keep", ...), ("supervised", ...), ("labels", whole.supervised)):
+    np.testing.assert_array_equal(getattr(cut, name)[of], getattr(whole, name)[of], err_msg=name)
+
+
 def test_labels_and_previous_tokens():
   """Kills a label or previous token off by one, and supervision past a gap, a document or the row."""
   batch = batch_of(0, lengths=(7, 9), rows=1)

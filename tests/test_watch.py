@@ -95,25 +95,38 @@ def test_goodput_counts_steps_alone(monkeypatch):
   """Kills: the time before the first step, for data or for evaluations that counts as good, or as a step's."""
   now = [10.0]
   monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
-  pace = watch.Pace(SimpleNamespace(batch=2, row_length=8), flops=1e12, began=0.0)
+  pace = watch.Pace(SimpleNamespace(batch=2, row_length=8), flops=lambda length: length * 1e12 / 8, began=0.0)
   now[0] = 40.0
   pace.begin(waited=3.0)
   for end, good in ((60.0, 14.0), (80.0, 28.0)):
     with pace.aside():
       now[0] += 4.0
     now[0] = end
-    told = pace.lap(8, waited=3.0 + 2 * (end - 40) / 20)
+    told = pace.lap([4, 12] * 4, waited=3.0 + 2 * (end - 40) / 20)
     assert (told["goodput"], told["step_seconds"], told["data_wait"]) == pytest.approx((good / end, 2.0, 2 / 16))
-    assert told["tflops_per_device"] == 0.5
+    assert told["tflops_per_device"] == 0.5 and told["tokens_per_second_per_device"] == 8
 
 
 def test_useful_flops_are_of_what_runs(folder, tmp_path):  # noqa: F811
   """Kills: a target's forward that counts in a step which reads what it says from a store."""
   config = experiment(folder, tmp_path / "run")
   drafter = SimpleNamespace(config=train.drafter_config(config.drafter, llama().config), every_position=False)
-  runs, reads = (watch.useful_flops(dataclasses.replace(config, features=store), llama(), drafter)
+  runs, reads = (watch.useful_flops(dataclasses.replace(config, features=store), llama(), drafter, 48)
                  for store in (None, "a store"))
   assert runs - reads == pytest.approx(2 * 48 * llama().config.flops(24)) and reads > 0
+
+
+@pytest.mark.slow
+def test_held_out_rows_in_microbatches(folder, tmp_path):  # noqa: F811
+  """Kills: anchors of held-out rows, or means over them, that depend on how many are measured at once."""
+  configs = [experiment(folder, tmp_path, batch=4, eval_rows=4, eval_every=1, microbatches=n) for n in (1, 4)]
+  documents = [Document(np.arange(n, dtype=np.int32), np.arange(n) > 4) for n in (30, 20, 41, 47)]
+  packed = packed_rows(tmp_path / "rows", documents, 48)
+  drafter = dspark_jax.new_drafter(train.drafter_config(dataclasses.replace(
+      configs[0].drafter, draft_vocab_size=0), llama().config))
+  one, other = (watch.HeldOut(config, train.step_config(config), llama(), packed)(SimpleNamespace(drafter=drafter))
+                for config in configs)
+  assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["tau"] == pytest.approx(other["tau"], rel=1e-5)
 
 
 @pytest.mark.slow

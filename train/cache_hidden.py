@@ -7,15 +7,16 @@ the same taps, it is cheaper to store what it says (30 KB a token for Qwen3-4B w
     python -m train.cache_hidden --target smollm2 --taps 1 8 15 21 28 --data answers.jsonl --out store --dtype int8
     python -m train.cache_hidden --target Qwen/Qwen3-4B --from-deepspec CACHE --out stores/qwen3-4b
 
-The size is said before anything is written. A run that is killed, or whose disk is full, goes on when the same command
-is given again: finished shards stay. Several writers, on any machines that see the same --out, share the work: the same
-command with --writers 8 and --writer 0 .. 7; the store is the same, byte for byte. OUT may be a URL (gs://bucket/name).
-Data are a folder of train.prepare, or files, which are prepared in OUT.rows.
+The size is said before the store is begun; data are a folder of train.prepare, or files, which are prepared in OUT.rows
+before that. A run that is killed, or whose disk is full, goes on when the same command is given again: finished shards
+stay. Several writers, on any machines that see the same --out, share the work: the same command with --writers 8 and
+--writer 0 .. 7; the store is the same, byte for byte. OUT may be a URL (gs://bucket/name).
 
 dtype: float32 for the very losses of the target in the step where that is float32, too; bfloat16 (half); int8 with a
 scale for every token and tap (a quarter): what that costs is measured on the first batch and said, best with a
 --drafter that was trained for these taps. --from-deepspec reads a cache of the reference (taps are its own), whose
-conversations it writes to OUT.jsonl, packed in OUT.rows: `train.train --data OUT.rows --features OUT`.
+conversations it writes to OUT.jsonl, packed in OUT.rows: `train.train --data OUT.rows --features OUT`. One writer
+prepares them; several may go on when OUT.rows is whole.
 
 The last line of stdout is a JSON object with the keys rows, tokens, bytes, bytes_per_token, shards, missing (those of
 other writers, not finished yet), megabytes_per_second, tokens_per_second, cost (None, or relative_error by array, and
@@ -42,7 +43,7 @@ import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.data import store as stores
 from dspark_jax.data.deepspec_cache import Cache
-from dspark_jax.data.rows import Rows
+from dspark_jax.data.rows import MANIFEST, Rows
 from dspark_jax.drafters import DSpark
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import values
@@ -103,6 +104,9 @@ def main(settings: Settings) -> dict:
   train.check_rows(config)
   stores.kvstore(settings.out)
   prepared = [path for path in config.data if path.is_dir()]
+  if cache and settings.writers > 1 and not (rows_folder(settings) / MANIFEST).exists():
+    raise ValueError(f"writers is {settings.writers}, expected 1 until {rows_folder(settings) / MANIFEST} is there: "
+                     f"give the command without --writers first, which makes it, and then with them to share the rest")
   if not prepared and not cache and ("://" in settings.out or settings.writers > 1):
     raise ValueError("data are files, expected a folder of train.prepare where there are several writers, or the store "
                      "is no folder: prepare them once, for all writers and for train.train")
@@ -123,7 +127,9 @@ def resolved(settings: Settings, cache: Cache | None) -> TrainConfig:
     if settings.data or taps or settings.config or settings.dtype != "bfloat16" or "://" in settings.out:
       raise ValueError("--from-deepspec has data, taps and dtype (bfloat16) of its own, and writes to a folder: leave "
                        "--data, --taps, --config and --dtype away")
-    taps, given["data"] = own.target_layer_ids, (documents_path(settings),)
+    # Files are prepared by one process, and a folder is read by any number.
+    where = documents_path(settings) if settings.writers == 1 else rows_folder(settings)
+    taps, given["data"] = own.target_layer_ids, (where,)
     given = {"target_dtype": "bfloat16"} | ({"row_length": own.max_length} if own.max_length else {}) | given
   if settings.config:
     config = read_config(str(settings.config))
@@ -169,7 +175,10 @@ def owned(settings: Settings):
 
 def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, tokenizer) -> dict:
   """Writes this writer's shards that are missing, and returns what the program prints."""
-  if cache:
+  if cache and cache.manifest.hidden_size != (width := target.config.spec.hidden_size):
+    raise ValueError(f"{cache.folder} has hidden states {cache.manifest.hidden_size} wide, the target's are {width}: "
+                     f"give the --target that it was made with")
+  if cache and settings.writers == 1:
     write_documents(cache, documents_path(settings))
   begun = stores.is_begun(settings.out)
   # With another day a template might make other tokens, and the store could not be finished.
@@ -181,7 +190,7 @@ def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, 
   planned = plan(settings, config, rows, target)
   manifest = planned[0]
   missing = stores.Store.begun(settings.out, *planned).missing() if begun else list(range(manifest.n_shards))
-  # Before anything is written: what is refused here may be tried again with other settings.
+  # Before the store is begun: what is refused here may be tried again with other settings.
   check_room(settings.out, manifest, missing)
   ours = owned_shards(manifest.n_shards, settings.writer, settings.writers)
   todo = [shard for shard in missing if shard in ours]
@@ -288,8 +297,13 @@ def _key(tokens):
 
 def write_documents(cache: Cache, path: Path) -> None:
   """The conversations of a reference's cache as training data; whole or not at all."""
-  if path.exists():
-    return  # a run before this one; those of another cache are not found in this one
+  if path.exists():  # of a run before this one; those of another cache are not found in this one
+    with path.open("rb") as file:
+      lines = sum(1 for _ in file)
+    if lines != len(cache):
+      raise ValueError(f"{path} has {lines} conversations, {cache.folder} has {len(cache)}: it has changed since, so "
+                       f"choose another --out")
+    return
   scratch = path.with_name(f".{path.name}.new")
   try:
     with scratch.open("w") as file:

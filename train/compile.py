@@ -17,9 +17,9 @@ beside the models ask for (`training.step.step_flops`).
 The last line of stdout is a JSON object with the keys step_seconds (what the operations take at the chip's published
 rates, or what the useful flops do where that is more: kernels of our own are not among the former), steps, device_hours
 (None where steps are not known), device_hours_per_billion_tokens, roofline_hours (the same of the useful flops alone,
-at the peak of every chip that is known), and step: its bytes, floor_bytes, over_floor, temporary_bytes, peak_bytes,
-fits, cycles, compiled_flops, useful_flops, collectives (bytes by kind) and most (the operations that move most, with
-file and line), of one device.
+at the peak of every chip that is known), useful_flops, compiled_flops, and step: its bytes, floor_bytes, over_floor,
+temporary_bytes, peak_bytes, fits, cycles, both flops again, collectives (bytes by kind) and most (the operations that
+move most, with file and line); all of step, and both flops, are of one device.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def main(config: CompileConfig) -> dict:
   shell.say("{step_seconds:.3g} s a step, {device_hours_per_billion_tokens:.3g} device hours a billion tokens".format(
       **told) + (" and {device_hours:.3g} for {steps:,} steps".format(**told) if told["steps"] else ""))
   return {"target": config.target, "topology": config.topology, "chip": chip.name, "devices": mesh.size,
-          "batch": config.batch, "step": row, "fits": row["fits"], **told}
+          "batch": config.batch, "step": row, **told,
+          **{name: row[name] for name in ("fits", "useful_flops", "compiled_flops")}}
 
 
 def costs(config: CompileConfig, seconds: float, devices: int, flops: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from dspark_jax.training.step import OptimizerConfig
 # The settings of one kind of drafter; on the command line the word drafter:KIND chooses it.
 AnyDrafter = Union[tuple(Annotated[drafter.Settings, tyro.conf.subcommand(kind)] for kind, drafter in DRAFTERS.items())]
 Dtype = Literal["float32", "bfloat16"]
+MEMORY = "memory"  # where features may be, beside a store
 
 
 @tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # without that word the flags are those of the experiment's kind
@@ -33,7 +35,10 @@ class TrainConfig:
   data: tuple[Path, ...] = ()
   """files, or one folder that train.prepare made of them"""
   features: str | None = None
-  """folder or URL of a hidden-state store (train.cache_hidden) that is read in the place of running the target"""
+  """folder or URL of a hidden-state store (train.cache_hidden) that is read in the place of running the target; or the
+  word memory: what the target said of a row is kept on the host for later epochs"""
+  memory_gb: float = 16
+  """of host memory that features kept there may take"""
   start_from: str | None = None
   """a trained drafter, by what --drafter of other programs takes, whose weights and words a new run begins with; of its
   sizes, but perhaps for a target with longer positions. from_target, from_bigrams and the fit of a lens are left out"""
@@ -47,6 +52,9 @@ class TrainConfig:
   """rows per step"""
   row_length: int = 4096
   """tokens per row; several documents share one"""
+  lengths: tuple[int, ...] = ()
+  """shorter lengths, of which a step takes the least that its rows fit into; each is compiled once. Of use where few
+  documents share a row, and batches are small"""
   anchors: int = 512
   """blocks per row"""
   lens_rows: int = 512
@@ -88,7 +96,10 @@ class TrainConfig:
     problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
     for name in ("steps", "epochs", "minutes"):
       value = getattr(self, name)
-      problems += [f"{name} is {value}, expected more than 0"] if value is not None and not value > 0 else []
+      if value is not None and not 0 < value < math.inf:
+        problems.append(f"{name} is {value}, expected more than 0, and finite")
+    if not all(0 < length < self.row_length for length in self.lengths):
+      problems.append(f"lengths are {self.lengths}, expected numbers from 1, below row_length, {self.row_length}")
     problems += self._watched()
     if type(self.drafter) not in [kind.Settings for kind in DRAFTERS.values()]:
       problems.append(f"drafter is a {type(self.drafter).__name__}, expected one of "

@@ -6,18 +6,22 @@ Which store goes with which run: what train.cache_hidden writes and train.train 
 from __future__ import annotations
 
 import datetime
+import functools
 import time
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.data import pipeline
-from dspark_jax.data.features import Features, Online, Stored
+from dspark_jax.data.features import Features, Memory, Online, Stored
 from dspark_jax.data.rows import Rows, Some, row_indices
 from dspark_jax.data.store import Store
 from dspark_jax.loading import target_id
 from dspark_jax.nn.sharding import place_rows, rows_share
 from dspark_jax.types import Batch, TargetOutput
-from train.config import TrainConfig
+from train.config import MEMORY, TrainConfig
 
 
 def of_run(config: TrainConfig, rows: Rows, target) -> dict:
@@ -28,31 +32,53 @@ def of_run(config: TrainConfig, rows: Rows, target) -> dict:
 
 
 def features_of(config: TrainConfig, rows: Rows, target) -> Features:
-  """Where a run has what the target says from. ValueError when its store is not whole, or of something else."""
+  """Where a run has what the target says from. ValueError when its store is not whole, or of something else, or there
+  is more to keep than may be."""
   if config.features is None:
     return Online()
-  store = Store(config.features)
+  if config.features == MEMORY:
+    width = target.config.spec.hidden_size + target.feature_width(tuple(config.drafter.taps))
+    need = rows.manifest.tokens * width * jnp.dtype(config.target_dtype).itemsize / 1e9
+    if need > config.memory_gb:
+      raise ValueError(f"features are kept in memory, and those of {rows.manifest.tokens:,} tokens take {need:,.3g} "
+                       f"GB, expected at most {config.memory_gb:g}: give a larger --memory-gb where the host has it, "
+                       f"or store them with train.cache_hidden")
+    return Memory(encoder(config, target))
+  store = _store(config)
   store.check(of_run(config, rows, target))
   store.check_whole()
   return Stored(store, config.target_dtype)
 
 
+def encoder(config: TrainConfig, target) -> Callable[[Batch], TargetOutput]:
+  """A program of its own that asks the target."""
+  return functools.partial(jax.jit(lambda target, batch: target.encode(batch, tuple(config.drafter.taps))), target)
+
+
 def check_early(config: TrainConfig) -> None:
-  """The checks of a store that need no model, which may take minutes to load."""
-  if config.features is not None:
-    store = Store(config.features)
+  """The checks of features that need no model, which may take minutes to load."""
+  if config.features == MEMORY and jax.process_count() > 1:
+    raise ValueError(f"features are kept in memory, and there are {jax.process_count()} processes, expected one: every "
+                     f"epoch would bring each the rows of others; store them with train.cache_hidden")
+  if store := _store(config):
     store.check({"taps": tuple(config.drafter.taps), "target_dtype": config.target_dtype})
     store.check_whole()
 
 
 def stored_dtype(config: TrainConfig) -> str | None:
   """In what the features of a run are stored; None when the target says them."""
-  return None if config.features is None else Store(config.features).manifest.dtype
+  store = _store(config)
+  return store and store.manifest.dtype
 
 
 def stored_date(config: TrainConfig) -> datetime.date | None:
   """The day that chat templates were told when the features of a run were stored: it must be told the same."""
-  return None if config.features is None else datetime.date.fromisoformat(Store(config.features).manifest.date)
+  store = _store(config)
+  return store and datetime.date.fromisoformat(store.manifest.date)
+
+
+def _store(config):
+  return None if config.features in (None, MEMORY) else Store(config.features)
 
 
 class Batches:
@@ -85,6 +111,10 @@ class Batches:
     self.waited += time.monotonic() - began
     return place_rows(batch), encoded
 
+  def width(self, step: int) -> int:
+    """The length T of the rows of a step that it was asked for."""
+    return self._feed.width(step)
+
   def close(self) -> None:
     """Ends the threads that read ahead."""
     if self._feed is not None:
@@ -95,7 +125,7 @@ class Batches:
     self.features.forget()  # or the batch after the last one would stay in memory
     part, count = rows_share()
     self._feed = pipeline.Feed(self.data, self.config.batch, seed=self.config.seed, start=step, process_index=part,
-                               process_count=count)
+                               process_count=count, lengths=self.config.lengths)
     self._ahead = self._next()
 
   def _next(self):

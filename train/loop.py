@@ -19,11 +19,11 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
          stop: Callable[[int], bool]):
   """(the state after the remaining steps, the numbers that the program prints). `stop` ends them early, after a save.
 
-  advance: (state, index) -> (state, metrics). batches: `samples(index)`, which rows of the data a step has, and
-  `waited`, the seconds spent for them. measures: by name (every so many steps, a function of the state that gives
-  numbers). stop: of hosts.stops.
+  advance: (state, index) -> (state, metrics). batches: `samples(index)`, which rows of the data a step has,
+  `width(index)`, how long these are, and `waited`, the seconds spent for them. measures: by name (every so many steps,
+  a function of the state that gives numbers). stop: of hosts.stops.
   """
-  first, window, result, began = int(state.step), [], {}, time.perf_counter()
+  first, window, result, tokens, began = int(state.step), [], {}, 0, time.perf_counter()
   journal, profile = Journal(config, first), Profile(config)
   with shell.bar() as bar, contextlib.closing(journal), contextlib.ExitStack() as end:
     end.callback(profile.stop)
@@ -42,10 +42,12 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
       # Also when it saves: a run that goes on from there must not lack a line for the steps before.
       if finished or due or any((index + 1) % every == 0 for every in (config.log_every, config.save_every)):
         window = jax.device_get(window)  # the only place where the host waits for the device
-        speed = pace.lap(len(window), batches.waited)
+        widths = [batches.width(step) for step in range(index + 1 - len(window), index + 1)]
+        speed = pace.lap(widths, batches.waited)
         check_finite(config, state, window, index, batches)
         result, window = summarise(window), []
-        rate = (index + 1 - first) * config.batch * config.row_length / (time.perf_counter() - began)
+        tokens += config.batch * sum(widths)
+        rate = tokens / (time.perf_counter() - began)
         with pace.aside():
           found = {name: measures[name][1](state) for name in due}
         journal.write(index + 1, {**result, "tokens_per_second": rate, **speed, **found})

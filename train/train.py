@@ -19,9 +19,10 @@ drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.ta
 
 Data: a folder of train.prepare, or files: JSONL of conversations ({"messages": [...]}, or ShareGPT's {"conversations":
 [...]}; with "tools") or of tokens (train.answers), or .txt, .md and .py; what of it is left out is counted by reason.
---features STORE reads what train.cache_hidden wrote for the same data and settings. The run folder holds run.json
-(resolved configuration, those counts, the day that chat templates are told), metrics.jsonl and tensorboard/ (what
-train.report draws), rows/ (what was prepared of files), steps/ (Orbax) and drafter/ (what load_drafter reads).
+--features STORE reads what train.cache_hidden wrote for the same data and settings; --features memory keeps what the
+target said of a row for later epochs. The run folder holds run.json (resolved configuration, those counts, the day that
+chat templates are told), metrics.jsonl and tensorboard/ (what train.report draws), rows/ (what was prepared of files),
+steps/ (Orbax) and drafter/ (what load_drafter reads).
 The last line of stdout is a JSON object with the keys steps, loss, tau, accept_rate (by position), tokens_per_second
 and checkpoint.
 """
@@ -55,7 +56,7 @@ from dspark_jax.training import starts
 from dspark_jax.training.step import StepConfig, init_state, span, train_step
 from train import prepare
 from train.config import TrainConfig, experiment, read_config
-from train.features import Batches, check_early, features_of, stored_date, stored_dtype
+from train.features import Batches, check_early, encoder, features_of, stored_date, stored_dtype
 from train.loop import loop, summarise_saved
 from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
@@ -132,7 +133,9 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
       run = hosts.agree(lambda: new_run(config, record | more, steps))
     if fresh:
       state = state.replace(span=place(span(config.optimizer, run["total_steps"])))
-    pace = Pace(config, useful_flops(config, target, state.drafter), started)
+    # Not of the state itself, which the first step is donated.
+    flops = functools.partial(useful_flops, config, target, jax.eval_shape(lambda: state.drafter))
+    pace = Pace(config, flops, started)
     with hosts.stops() as stop:  # until all is written: who sends SIGTERM may send another
       state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
                          measured(config, static, target, apart, stops), stop)
@@ -143,7 +146,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
 
 def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Batches):
   """A function (state, index of the step) -> (state, metrics), compiled: for steps that are given what the target says,
-  and for those that ask it."""
+  and for those that ask it; for each length of rows."""
   # The metrics whole everywhere, so that any process can read them.
   step = jax.jit(functools.partial(train_step, config=static), donate_argnums=0,
                  out_shardings=(shardings(state), everywhere()))
@@ -153,11 +156,11 @@ def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Bat
   compiled = {}
 
   def program(batch, encoded):
-    if (asks := encoded is None) not in compiled:
+    if (kind := (encoded is None, batch.tokens.shape[1])) not in compiled:
       with shell.stderr.status("compiling the training step"):
-        compiled[asks] = step.lower(like, target, batch, encoded=encoded).compile()
-      shell.say(f"step: {shell.memory_report(compiled[asks])}")
-    return compiled[asks]
+        compiled[kind] = step.lower(like, target, batch, encoded=encoded).compile()
+      shell.say(f"step: {shell.memory_report(compiled[kind])}")
+    return compiled[kind]
 
   def advance(state, index):
     batch, encoded = batches(index)
@@ -203,8 +206,8 @@ def drafter_config(settings: DrafterSettings, target: TargetConfig) -> DrafterCo
 
 def step_config(config: TrainConfig) -> StepConfig:
   """What of an experiment is static about a step."""
-  return StepConfig(num_anchors=config.anchors, microbatches=config.microbatches, compute_dtype=config.compute_dtype,
-                    loss=config.loss, optimizer=config.optimizer)
+  return StepConfig(num_anchors=config.anchors, row_length=config.row_length, microbatches=config.microbatches,
+                    compute_dtype=config.compute_dtype, loss=config.loss, optimizer=config.optimizer)
 
 
 def measured(config: TrainConfig, static: StepConfig, target, apart, stops) -> dict:
@@ -224,11 +227,11 @@ def describe(config: TrainConfig) -> dict:
   # count by content, so that files may be moved or split.
   elsewhere = ("out", "data", "features", "save_every", "log_every", "minutes", "mesh", "kernels", "hosts",
                "diverged_at", "use_older", "start_from", "eval_every", "decode_every", "decode_prompts",
-               "profile_steps")
+               "profile_steps", "microbatches", "memory_gb")
   settings = {k: v for k, v in settings.items() if k not in elsewhere}
   settings["features"] = stored_dtype(config)  # not where they are: a store may be moved
   # What runs have that began before there was such a setting.
-  for name in ("thinking", "allow_special", "eval_rows"):
+  for name in ("thinking", "allow_special", "eval_rows", "lengths"):
     settings[name] = settings[name] or None
   if config.loss.temperatures == (1.0,):
     del settings["loss"]["temperatures"]
@@ -252,9 +255,9 @@ def heard(config: TrainConfig, target, batches: Batches, fitted: int) -> Feature
   to SAID_BYTES of it, it has been asked then."""
   if config.features:
     return batches.features
-  encode = functools.partial(jax.jit(lambda target, batch: target.encode(batch, tuple(config.drafter.taps))), target)
-  said = jax.eval_shape(encode, batches(0)[0])
-  return Heard(encode, min(fitted, SAID_BYTES // sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(said))))
+  encode, batch = encoder(config, target), batches(0)[0]
+  said = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(encode, batch)))
+  return Heard(encode, min(fitted, SAID_BYTES * batch.tokens.shape[1] // (said * config.row_length)))
 
 
 def fit_lens(config: TrainConfig, drafter, target, batches: Batches, total: int, *, timed: bool):

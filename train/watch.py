@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -60,9 +60,10 @@ def _flat(numbers, prefix=""):
 
 
 class Pace:
-  """Where the time goes. began: time.monotonic() at the start of the program's work; flops: useful ones of a step."""
+  """Where the time goes. began: time.monotonic() at the start of the program's work; flops: useful ones of a step, by
+  the length of its rows."""
 
-  def __init__(self, config: TrainConfig, flops: float, began: float):
+  def __init__(self, config: TrainConfig, flops: Callable[[int], float], began: float):
     device = jax.devices()[0]
     self.config, self.flops, self.began, self.devices = config, flops, began, _devices()
     self.peak = CHIPS[device.device_kind].flops if device.device_kind in CHIPS else None
@@ -80,20 +81,18 @@ class Pace:
     yield
     self.apart += time.monotonic() - began
 
-  def lap(self, steps: int, waited: float) -> dict[str, float | None]:
-    """Of the steps since the last call, or `begin`. waited: seconds for data since the start of the program. goodput:
-    the share of all time since then that went into steps; mfu: of what the device's maker states for bfloat16, None on
-    a CPU."""
+  def lap(self, widths: list[int], waited: float) -> dict[str, float | None]:
+    """Of the steps since the last call, or `begin`, whose rows had these lengths. waited: seconds for data since the
+    start of the program. goodput: the share of all time since then that went into steps; mfu: of what the device's
+    maker states for bfloat16, None on a CPU."""
     now = time.monotonic()
     whole, wait = now - self.last - self.apart, waited - self.waited
     self.useful += whole - wait
     self.begin(waited)
-    seconds = whole / steps
-    speed = self.flops / seconds / self.devices
-    tokens = self.config.batch * self.config.row_length
-    return {"step_seconds": seconds, "data_wait": wait / whole, "tokens_per_second_per_device": tokens / seconds /
-            self.devices, "tflops_per_device": speed / 1e12, "mfu": self.peak and speed / self.peak,
-            "goodput": self.useful / (now - self.began)}
+    speed, tokens = sum(map(self.flops, widths)) / whole / self.devices, self.config.batch * sum(widths)
+    return {"step_seconds": whole / len(widths), "data_wait": wait / whole,
+            "tokens_per_second_per_device": tokens / whole / self.devices, "tflops_per_device": speed / 1e12,
+            "mfu": self.peak and speed / self.peak, "goodput": self.useful / (now - self.began)}
 
 
 def _devices():
@@ -101,21 +100,21 @@ def _devices():
   return 1 if mesh.empty else mesh.size
 
 
-def useful_flops(config: TrainConfig, target, drafter) -> float:
-  """Of a step: the formulas beside the models."""
-  blocks = config.row_length if drafter.every_position else config.anchors
-  return step_flops(target.config, drafter.config, rows=config.batch, length=config.row_length, blocks=blocks,
+def useful_flops(config: TrainConfig, target, drafter, length: int) -> float:
+  """Of a step on rows of this length: the formulas beside the models."""
+  blocks = length if drafter.every_position else config.anchors
+  return step_flops(target.config, drafter.config, rows=config.batch, length=length, blocks=blocks,
                     target_runs=config.features is None)
 
 
 class HeldOut:
-  """The loss, and what else a step measures, on rows that are not trained on: the same rows and anchors each time."""
+  """The loss, and what else a step measures, on rows that are not trained on: the same rows and anchors each time, in
+  any number of microbatches."""
 
   def __init__(self, config: TrainConfig, static: StepConfig, target, rows):
     self.target, self.batches, (part, count) = target, [], rows_share()
-    at_once = config.batch // config.microbatches  # as many as a step has in memory
-    for at in range(0, len(rows), at_once):
-      size = at_once // count
+    size = config.batch // count
+    for at in range(0, len(rows), config.batch):
       self.batches.append(rows.take(np.arange(at + part * size, at + (part + 1) * size)))
     key = jax.random.key_data(jax.random.key(config.seed + 1))
     self.step = jax.jit(functools.partial(_measured, key=np.asarray(key), static=static), out_shardings=everywhere())

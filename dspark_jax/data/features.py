@@ -1,4 +1,4 @@
-"""What the target says of a training batch, by whoever knows it: the step itself, a program before it, or a store.
+"""What the target says of a training batch, by whoever knows it: the step itself, a program before it, memory, a store.
 
 One protocol, `Features`; None stands for "nobody knows: run the target in the step".
 """
@@ -53,6 +53,27 @@ class Heard(Online):
   def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput | None:
     kept = self._kept.pop(step, None)
     return self._encode(place_rows(batch)) if kept is None and step < self.until else kept
+
+
+class Memory(Online):
+  """Keeps what the target said of a row, on the host: it is asked, by a program of its own, for rows not yet seen. For
+  one process: the rows of another epoch go to others. until: the first steps whose rows are known, as in `Heard`."""
+
+  def __init__(self, encode: Callable[[Batch], TargetOutput]):
+    self._encode, self.until, self._kept = encode, 0, {}
+
+  def at(self, step: int, indices: np.ndarray, batch: Batch) -> TargetOutput:
+    used, numbers = np.asarray(batch.segments) > 0, indices.tolist()
+    if any(row not in self._kept for row in numbers):
+      said, self.until = jax.device_get(self._encode(place_rows(batch))), self.until + 1
+      for at, row in enumerate(numbers):
+        self._kept.setdefault(row, jax.tree.map(lambda x: x[at][used[at]], said))
+
+    def padded(*rows):
+      whole = np.zeros((*used.shape, rows[0].shape[1]), rows[0].dtype)
+      whole[used] = np.concatenate(rows)
+      return whole
+    return place_rows(jax.tree.map(padded, *(self._kept[row] for row in numbers)))
 
 
 class Stored:

@@ -41,6 +41,7 @@ class Feed:
       raise ValueError(f"lengths are {lengths}, expected numbers up to {whole}, for which the rows were packed")
     import grain  # takes more than a second, and most of the library needs none
     source = Parts(rows, batch, seed, process_index, process_count, (*sorted(lengths), whole))
+    self.width = source.width
     data = grain.MapDataset.source(source)[start:]
     self._steps = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
     self.waited = 0.0
@@ -73,8 +74,15 @@ class Parts:
     return 2 ** 40  # epochs follow one another without an end
 
   def __getitem__(self, step: int) -> tuple[int, np.ndarray, Batch]:
-    indices = row_indices(len(self.rows), step, self.batch, seed=self.seed)
+    part = self.indices(step)[self.part]
+    return int(step), part, self.rows.take(part, self.width(step))
+
+  def indices(self, step: int) -> np.ndarray:
+    """Which rows the global batch has: i64[B]."""
+    return row_indices(len(self.rows), step, self.batch, seed=self.seed)
+
+  def width(self, step: int) -> int:
+    """The length T of a step's rows."""
     # Of the global batch: all processes must run the same program.
-    longest = self.rows.lengths(indices).max() if len(self.lengths) > 1 else self.lengths[-1]
-    length = next(length for length in self.lengths if length >= longest)
-    return int(step), indices[self.part], self.rows.take(indices[self.part], length)
+    longest = self.rows.lengths(self.indices(step)).max() if len(self.lengths) > 1 else self.lengths[-1]
+    return next(length for length in self.lengths if length >= longest)

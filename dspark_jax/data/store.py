@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from dspark_jax.config import Count, Range, error_shown, from_json, to_json
+from dspark_jax.config import Count, Range, error_shown, from_json, raise_all, to_json, wrong_choices
 from dspark_jax.text import parsed
 from dspark_jax.types import Array, TargetOutput
 
@@ -68,6 +68,7 @@ class Manifest:
   format: str = FORMAT
 
   def __post_init__(self):
+    raise_all("hidden-state store", wrong_choices(self))
     if self.shard_tokens % self.chunk_tokens:
       raise ValueError(f"shards of {self.shard_tokens} tokens are no whole chunks of {self.chunk_tokens}: choose a "
                        f"multiple")

@@ -19,12 +19,13 @@ def candidates(batch: Batch) -> Array:
   return batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:] & same
 
 
-def sample_blocks(key: Array, batch: Batch, num_anchors: int, block_size: int) -> Blocks:
-  """num_anchors blocks per row, at anchors drawn uniformly without replacement; ascending, dummies last."""
+def sample_blocks(key: Array, batch: Batch, num_anchors: int, block_size: int, row_length: int = 0) -> Blocks:
+  """num_anchors blocks per row, at anchors drawn uniformly without replacement; ascending, dummies last. row_length: of
+  whole rows, where the batch's padding was cut off: it has the anchors that it had with it."""
   # anchors[b] = sorted(random.sample(candidates of row b, num_anchors)): the highest of independent uniform scores are
   # such a sample, and rows with fewer candidates fill up with scores of -1, which sort behind as position `width`.
   allowed = candidates(batch)
-  width = max(num_anchors, allowed.shape[1])
+  width = max(num_anchors, allowed.shape[1], row_length - 1)
   allowed = jnp.pad(allowed, ((0, 0), (0, width - allowed.shape[1])))
   score = jnp.where(allowed, jax.random.uniform(key, allowed.shape), -1.0)
   score, drawn = jax.lax.top_k(score, num_anchors)

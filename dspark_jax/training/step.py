@@ -47,6 +47,7 @@ class OptimizerConfig:
 class StepConfig:
   """Everything static about a step."""
   num_anchors: int = 512
+  row_length: int = 0    # of whole rows; a batch may have shorter ones (`sample_blocks`)
   microbatches: int = 1  # the batch is processed in so many parts; the result is that of the whole batch
   compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
   loss: LossConfig = LossConfig()
@@ -141,7 +142,7 @@ def train_step(state: TrainState, target: Target, batch: Batch, *, config: StepC
 def blocks_of(drafter, batch, key, config):
   """The blocks of a batch that are trained, all of them or at anchors drawn by the key, and at which temperature."""
   blocks = (all_blocks(batch, drafter.block_size) if drafter.every_position else
-            sample_blocks(key, batch, config.num_anchors, drafter.block_size))
+            sample_blocks(key, batch, config.num_anchors, drafter.block_size, config.row_length))
   if config.loss.temperatures == (1.0,):
     return blocks
   # In turn, so that every row has equal shares; from a drawn one on, as the blocks of recurrent drafters always stand
@@ -156,7 +157,8 @@ def batch_loss(drafter: Drafter, target: Target, batch: Batch, key: Array, confi
   """(loss f32[], metrics) of a whole batch without a gradient, as `train_step` would see it; the key draws anchors."""
   blocks = blocks_of(drafter, batch, key, config)
   weights = term_weights(drafter, blocks, config.loss)
-  return part_loss(values(drafter), drafter, target, (batch, None, blocks), weights, config)
+  return in_parts(lambda part: part_loss(values(drafter), drafter, target, part, weights, config),
+                  (batch, None, blocks), config.microbatches)
 
 
 def part_loss(params, drafter, target, part, weights, config):
@@ -194,10 +196,14 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, part)
     return loss, metrics, grads
 
-  whole, parts = (batch, encoded, blocks), config.microbatches
+  return in_parts(one, (batch, encoded, blocks), config.microbatches)
+
+
+def in_parts(one, whole, parts):
+  """The sum of one(part) over so many parts of a whole (batch, ...), one after the other in memory."""
   if parts == 1:
     return one(whole)
-  rows = batch.tokens.shape[0]
+  rows = whole[0].tokens.shape[0]
   if rows % parts:
     raise ValueError(f"{rows} rows cannot be split into {parts} microbatches: choose a divisor")
   # part i takes rows i, i + parts, ...: contiguous parts would each sit on a few devices of a sharded batch
