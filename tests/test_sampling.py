@@ -143,10 +143,11 @@ CASES = {  # settings, and whether the last token that stays is among 8 candidat
   "top-p of a wide top-k": ((0.3, 200, 0.5), False), "all": ((1.0, 5000, 1.0), True), "greedy": ((0.0, 3), True)}
 
 
+@pytest.mark.parametrize("chip", ["cpu", "tpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("case", CASES)
-def test_candidates_change_nothing(case, chip):
+def test_every_platform_cuts_alike(case, chip):
   """Kills: a cut among too few candidates, ties that are no candidates cut off, a row that is searched, or counted
-  otherwise, since its neighbour needs the search."""
+  otherwise, since its neighbour needs the search; a search by digits that is off by one of them."""
   size, few = 600, compiled("probabilities", chip, 8)
   rng = np.random.default_rng(3)
   rows = 3 * rng.normal(size=(4, 2, size)).astype(np.float32)
@@ -158,7 +159,7 @@ def test_candidates_change_nothing(case, chip):
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=0)
   settings = list(zip(*[(*setting, *(0, 1.0)[len(setting) - 1:]), (2.0, 0, 0.99), (0.7, 0, 0.3), (1.0, 99, 0.7)]))
   # Sums that are added up otherwise hardly ever show: a search that finds nothing but nonsense would.
-  unsearched = few if chip == "cpu" or not among else compiled("probabilities", chip, 8, no_search)
+  unsearched = few if chip != "tpu" or not among else compiled("probabilities", chip, 8, no_search)
   for wide in (np.zeros((3, 2, size), np.float32), np.full((3, 2, size), np.nan, np.float32), rows[1:]):
     together = unsearched(np.concatenate([rows[:1], wide]), make_sampling(*settings))
     np.testing.assert_array_equal(together[0], found[0])
