@@ -32,7 +32,7 @@ from rich.table import Table
 import dspark_jax
 from dspark_jax.decoding.engine import Engine, EngineConfig, Request
 from dspark_jax.decoding.session import Session
-from dspark_jax.nn.attention import Kernels
+from dspark_jax.nn.attention import QUERY_BLOCK, Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell, trace
 from infer import bench, profile_sps
@@ -94,7 +94,8 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
   seats = len(prompts) // settings.requests
   longest, block = max(map(len, prompts)), drafter.block_size + 1
   # A prompt in one chunk: of two, prompts that wait to be read would leave seats empty from 16 requests on.
-  chunk = -(-longest // 8) * 8
+  whole = 8 if longest <= QUERY_BLOCK else QUERY_BLOCK
+  chunk = -(-longest // whole) * whole
   capacity = -(-(longest + max(settings.new_tokens * 3 // 2 + 2 * block, chunk) + 8 * block + 24) // 64) * 64
   config = EngineConfig(seats=seats, capacity=capacity, sampling="greedy", queue=len(prompts), chunk=chunk)
 

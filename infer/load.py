@@ -5,7 +5,7 @@ process, the same for every policy: prompts of one or several questions, texts o
 (open loop), so a machine that cannot keep up gets slower and slower, and is said not to. Any OpenAI-compatible server
 is measured in the same way by its --url; --beside draws what was measured elsewhere into the same figures.
 
-    python -m infer.load --target smollm2 --drafter runs/demo --cost runs/cost.json --rates 0.25 0.5 1 --out runs/load
+    python -m infer.load --target smollm2 --drafter runs/demo --cost runs/greedy.json --rates 0.25 0.5 1 --out runs/load
     python -m infer.load --url http://localhost:8000/v1 --name vllm --rates 1 2 4 --beside runs/load/load.json --out out
 
 A rate counts as kept up with if no request failed and, of all that arrived, no more than a tenth (and three) were added

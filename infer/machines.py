@@ -22,6 +22,7 @@ import numpy as np
 
 from dspark_jax.config import from_json
 from dspark_jax.decoding.cost import Cost, Step
+from dspark_jax.decoding.dispatch import default_buckets
 from dspark_jax.programs.compilers import CHIPS
 from dspark_jax.targets.sizes import MODELS
 from dspark_jax.text import read_json
@@ -30,8 +31,6 @@ PATH = Path(__file__).with_name("machines.json")
 CHIP = {chip.name: chip for chip in CHIPS.values()}
 KIND = {chip.name: kind for kind, chip in CHIPS.items()}
 DRAFT_LAYERS, RANK = 5, 256  # of the released drafters, whose layers are the target's
-# Buckets by tokens per row, at least LEAST and whole tiles: below, the full program costs the same.
-FILLS, LEAST, TILE = (2, 3, 4, 6), 32, 16
 SMALLER, LARGER = "qwen3-4b", "qwen3-8b"
 
 
@@ -96,11 +95,16 @@ def slot(model: str, layers: int | None = None) -> float:
 
 def drafter(model: str) -> tuple[float, float]:
   """(bytes that a draft reads of weights, operations of a row's draft), the head over the whole vocabulary."""
-  config = MODELS[model]
-  layers = DRAFT_LAYERS * config.spec.flops(0) + DRAFT_LAYERS * 2 * config.spec.hidden_size ** 2
-  sequential, block = 2.0 * RANK * config.vocab_size, known().block
+  config, block = MODELS[model], known().block
+  layers, sequential = drafter_parts(model)
   read = layers + config.head_flops + block * sequential
   return read, (block + 1) * layers + block * (config.head_flops + sequential)
+
+
+def drafter_parts(model: str) -> tuple[float, float]:
+  """Bytes of a drafter's layers with the product of its taps, and of its W2, as large as W1."""
+  config = MODELS[model]
+  return (DRAFT_LAYERS * (config.spec.flops(0) + 2 * config.spec.hidden_size ** 2), 2.0 * RANK * config.vocab_size)
 
 
 def least_squares(columns: dict[str, list[float]], values: list[float]) -> tuple[dict[str, float], float]:
@@ -173,12 +177,6 @@ def fitted(chip: str, model: str) -> tuple[dict[str, float], str]:
   return found | slopes, how
 
 
-def buckets(seats: int, block: int) -> list[int]:
-  """Tokens of the packed programs between plain and full."""
-  sizes = {max(LEAST, -(-fill * seats // TILE) * TILE) for fill in FILLS}
-  return sorted(n for n in sizes if seats < n < seats * (block + 1))
-
-
 def cost(chip: str, model: str, seats: int, context: int, *, packing: float = 0.5) -> Cost:
   """The cost table of so many seats with `context` slots each, all of which are read."""
   block = known().block
@@ -202,13 +200,16 @@ def cost(chip: str, model: str, seats: int, context: int, *, packing: float = 0.
   slope = seats * slot(model) / read
   plain, full = Step(seconds("plain", seats), slope), Step(seconds("full", seats * (block + 1)), slope)
   return Cost(machine=chip, device=KIND[chip], target=model, drafter=f"dspark, {DRAFT_LAYERS} layers",
-              dtype="bfloat16", seats=seats, block=block, capacity=context, context=context, source=source,
-              plain=plain, draft=Step(draft, seats * slot(model, DRAFT_LAYERS) / read), full=full,
-              packed={n: Step(seconds("packed", n), slope) for n in buckets(seats, block)}, chunk=0,
+              dtype="bfloat16", seats=seats, block=block, capacity=context, sampling="greedy", context=context,
+              source=source, plain=plain, draft=Step(draft, seats * slot(model, DRAFT_LAYERS) / read), full=full,
+              packed={n: Step(seconds("packed", n), slope) for n in default_buckets(seats, block)}, chunk=0,
               plain_chunk=plain, full_chunk=full)  # prompts are not among what is simulated
 
 
 def chips_needed(model: str, chip: str, seats: int, context: int) -> int:
   """Chips whose memory together holds target, drafter and caches: 1, 2, 4 ..."""
-  size = weights(model) + drafter(model)[0] + seats * context * (slot(model) + slot(model, DRAFT_LAYERS))
+  config, (layers, sequential) = MODELS[model], drafter_parts(model)
+  embedding = 0 if config.tie_word_embeddings else config.head_flops  # as large as the head
+  size = weights(model) + embedding + layers + 2 * sequential
+  size += seats * context * (slot(model) + slot(model, DRAFT_LAYERS))
   return 2 ** max(0, math.ceil(math.log2(size / CHIP[chip].memory)))

@@ -29,8 +29,9 @@ import numpy as np
 from rich.table import Table
 
 import dspark_jax
+from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Cost, Step
-from dspark_jax.decoding.dispatch import default_buckets
+from dspark_jax.decoding.engine import EngineConfig
 from dspark_jax.decoding.executables import Executables, Knobs, empty_rows, lowered, new_rows
 from dspark_jax.decoding.round import Chunk, Models, Rows
 from dspark_jax.loading import target_config
@@ -39,6 +40,7 @@ from dspark_jax.nn.cache import row_shardings
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import compiled, shell
 from dspark_jax.programs.compilers import absent_devices, chip_of
+from dspark_jax.types import Drafter
 from infer import compile as compile_
 
 SHORT, LONG = 1 / 8, 3 / 4  # of a seat's capacity: the two contexts
@@ -53,14 +55,15 @@ class Settings:
   """drafter folder or run, or none"""
   compiler: str | None = None
   """a topology as for infer.compile, e.g. v5e:1x1"""
-  seats: int = 8
-  capacity: int = 512
+  seats: int = EngineConfig.seats
+  capacity: int = EngineConfig.capacity
   """tokens of a seat, prompt and text and scratch"""
-  chunk: int = 64
+  chunk: int = EngineConfig.chunk
   """tokens of a prompt that are read beside a round"""
   buckets: tuple[int, ...] = ()
-  """tokens of the packed programs; none given: powers of two"""
-  sampling: Literal["greedy", "full", "truncated"] = "greedy"
+  """tokens of the packed programs; none given: 2, 3, 4 and 6 a seat"""
+  sampling: Literal["greedy", "full", "truncated"] = EngineConfig.sampling
+  """the most that requests may ask for"""
   repeats: int = 5
   """runs of which the median counts"""
   out: Path | None = None
@@ -75,6 +78,7 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, seats=1, chunk=1, repeats=1, capacity=64)
+  check_engine(settings)
   if settings.compiler:
     cost = compiled_cost(settings)
   else:
@@ -87,16 +91,24 @@ def main(settings: Settings) -> dict:
   return result
 
 
+def check_engine(settings: Settings, drafter: Drafter | None = None) -> None:
+  """ValueError for what no engine can be; buckets that are too large are seen with a drafter."""
+  config = EngineConfig(survival="estimator", **{name: getattr(settings, name) for name in (
+      "seats", "capacity", "chunk", "buckets", "sampling")})
+  dispatch.check(config, drafter, None, measured=True)
+
+
 def measured_cost(settings: Settings) -> Cost:
   """By running."""
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = None
   if settings.drafter != "none":
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
+  check_engine(settings, drafter)
   check_room(settings.capacity, settings.chunk, drafter.block_size if drafter else 0)
   models = Models.of(target, drafter)
   rows = empty_rows(models, settings.seats, settings.capacity, settings.sampling)
-  buckets = settings.buckets or default_buckets(settings.seats, drafter.block_size if drafter else 0)
+  buckets = settings.buckets or dispatch.default_buckets(settings.seats, drafter.block_size if drafter else 0)
   with shell.stderr.status("compiling") as status:
     run = Executables(models, rows, lambda name: status.update(f"compiling {name}"), **how(settings, buckets))
   cost, _ = measure(run, rows, settings.repeats, target=settings.target, drafter=settings.drafter,
@@ -122,10 +134,11 @@ def compiled_cost(settings: Settings) -> Cost:
   config, devices = target_config(settings.target), absent_devices(settings.compiler)
   chip, mesh = chip_of(devices[0]), settings.mesh.build(devices)
   asked = compile_.Settings(settings.target, settings.compiler, settings.seats, settings.capacity, settings.sampling,
-                            settings.block_size, settings.draft_layers, settings.mesh, Kernels(decode="auto"))
-  buckets = settings.buckets or default_buckets(settings.seats, settings.block_size)
+                            settings.block_size, settings.draft_layers, settings.mesh, settings.kernels)
+  buckets = settings.buckets or dispatch.default_buckets(settings.seats, settings.block_size)
   with jax.set_mesh(mesh):
     served = compile_.Served.of(asked, config, devices[0].platform)
+    check_engine(settings, served.drafter)
     models = heads_of(served)
     rows = jax.eval_shape(lambda models: new_rows(models, settings.seats, settings.capacity, settings.sampling), models)
     rows = compiled.on(rows, row_shardings(rows))
@@ -145,7 +158,7 @@ def compiled_cost(settings: Settings) -> Cost:
   return Cost(
       machine=chip.name, device=devices[0].device_kind, target=settings.target,
       drafter=f"dspark, {settings.draft_layers} layers", dtype="bfloat16", seats=settings.seats,
-      block=settings.block_size, capacity=settings.capacity, context=settings.capacity,
+      block=settings.block_size, capacity=settings.capacity, sampling=settings.sampling, context=settings.capacity,
       source=f"compiler {settings.compiler}", chunk=settings.chunk, plain=step("plain"),
       plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"), full_chunk=step("full+chunk"),
       packed={size: step(str(size)) for size in buckets})
@@ -198,10 +211,10 @@ def measure(run: Executables, rows: Rows, repeats: int, *, target: str, drafter:
   sizes = sorted(int(name) for name in names if name.isdigit())
   return Cost(
       machine=platform.node(), device=jax.devices()[0].device_kind, target=target,
-      drafter=None if block == 0 else drafter, dtype=dtype, seats=seats, block=block,
-      capacity=capacity, context=contexts[0], source="measured", chunk=run.how["chunk"], plain=step("plain"),
-      plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"), full_chunk=step("full+chunk"),
-      packed={size: step(str(size)) for size in sizes}), rows
+      drafter=None if block == 0 else drafter, dtype=dtype, seats=seats, block=block, capacity=capacity,
+      sampling=rows.settings.sampling.mode, context=contexts[0], source="measured", chunk=run.how["chunk"],
+      plain=step("plain"), plain_chunk=step("plain+chunk"), draft=step("draft"), full=step("full"),
+      full_chunk=step("full+chunk"), packed={size: step(str(size)) for size in sizes}), rows
 
 
 def timed(run: Executables, rows: Rows, name: str, context: int) -> tuple[float, Rows]:

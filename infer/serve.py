@@ -102,7 +102,8 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   cost = None
   if settings.cost and settings.cost.exists():
     cost = costs.read(settings.cost)
-    cost.check(device=jax.devices()[0].device_kind, target=settings.target, dtype=settings.dtype)
+    named = {} if settings.drafter == "none" else {"drafter": settings.drafter}
+    cost.check(device=jax.devices()[0].device_kind, target=settings.target, dtype=settings.dtype, **named)
   tokenizer = chat.load_tokenizer(locate_target(settings.target))
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = stored = None
@@ -112,10 +113,17 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
 
   if cost is None and drafter and config.policy in BY_COST:
     profile_sps.check_room(config.capacity, config.chunk, drafter.block_size)
+  unfitted = set()
 
   def calibration(temperature):
     mode = mode_name(temperature)
-    return stored.for_mode(mode) if stored and mode in stored.by_mode else None
+    if stored and mode in stored.by_mode:
+      return stored.for_mode(mode)
+    if drafter and config.survival == "head" and mode not in unfitted:
+      unfitted.add(mode)
+      shell.say(f"no temperatures of the confidence head were fitted for {mode}, its confidences are used as they are: "
+                f"fit some with train.calibrate")
+    return None
 
   def measure(run, rows):
     status.stop()
@@ -130,6 +138,8 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
                     say=lambda name: status.update(f"compiling {name}"))
   shell.say(f"{engine.config.seats} seats of {engine.config.capacity} tokens, policy {engine.config.policy}: ready "
             f"after {time.perf_counter() - began:.0f} s")
+  shell.say("compiled " + ", ".join(f"{name} in {seconds:.1f} s with temporaries of {size / 1e6:.0f} MB"
+                                    for name, (seconds, size) in engine.compiled.items()))
   if settings.cost and engine.cost and cost is None:
     shell.write_json(settings.cost, engine.cost.to_json())
   return engine, tokenizer

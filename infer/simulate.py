@@ -11,8 +11,8 @@ A request's rounds have one conditional acceptance c at all positions of a block
 distribution of `concentration`, so that draft k survives with c^k. Its mean is such that 1 + sum_k E[c^k] is the
 accepted length: the paper's for Qwen3-4B, averaged over a column's benchmarks. Mixed traffic: each request is of one
 of the three columns. Requests last STAY rounds. Of a round's drafts the first rejected one ends it, by c^k too: what
-the scheduler sees is calibrated. It chooses as decoding/cost.py does, from survivals at least two rounds old, of about
-`history` rows; this round's survivals only order the drafts. While it decodes plainly it sees nothing, and probes.
+the scheduler sees is calibrated. The engine's own (decoding/dispatch.py) chooses, from survivals at least two rounds
+old; this round's only order the drafts. While it decodes plainly it sees nothing, and probes.
 
 The last line of stdout is a JSON object: where plain decoding overtakes fixed, and what scheduled decoding gains on the
 better of both, per machine, model and workload. All numbers are in OUT/simulate.json, figures beside it.
@@ -20,6 +20,7 @@ better of both, per machine, model and workload. All numbers are in OUT/simulate
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -32,7 +33,9 @@ import numpy as np
 from rich.table import Table
 
 from dspark_jax.decoding import cost as costs
-from dspark_jax.decoding.cost import Cost, choose
+from dspark_jax.decoding.cost import Cost
+from dspark_jax.decoding.dispatch import ROUNDS, Dispatcher
+from dspark_jax.decoding.engine import EngineConfig
 from dspark_jax.programs import shell
 from infer import figures, machines
 
@@ -41,6 +44,7 @@ from infer import figures, machines
 PAPER = {"chat": (3.64, 3.54, 3.29), "code": (5.13, 5.38, 4.86), "mathematics": (6.11, 5.70, 4.89)}
 COLUMNS = {name: sum(lengths) / len(lengths) for name, lengths in PAPER.items()}
 WORKLOADS = {name: (length,) for name, length in COLUMNS.items()} | {"mixed": tuple(COLUMNS.values())}
+CONTEXT = 1024  # slots of a seat where there is no table of another machine
 STAY = 64  # rounds of a request
 LAG = 2    # rounds until the host has read what a round said; before, it knows nothing, and nothing is counted
 POLICIES = ("plain", "fixed", "scheduled")
@@ -58,14 +62,12 @@ class Settings:
   workloads: tuple[Literal["chat", "code", "mathematics", "mixed"], ...] = ("chat", "code", "mathematics", "mixed")
   lengths: tuple[float, ...] = ()
   """accepted lengths of more workloads, such as that of your own drafter"""
-  context: int = 1024
-  """slots of a seat, all read each round; of --costs the mean context"""
+  context: int | None = None
+  """slots of a seat, all read each round, default 1,024; of --costs the mean context, default: the table's own"""
   packing: float = 0.5
   """part of the measured price of packing rows that is kept: 0 is a kernel that reads packed queries"""
   concentration: float = 3.0
   """of c over rounds; the larger, the less a round differs from the next"""
-  history: int = 256
-  """rows of past rounds whose survivals a choice looks at, and at least one round"""
   draws: int = 4000
   """rows drawn, and at least 300 rounds"""
   seed: int = 0
@@ -92,6 +94,7 @@ class Rounds:
   """What is drawn once for all policies: T rounds of n rows with G drafts."""
   survival: np.ndarray  # f64[T,n,G]
   accepted: np.ndarray  # i64[T,n]    drafts that pass if all are verified
+  request: np.ndarray   # i64[T,n]    of the row, by number
 
   @classmethod
   def draw(cls, lengths: tuple[float, ...], rounds: int, rows: int, block: int, concentration: float,
@@ -104,7 +107,7 @@ class Rounds:
     c = rng.beta(concentration * mean, concentration * (1 - mean)).clip(1e-12, 1 - 1e-12)
     # c^k is the chance of at least k: one uniform number gives them all.
     accepted = np.minimum(np.log(1 - rng.random(c.shape)) // np.log(c), block).astype(np.int64)
-    return cls(c[..., None] ** np.arange(1, block + 1), accepted)
+    return cls(c[..., None] ** np.arange(1, block + 1), accepted, request)
 
   def auroc(self) -> float:
     """Of the survival of the first draft as a prediction of its acceptance; NaN where all are alike."""
@@ -132,35 +135,32 @@ def mean_acceptance(length: float, block: int, concentration: float) -> float:
   return low
 
 
-def scheduled(cost: Cost, drawn: Rounds, context: float, history: int) -> tuple[float, float, float, dict[str, float]]:
-  """(seconds, tokens, verified tokens, share of each program) of choosing every round."""
+def scheduled(cost: Cost, drawn: Rounds, context: float) -> tuple[float, float, float, dict[str, float]]:
+  """(seconds, tokens, verified tokens, share of each program) of choosing every round, as the engine does."""
   rounds, rows, block = drawn.survival.shape
-  depth, probe = max(1, -(-history // rows)), cost.probe_interval(context)
+  dispatcher = Dispatcher(EngineConfig(seats=cost.seats), cost, block, tuple(cost.packed))
+  past = [collections.deque(maxlen=ROUNDS) for _ in range(rows)]  # confidences of each row's request
   seconds = tokens = verified = 0.0
-  past, drafted, known = np.empty_like(drawn.survival), [], 0  # survivals of drafted rounds, and which those were
-  programs, plain_for = {}, 0
+  programs, drafted = {}, [False] * rounds
   for t in range(rounds):
-    known += sum(d <= t - LAG for d in drafted[known:])
-    seen = past[max(known - depth, 0):known] if known else np.ones((rows, block))  # new rows are taken for the best
-    choice = choose(cost, seen, context)
-    program, budget = choice.program, choice.budget
-    if program == "plain" and plain_for >= probe:
-      program = cost.holding(rows + 1, context)
-      budget = cost.seats * block if program == "full" else program - rows
-    plain_for = plain_for + 1 if program == "plain" else 0
-    lengths = np.zeros(rows, np.int64)
-    if program != "plain":
-      now = past[len(drafted)] = drawn.survival[t]
-      drafted.append(t)
-      # Survivals of a row never rise, so the likeliest K are prefixes; two rows are never quite alike.
-      least = -np.partition(-now, budget - 1, axis=None)[budget - 1] if budget < now.size else 0.0
-      lengths = (now >= least).sum(1)
+    if t >= LAG and drafted[t - LAG]:
+      for row in np.flatnonzero(drawn.request[t] == drawn.request[t - LAG]):
+        past[row].append(np.full(block, drawn.survival[t - LAG, row, 0]))
+        dispatcher.observe(past[row][-1])
+    for row in np.flatnonzero(drawn.request[t] != drawn.request[max(t - 1, 0)]):
+      past[row].clear()
+    choice = dispatcher.choose(past, [context] * rows, False)
+    lengths, drafted[t] = np.zeros(rows, np.int64), choice.program != "plain"
+    if drafted[t]:
+      # Survivals of a row never rise, so the likeliest are prefixes, of equals the first.
+      likeliest = np.argsort(-drawn.survival[t], axis=None, kind="stable")[:choice.tokens - rows]
+      lengths = np.bincount(likeliest // block, minlength=rows)
     if t < LAG:
       continue
-    seconds += cost.seconds(program, context)
+    seconds += choice.seconds
     tokens += rows + np.minimum(drawn.accepted[t], lengths).sum()
     verified += rows + lengths.sum()
-    programs[str(program)] = programs.get(str(program), 0) + 1 / (rounds - LAG)
+    programs[str(choice.program)] = programs.get(str(choice.program), 0) + 1 / (rounds - LAG)
   return seconds, tokens, verified, programs
 
 
@@ -170,18 +170,20 @@ def outcomes(cost: Cost, name: str, lengths: tuple[float, ...], rows: int, setti
   rng = np.random.default_rng([settings.seed, rows, *map(ord, name)])  # whatever else is simulated
   drawn = Rounds.draw(lengths, LAG + max(300, settings.draws // rows), rows, cost.block, settings.concentration, rng)
   counted = drawn.accepted[LAG:]
-  rounds, size = counted.shape[0], counted.size
-  runs = {"plain": (rounds * cost.seconds("plain", settings.context), size, size, {"plain": 1.0}),
-          "fixed": (rounds * cost.seconds("full", settings.context), size + counted.sum(),
-                    size * (cost.block + 1), {"full": 1.0}),
-          "scheduled": scheduled(cost, drawn, settings.context, settings.history)}
+  rounds, size, context = counted.shape[0], counted.size, settings.context or cost.context
+  runs = {"plain": (rounds * cost.seconds("plain", context), size, size, {"plain": 1.0}),
+          "fixed": (rounds * cost.seconds("full", context), size + counted.sum(), size * (cost.block + 1),
+                    {"full": 1.0}),
+          "scheduled": scheduled(cost, drawn, context)}
   return [Outcome(cost.machine, cost.target, name, rows, policy, tokens / seconds, tokens / seconds / rows,
                   float(tokens / size), float(verified / size), programs, chips)
           for policy, (seconds, tokens, verified, programs) in runs.items()], drawn.auroc()
 
 
 def main(settings: Settings) -> dict:
-  shell.at_least(settings, context=1, history=1, draws=1, seed=0)
+  shell.at_least(settings, draws=1, seed=0)
+  if settings.context is not None:
+    shell.at_least(settings, context=1)
   if not settings.concurrencies or min(settings.concurrencies) < 1:
     raise ValueError(f"concurrencies are {settings.concurrencies}, expected numbers of at least 1")
   if not 0 <= settings.packing <= 1 or not settings.concentration > 0:
@@ -224,16 +226,22 @@ def main(settings: Settings) -> dict:
 def tables(settings: Settings) -> list[tuple[str, Callable[[int], tuple[Cost, int]]]]:
   """(name, concurrency -> (its cost table, chips that its memory asks for)) of each machine."""
   if settings.costs:
-    given = [costs.read(path) for path in settings.costs]
+    given, known = [costs.read(path) for path in settings.costs], {}
     for path, cost in zip(settings.costs, given):
+      if (other := known.setdefault((cost.machine, cost.target), path)) is not path:
+        raise ValueError(f"{other} and {path} are both of {cost.target} on {cost.machine}: simulate one at a time")
+      if (settings.context or 0) > cost.capacity:
+        raise ValueError(f"context is {settings.context}, expected at most {cost.capacity}, the slots of a seat of "
+                         f"{path}: leave it out for the table's own")
       if not cost.full:
         raise ValueError(f"{path} is of a target without a drafter: measure one with a drafter")
       if cost.seats < min(settings.concurrencies):
         raise ValueError(f"{path} is of {cost.seats} seats, fewer than any of the concurrencies: give smaller ones")
     return [(cost.source, lambda rows, cost=cost: (cost, 1)) for cost in given]
+  context = settings.context or CONTEXT
   made = lambda chip, model: lambda rows: (
-      machines.cost(chip, model, rows, settings.context, packing=settings.packing),
-      machines.chips_needed(model, chip, rows, settings.context))
+      machines.cost(chip, model, rows, context, packing=settings.packing),
+      machines.chips_needed(model, chip, rows, context))
   return [(made(chip, model)(1)[0].source, made(chip, model)) for chip in dict.fromkeys(settings.chips)
           for model in dict.fromkeys(settings.models)]
 
@@ -242,7 +250,8 @@ def assumptions(settings: Settings, found: list, workloads: dict, certainty: dic
   """What the numbers rest on, a sentence a line."""
   return [
       *dict.fromkeys(f"costs: {source}" for source, _ in found),
-      f"decoding alone, every row live with {settings.context} tokens; no prompts, no host, no sampling overhead",
+      *dict.fromkeys(f"decoding alone, every row live with {settings.context or cost_at(1)[0].context} tokens; no "
+                     f"prompts, no host, no sampling overhead" for _, cost_at in found),
       *(f"{name}: accepted length {' / '.join(f'{x:.2f}' for x in lengths)}; AUROC of the first draft's survival "
         f"{certainty[name]:.2f} (the paper has 0.81 to 0.91)" for name, lengths in workloads.items()
         if name in certainty),
@@ -260,6 +269,7 @@ def summaries(rows: list[Outcome]) -> list[dict]:
     plain = [n for n in counts if all(speed(m, "plain") > speed(m, "fixed") for m in counts if m >= n)]
     cases.append(dict(zip(("machine", "model", "workload"), key)) | {
         "plain_beats_fixed_from": min(plain, default=None),
+        "better": {str(n): "plain" if speed(n, "plain") > speed(n, "fixed") else "fixed" for n in counts},
         "gain_percent": {str(n): round(100 * (speed(n, "scheduled") / better(n) - 1), 2) + 0.0 for n in counts},
         "over_plain": {str(n): round(speed(n, "scheduled") / speed(n, "plain"), 3) for n in counts},
         "budget": {str(n): round(by[n, "scheduled"].budget, 2) for n in counts},
@@ -275,8 +285,8 @@ def table(rows: list[Outcome]) -> Table:
   for case in summaries(rows):
     cells = []
     for n in map(str, counts):
-      gain, since = case["gain_percent"].get(n), case["plain_beats_fixed_from"]
-      cells.append("" if gain is None else f"{'p' if since and int(n) >= since else 'f'}{gain:+.1f}\n"
+      gain = case["gain_percent"].get(n)
+      cells.append("" if gain is None else f"{case['better'][n][0]}{gain:+.1f}\n"
                                            f"{case['budget'][n]:.1f}{'*' if case['chips'][n] > 1 else ''}")
     out.add_row(f"{case['machine']} {case['model']}\n{case['workload']}", *cells)
   return out

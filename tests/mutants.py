@@ -124,7 +124,7 @@ MUTANTS = (
          "n_accept = jnp.max(jnp.where(kept, place, 0), axis=1)", "n_accept = accepted_prefix(kept, lengths)",
          ("test_block_verification.py::test_the_code_is_the_recursion[3]",)),
   Mutant("drafts past the first rejection are learnt from", f"{DECODING}/estimator.py",
-         "seen = (place <= kept) & (place < tried)", "seen = place < tried",
+         "return (place <= kept) & (place < tried)", "return place < tried",
          ("test_estimator.py::test_nothing_is_learnt_past_the_first_rejection",)),
   Mutant("acceptance and the token after it share their noise", f"{DECODING}/round.py",
          "bonus_keys=bonus_keys", "bonus_keys=accept_keys", ("test_sampled.py::test_text_follows_the_target",)),

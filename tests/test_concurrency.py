@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from folders import complains
 from infer import concurrency
 
 
@@ -46,6 +47,17 @@ def test_what_ends_alone_does_not_count(monkeypatch):
   assert found["tokens_per_second"] == pytest.approx(2, rel=0.05) and sum(lengths) / engine.now < 1.9
   assert found["tokens_per_cpu_second"] == pytest.approx(found["tokens_per_second"] / 1.5)
   assert [len(text) for text in found["texts"]] == lengths
+
+
+@pytest.mark.parametrize("longest, chunk", [(45, 48), (128, 128), (130, 256)])
+def test_a_prompt_is_one_chunk(longest, chunk, monkeypatch):
+  """Kills: chunks of 136 tokens, which attention over a prompt does not take, after minutes of compiling."""
+  def engine(target, drafter, config, **_):
+    raise ValueError(f"an engine with chunk {config.chunk} is there")
+  monkeypatch.setattr(concurrency, "Engine", engine)
+  settings = concurrency.Settings("t", "d", requests=2)
+  with complains(f"with chunk {chunk} is"):
+    concurrency.compare(settings, None, types.SimpleNamespace(block_size=7), [[1] * longest, [1] * 3])
 
 
 def test_what_a_round_takes_more_than_on_the_device(monkeypatch):

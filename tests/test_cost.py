@@ -19,7 +19,7 @@ def table(plain=1.0, draft=0.2, full=1.5, packed=None, *, seats=4, block=3, chun
   """Four seats of three drafts; numbers are steps without a slope."""
   step = lambda x: STEP(x) if isinstance(x, (int, float)) else x
   given = dict(machine="m", device="cpu", target="t", drafter="d", dtype="float32", seats=seats, block=block,
-               capacity=64, context=10, source="made up", chunk=8) | fields
+               capacity=64, sampling="greedy", context=10, source="made up", chunk=8) | fields
   return Cost(plain=step(plain), draft=step(draft), full=step(full), plain_chunk=step(chunks[0]),
               full_chunk=step(chunks[1]), packed={n: step(x) for n, x in (packed or {}).items()}, **given)
 
@@ -161,6 +161,7 @@ def test_a_table_comes_back_as_it_was(tmp_path):
     "key 'plain.slope' is missing"), ({"packed": {"8.5": {"seconds": 1, "slope": 0}}}, "packed has the key '8.5'"),
     ({"packed": {"16": {"seconds": 1, "slope": 0}}}, "bucket 16 is not among 1..15"),
     ({"plain": {"seconds": 0, "slope": 0}}, "plain takes 0 seconds"), ({"draft": None}, "together or not at all"),
+    ({"sampling": "hot"}, "key 'sampling' is 'hot'"),
     ({"full": {"seconds": -1.0, "slope": 0}}, "key 'full.seconds' is -1.0"), ({"packed": []}, "key 'packed' is []")])
 def test_damaged_tables_are_refused(change, part, tmp_path):
   """Kills: an unknown key passed over, a bucket nothing fits in, free programs, half a drafter."""

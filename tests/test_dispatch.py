@@ -7,12 +7,21 @@ import pytest
 
 from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.dispatch import Dispatcher
+from infer import machines
 from test_cost import table
 
 
 def dispatcher(cost, policy="scheduled"):
   config = types.SimpleNamespace(policy=policy, seats=cost.seats, confidence_threshold=0.0, survival_threshold=0.0)
   return Dispatcher(config, cost, cost.block, tuple(cost.packed))
+
+
+def test_packed_programs_lie_between_plain_and_full():
+  """Kills: two of them for 8 seats of 7 drafts, where rows ask for 2 to 6 tokens each; one as large as the full one;
+  other buckets in infer.simulate than the engine has."""
+  assert dispatch.default_buckets(8, 7) == (16, 24, 32, 48) and dispatch.default_buckets(6, 7) == (12, 20, 24, 36)
+  assert dispatch.default_buckets(1, 7) == (4,) and dispatch.default_buckets(8, 0) == ()
+  assert tuple(machines.cost("v6e", "qwen3-8b", 12, 64).packed) == dispatch.default_buckets(12, 7)
 
 
 def test_a_past_is_filled_with_what_is_typical():

@@ -74,7 +74,7 @@ def dips(**more):
   steps = dict(plain=step(0.6), draft=step(0.01), full=step(1.6), plain_chunk=step(0.8), full_chunk=step(2.0),
                packed={2: step(1.0), 3: step(1.28), 4: step(1.6), 5: step(1.6)})
   return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=SEATS, block=BLOCK,
-              capacity=256, context=16, source="invented", chunk=4, **steps | more)
+              capacity=256, sampling="truncated", context=16, source="invented", chunk=4, **steps | more)
 
 
 def chance(policy, rule, drafter=Chosen(), cost=None, sampled=SAMPLED, requests=200):

@@ -27,7 +27,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NOWHERE = {"argparse", "click", "pickle", "torch", "infer", "train", "configs", "tests"}  # also not for programs/
 PURE = NOWHERE | {"time", "datetime", "tyro", "rich", "matplotlib", "tensorboardX"}  # command lines, clocks, output
 # They say how long something took, and decide nothing by it.
-CLOCKS = {"dspark_jax/data/pipeline.py": {"time"}, "dspark_jax/decoding/engine.py": {"time"}}
+CLOCKS = {f"dspark_jax/{name}.py": {"time"} for name in ("data/pipeline", "decoding/engine", "decoding/executables")}
 
 
 def name_of(path: Path) -> str:

@@ -2,10 +2,13 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from infer import profile_sps
+from dspark_jax.nn.attention import Kernels
+from folders import complains
+from infer import profile_sps, serve
 
 SECONDS = {"draft": 0.25, "plain": 0.5, "4": 0.75, "full": 1.0, "plain+chunk": 1.5, "full+chunk": 2.0}
 SLOWER = 0.125  # at the longer of the two contexts
@@ -18,7 +21,8 @@ class Machine:
     self.now, self.context, self.rounds = 0.0, None, dict.fromkeys(SECONDS, 0)
     self.compiled, self.how = dict(SECONDS, own=0), {"chunk": 16, "survival": "estimator"}
     layer = types.SimpleNamespace(v=np.zeros((2, 1, 256, 4)))
-    self.rows = types.SimpleNamespace(settings=types.SimpleNamespace(calibration=np.ones((2, 3))),
+    self.rows = types.SimpleNamespace(settings=types.SimpleNamespace(
+        calibration=np.ones((2, 3)), sampling=types.SimpleNamespace(mode="full")),
                                       cache=types.SimpleNamespace(layers=[layer]))
     self.contexts = []
 
@@ -54,6 +58,7 @@ def test_costs_are_those_of_the_programs(within, machine):
   fewer when time is short, or which leaves a program out."""
   cost, _ = profile_sps.measure(machine, machine.rows, 5, target="t", drafter="d", dtype="float32", within=within)
   are_those_of(machine, cost)
+  assert (cost.capacity, cost.chunk, cost.sampling) == (256, 16, "full")
   runs = machine.rounds["full"] / profile_sps.CHAIN / 2
   assert runs == 6 if within == float("inf") else 2 <= runs < 6
   if within:
@@ -87,3 +92,32 @@ def test_noise_is_no_slope(machine, monkeypatch):
   steps = [step for _ in range(20) for step in profile_sps.measure(
       machine, machine.rows, 5, target="t", drafter="d", dtype="float32")[0]._steps().values()]
   assert sum(step.slope > 0 for step in steps) < 0.3 * len(steps)
+
+
+def test_the_documented_commands_fit_each_other():
+  """Kills: a table of other seats, chunks or requests than those that infer.serve has unless told."""
+  measured, served = profile_sps.Settings("smollm2"), serve.Settings(target="smollm2", drafter="none")
+  shared = ("seats", "capacity", "chunk", "buckets", "sampling", "kernels", "mesh", "dtype")
+  assert [getattr(measured, name) for name in shared] == [getattr(served, name) for name in shared]
+
+
+@pytest.mark.parametrize("change, part", [
+    (dict(buckets=(0, 8)), "buckets"), (dict(buckets=(16, 8)), "rising"), (dict(chunk=200), "chunk is 200"),
+    (dict(buckets=(16, 32)), "fewer tokens than the 8 seats of 4")])
+def test_what_no_engine_has_is_refused_before_it_is_measured(change, part, monkeypatch):
+  """Kills: minutes of compiling and measuring before a table is refused."""
+  monkeypatch.setattr(profile_sps.shell, "load_target", lambda *_: None)
+  monkeypatch.setattr(profile_sps.dspark_jax, "load_drafter", lambda *_, **__: types.SimpleNamespace(block_size=3))
+  with complains(part):
+    profile_sps.main(profile_sps.Settings("smollm2", "runs/demo", **change))
+
+
+def test_kernels_are_those_that_were_asked_for(monkeypatch):
+  """Kills: a compiler that is asked for other kernels than --kernels names."""
+  def of(asked, *_):
+    raise ValueError(f"asked for {asked.kernels.decode}, {asked.sampling}")
+  monkeypatch.setattr(profile_sps, "absent_devices", lambda _: jax.devices()[:1])
+  monkeypatch.setattr(profile_sps, "chip_of", lambda _: None)
+  monkeypatch.setattr(profile_sps.compile_.Served, "of", of)
+  with complains("asked for reference, truncated"):
+    profile_sps.main(profile_sps.Settings("qwen3-4b", compiler="v5e:1x1", kernels=Kernels("reference")))

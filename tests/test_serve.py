@@ -306,11 +306,11 @@ def test_bytes_that_spell_no_character():
 
 
 def test_words_as_they_come(tokenizer):
-  """Any cut of the tokens into rounds tells the same text, whole and in pieces. Kills: half a character, text told
-  twice, a stop text in the pieces."""
+  """Any cut of the tokens into rounds tells the same text, whole and in pieces, up to a stop text anywhere. Kills: half
+  a character, text told twice, a stop text in the pieces, or passed over as it begins right behind what was told."""
   tokens = tokenizer.encode(TEXT)
-  for size in (1, 2, 5):
-    speaker, told, shown = Speaker(tokenizer, ("They",)), "", ""
+  for size, stop in [(size, TEXT[at:at + 1 + at % 7]) for size in (1, 2, 5) for at in range(len(TEXT))]:
+    speaker, told, shown = Speaker(tokenizer, (stop, "x" * 9)), "", ""
     for at in range(0, len(tokens), size):
       part = tuple(tokens[at:at + size])
       text, pieces = speaker.feed(Event(1, part, None, 0, 0, 0, "length" if at + size >= len(tokens) else None))
@@ -320,7 +320,7 @@ def test_words_as_they_come(tokenizer):
       assert told.startswith(shown)
       if speaker.stopped:
         break
-    assert told == shown == TEXT[:TEXT.index("They")]
+    assert speaker.stopped and told == shown == TEXT[:TEXT.index(stop)]
 
 
 def test_defaults_are_openais(tokenizer):
@@ -397,12 +397,32 @@ def test_the_page_shows_where_tokens_come_from(toy):
 
 
 @pytest.mark.parametrize("change, part", [({"dtype": "bfloat16"}, "dtype 'bfloat16', not 'float32'"),
-                                          ({"target": "other"}, "target 'other', not 'smollm2'")])
+                                          ({"target": "other"}, "target 'other', not 'smollm2'"),
+                                          ({"drafter": "runs/other"}, "drafter 'runs/other', not 'runs/demo'")])
 def test_costs_of_something_else_are_refused(change, part, tmp_path):
   """Before anything is loaded. Kills: rounds that are chosen by what another model's, or another dtype's, take."""
   shell.write_json(tmp_path / "cost.json", table(**{"target": "smollm2"} | change).to_json())
   with complains(part):
-    serve.start_engine(serve.Settings(target="smollm2", drafter="none", cost=tmp_path / "cost.json"))
+    serve.start_engine(serve.Settings(target="smollm2", drafter="runs/demo" if "drafter" in change else "none",
+                                      cost=tmp_path / "cost.json"))
+
+
+def test_what_starting_says(monkeypatch, capsys):
+  """Kills: a confidence head that is believed as it is without a word, or with one for every request; programs whose
+  time and memory nobody sees."""
+  stored = SimpleNamespace(by_mode={"greedy": 1}, for_mode=lambda mode: [1.0])
+  for place, name, made in ((chat, "load_tokenizer", None), (serve, "locate_target", None),
+                            (serve.shell, "load_target", None), (serve, "stored_temperatures", stored),
+                            (serve.dspark_jax, "load_drafter", SimpleNamespace(block_size=7))):
+    monkeypatch.setattr(place, name, lambda *_, made=made, **__: made)
+  monkeypatch.setattr(serve, "Engine", lambda target, drafter, config, **more: SimpleNamespace(
+      config=config, compiled={"draft": (3.25, 12_000_000)}, **more))
+  for survival, said in (("head", 1), ("auto", 0)):
+    engine, _ = serve.start_engine(serve.Settings(target="t", drafter="d", policy="fixed", survival=survival))
+    assert [engine.calibration(temperature) for temperature in (0.0, 0.7, 0.7)] == [[1.0], None, None]
+    err = capsys.readouterr().err
+    assert err.count("were fitted for T=0.7") == said and "for greedy" not in err
+    assert "compiled draft in 3.2 s with temporaries of 12 MB" in err
 
 
 def test_an_answer_that_is_over_is_not_decoded_on(tokenizer):

@@ -1,11 +1,14 @@
 """infer.simulate: the draws, the cost tables of machines that are not here, and what policies make of both."""
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Choice
 from dspark_jax.programs import shell
 from infer import figures, machines, simulate
@@ -76,6 +79,17 @@ def test_memory():
   assert machines.chips_needed("qwen3-4b", "v5e", 32, 2048) == 2
 
 
+def test_what_is_stored_is_not_what_a_draft_reads(monkeypatch):
+  """Kills: the head and W2 counted as often as a draft reads them, W1 and an untied embedding left out."""
+  for model, untied in (("qwen3-4b", 0), ("qwen3-8b", 1)):
+    config, hidden, words = machines.MODELS[model], machines.MODELS[model].spec.hidden_size, 151_936
+    stored = config.flops(0) + (1 + untied) * 2 * hidden * words
+    stored += 5 * (config.spec.flops(0) + 2 * hidden ** 2) + 2 * 2 * machines.RANK * words
+    for size, chips in ((stored, 1), (stored - 1e6, 2)):
+      monkeypatch.setitem(machines.CHIP, "v5e", SimpleNamespace(memory=size + 1e3))
+      assert machines.chips_needed(model, "v5e", 0, 1024) == chips
+
+
 def test_scheduled_is_never_below_the_better_of_both():
   """Kills: a budget that is not filled or overrun, tokens of cut drafts, drafts chosen by the past's order, probes that
   cost more than a hundredth."""
@@ -98,11 +112,13 @@ def test_scheduled_is_never_below_the_better_of_both():
       assert scheduled.budget * rows == pytest.approx(budget)
 
 
-def test_one_round_of_few_rows_is_not_enough():
+def test_one_round_of_few_rows_is_not_enough(monkeypatch):
   """Kills: capacities from a single old round where there are few rows: a tenth below fixed decoding and more."""
   cost = machines.cost("v6e", "qwen3-8b", 1, 1024)
-  speed = lambda history: simulate.outcomes(cost, "x", (1.8,), 1, simulate.Settings(None, history=history), 1)[0]
-  (_, fixed, one), (_, same, many) = speed(1), speed(256)
+  speed = lambda: simulate.outcomes(cost, "x", (1.8,), 1, simulate.Settings(None), 1)[0]
+  _, same, many = speed()
+  monkeypatch.setattr(dispatch, "ROUNDS", 1)
+  _, fixed, one = speed()
   assert fixed == same and one.tokens_per_second < 0.9 * fixed.tokens_per_second
   assert many.tokens_per_second > 0.985 * fixed.tokens_per_second
 
@@ -111,13 +127,35 @@ def test_the_scheduler_sees_only_the_past(monkeypatch):
   """Kills: a choice by this round's survivals, or by the last one's, which the host has not read yet."""
   drawn = Rounds.draw((2.5,), 60, 4, 3, 3.0, np.random.default_rng(0))
   seen = []
-  monkeypatch.setattr(simulate, "choose", lambda cost, survival, context: seen.append(survival) or
-                      simulate_choice(cost))
-  simulate_choice = lambda cost: Choice("full", 12, 1.0, 1.0)
-  simulate.scheduled(table(), drawn, 10.0, 8)
+  monkeypatch.setattr(dispatch, "choose", lambda cost, survival, *_, **__: seen.append(survival) or
+                      Choice("full", 12, 1.0, 1.0))
+  simulate.scheduled(table(), drawn, 10.0)
   assert len(seen) == 60 and (seen[0] == 1).all() and (seen[1] == 1).all()
-  for t in range(2, 60):
-    np.testing.assert_array_equal(seen[t], drawn.survival[max(0, t - 3):t - 1])
+  for t, row in itertools.product(range(2, 60), range(4)):
+    began = int(np.argmax(drawn.request[:, row] == drawn.request[t, row]))
+    of_request = drawn.survival[began:t - 1, row][::-1]  # the newest first; before it, what is typical
+    np.testing.assert_allclose(seen[t][:len(of_request), row], of_request[:dispatch.ROUNDS])
+    assert len(of_request) >= dispatch.ROUNDS or len(np.unique(seen[t][len(of_request):, row], axis=0)) == 1
+  assert (drawn.request[-1] != drawn.request[0]).any()
+
+
+def test_equal_drafts_fill_a_bucket_and_no_more():
+  """Kills: a budget of 4 that verifies all that are as likely as the fourth."""
+  drawn = Rounds(np.full((10, 4, 3), 1e-12), np.zeros((10, 4), np.int64), np.zeros((10, 4), np.int64))
+  cost = table(9.0, 0.0, 2.0, {8: 1.0})
+  seconds, tokens, verified, programs = simulate.scheduled(cost, drawn, 10.0)
+  assert list(programs) == ["8"] and (seconds, tokens, verified) == (8, 8 * 4, 8 * 8)
+
+
+def test_the_better_of_both_is_marked_at_each_concurrency():
+  """Kills: fixed named as the better one where plain is, because fixed is again with more requests."""
+  rows = [simulate.Outcome("m", "t", "chat", n, policy, speed, 1.0, 1.0, 1.0, {}, 1)
+          for n, speeds in ((1, (2, 1, 2)), (2, (1, 2, 2)), (4, (2, 1, 2)))
+          for policy, speed in zip(simulate.POLICIES, speeds)]
+  (case,) = simulate.summaries(rows)
+  assert case["better"] == {"1": "plain", "2": "fixed", "4": "plain"} and case["plain_beats_fixed_from"] == 4
+  cells = [next(column.cells)[0] for column in simulate.table(rows).columns[1:]]
+  assert cells == ["p", "f", "p"]
 
 
 def test_program(capsys, tmp_path, monkeypatch):
@@ -142,9 +180,9 @@ def test_measured_tables(capsys, tmp_path, monkeypatch):
   """Kills: a table of infer.profile_sps that cannot be used, or that is used for more rows than it has seats."""
   monkeypatch.setattr(figures, "write", lambda *_: {})
   shell.write_json(tmp_path / "cost.json", table(packed={8: 1.1}, machine="mine").to_json())
-  result, _ = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "o",
-                     "--costs", tmp_path / "cost.json", "--concurrencies", 2, 4, 8, *SMALL, "--context", 10,
-                     "--lengths", 2.0)
+  result, err = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "o",
+                     "--costs", tmp_path / "cost.json", "--concurrencies", 2, 4, 8, *SMALL, "--lengths", 2.0)
+  assert "every row live with 10 tokens" in err  # the table's own
   chat, two = result["cases"]
   assert chat["machine"] == "mine" and list(chat["gain_percent"]) == ["2", "4"] and two["workload"] == "length 2"
   shell.write_json(tmp_path / "plain.json", table(draft=None, full=None, block=0, chunks=(2.0, None)).to_json())
@@ -155,6 +193,11 @@ def test_measured_tables(capsys, tmp_path, monkeypatch):
   _, err = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "p", "--costs", tmp_path / "cost.json",
                   "--concurrencies", 2, code=2)
   assert "5.12" in err and "less than 4, for blocks of 3" in err  # the paper's code column
+  shell.write_json(tmp_path / "again.json", table(packed={8: 2.2}, machine="mine").to_json())
+  for more, part in (([tmp_path / "again.json"], "are both of t on mine"), (["--context", 65], "at most 64")):
+    _, err = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path / "p", *SMALL,
+                    "--costs", tmp_path / "cost.json", *more, code=2)
+    assert part in err and not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("flag, value, part", [

@@ -46,6 +46,7 @@ class Cost:
   seats: Count             # R: rows of every program, whether they are live or not
   block: Natural           # G: drafts of a round
   capacity: Count          # S: slots of a seat
+  sampling: Literal["greedy", "full", "truncated"]  # the most that requests of these programs may ask for
   context: Natural         # reference context of `Step.seconds`, in tokens
   source: str              # "measured", or what else the numbers come from
   plain: Step              # [R,1]: taps and absorbs, drafts nothing
@@ -129,7 +130,7 @@ class Cost:
     others = [f"{name} {getattr(self, name)!r}, not {value!r}" for name, value in found.items()
               if getattr(self, name) != value]
     if others:
-      raise ValueError(f"the cost table is of {', '.join(others)}: measure one here with infer.profile_sps")
+      raise ValueError(f"the cost table is of {', '.join(others)}: measure one of this engine with infer.profile_sps")
 
   def to_json(self) -> dict[str, Any]:
     """For JSON; programs write it with shell.write_json, whole or not at all."""

@@ -19,9 +19,10 @@ from dspark_jax.types import Drafter
 POLICIES = ("plain", "fixed", "threshold", "early-stop", "scheduled")
 BY_COST = ("early-stop", "scheduled")
 # A choice goes by so many rounds of each row at most, and by about so many rows in all: a round of few rows says little
-# of the next. By 4 rounds a single row lost 1 to 16 % (infer.simulate --lengths 1.8 --history 4), by 16 nothing.
+# of the next. By ROUNDS = 4 a single row lost 1 to 16 % (infer.simulate --lengths 1.8), by 16 nothing.
 ROUNDS, ROWS = 16, 128
 LEARN, FORGET = 0.05, 0.002  # of what a round took: the share that it tells, and that each round takes from the others
+FILLS, TILE = (2, 3, 4, 6), 4  # tokens per row of the packed programs, which have multiples of so many tokens
 ODD = 4.0   # times what was predicted that a round counts for at most: one late round is no cost
 STEPS = 64  # contexts are told apart in steps of so many tokens where a curve is made of them
 
@@ -41,9 +42,9 @@ def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: 
   if config.policy in BY_COST and cost is None and not measured:
     raise ValueError(f"the policy {config.policy} goes by what rounds cost, and there is no cost table: measure one "
                      f"(python -m infer.profile_sps), or choose fixed or plain")
-  if cost is not None and drafter and (cost.seats, cost.block) != (config.seats, drafter.block_size):
-    raise ValueError(f"the cost table is of {cost.seats} seats and {cost.block} drafts, the engine has {config.seats} "
-                     f"and {drafter.block_size}: measure one for this engine (python -m infer.profile_sps)")
+  if cost is not None and drafter:
+    cost.check(seats=config.seats, block=drafter.block_size, capacity=config.capacity, chunk=config.chunk,
+               sampling=config.sampling)
   if drafter and config.buckets and config.buckets[-1] >= config.seats * (drafter.block_size + 1):
     raise ValueError(f"buckets are {config.buckets}, expected fewer tokens than the {config.seats} seats of "
                      f"{drafter.block_size + 1} that the full program has")
@@ -53,9 +54,13 @@ def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: 
 
 
 def default_buckets(seats: int, block: int) -> tuple[int, ...]:
-  """Tokens of the packed programs of an engine, at most four: powers of two, below which products cost the same."""
-  sizes = [1 << k for k in range(2, 20)]
-  return tuple(size for size in sizes if seats < size < seats * (block + 1))[-4:]
+  """Tokens of the packed programs of an engine, rising, at most four.
+
+  No powers of two: by a TPU's compiler a step grows by the token, and 24 or 96 tokens of products took a CPU about what
+  lies between 16 and 32, and 64 and 128.
+  """
+  sizes = {-(-fill * seats // TILE) * TILE for fill in FILLS}
+  return tuple(sorted(size for size in sizes if seats < size < seats * (block + 1)))
 
 
 def named(program: Program, chunk: bool) -> str:

@@ -22,11 +22,12 @@ import numpy as np
 from dspark_jax.config import Count, Range, raise_all, shown, wrong_choices
 from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.cost import Cost
-from dspark_jax.decoding.estimator import Estimator
+from dspark_jax.decoding.estimator import Estimator, observed
 from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows, on_host
 from dspark_jax.decoding.round import Chunk, Models, Report, Settings
 from dspark_jax.decoding.session import check
 from dspark_jax.decoding.verify import Rule
+from dspark_jax.nn.attention import QUERY_BLOCK
 from dspark_jax.sampling import make_sampling
 from dspark_jax.types import Drafter, Target
 
@@ -109,7 +110,8 @@ class EngineConfig:
   """tokens of a seat: prompt and text, and two blocks of scratch; beside a prompt at least a chunk and a block"""
   policy: Literal[dispatch.POLICIES] = "scheduled"
   """what is verified: nothing (plain), every draft (fixed), what is above the thresholds, Algorithm 1 (early-stop), or
-  the best of all programs for the survivals of two rounds before (scheduled)"""
+  the best of all programs for the survivals of two rounds before (scheduled); under the last three sampled text depends
+  on the round's neighbours"""
   verification: Rule = "token"
   """at temperatures above 0: drafts tested one by one, or as a block, which keeps a few more"""
   survival: Literal["auto", "head", "estimator", "both"] = "auto"
@@ -128,7 +130,7 @@ class EngineConfig:
   survival_threshold: Share = 0.0
   """of the policy threshold"""
   buckets: tuple[Count, ...] = ()
-  """tokens of the packed programs; none given: those of the cost table, or powers of two"""
+  """tokens of the packed programs; none given: those of the cost table, or 2, 3, 4 and 6 a seat"""
 
   def __post_init__(self):
     problems, sizes = wrong_choices(self), self.buckets
@@ -137,6 +139,8 @@ class EngineConfig:
     if self.policy != "threshold" and (self.confidence_threshold or self.survival_threshold):
       problems.append(f"the policy {self.policy} knows no confidence_threshold and no survival_threshold: expected "
                       f"threshold")
+    if self.chunk > QUERY_BLOCK and self.chunk % QUERY_BLOCK:
+      problems.append(f"chunk is {self.chunk}, expected at most {QUERY_BLOCK} or a multiple of it")
     raise_all("engine", problems)
 
 
@@ -145,8 +149,8 @@ class Engine:
 
   cost: what early-stop and scheduled go by; without one, measure(executables, rows) -> (cost, empty rows) is asked.
   calibration: a temperature of sampling -> temperatures f[G] of the head's confidences, or None. say: is told what is
-  compiled next. ValueError for what does not fit together. `submit`, `cancel` and `metrics` may be called from any
-  thread, `step` from one.
+  compiled next; `compiled`: the seconds and the bytes of temporaries of each. ValueError for what does not fit
+  together. `submit`, `cancel` and `metrics` may be called from any thread, `step` from one.
   """
 
   def __init__(self, target: Target, drafter: Drafter | None = None, config: EngineConfig = EngineConfig(), *,
@@ -169,7 +173,7 @@ class Engine:
                             chunk=config.chunk, log_probs=config.log_probabilities)
     if cost is None and measure and config.policy in dispatch.BY_COST:
       cost, self._rows = measure(self._run, self._rows)
-    self.cost, self._calibration = cost, calibration
+    self.cost, self.compiled, self._calibration = cost, self._run.took, calibration
     self._dispatcher = dispatch.Dispatcher(config, cost, self.block, buckets)
     # Of greedy rows and of sampled ones, which survive otherwise.
     self.estimators = [Estimator(self.block, max(FEATURES[config.survival], 1)) for _ in range(2)]
@@ -412,6 +416,10 @@ class Engine:
     for seat in seats:
       seat.past.append(report["confidence"][seat.index])
       self._dispatcher.observe(report["confidence"][seat.index])
+    mine = report[[seat.index for seat in seats]]
+    seen = observed(mine["n_verify"], mine["n_accept"], mine["confidence"].shape[1])
+    # Of drafts whose fate is known: less what was accepted, the calibration error. One NaN would stay.
+    self._counts["predicted_accepted"] += float(np.nansum(mine["confidence"][seen]))
     if not report["features"].shape[2]:
       return
     for sampled, state in enumerate(self.estimators):

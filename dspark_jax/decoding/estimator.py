@@ -53,6 +53,12 @@ def survive(features: Array, weights: Array, intercepts: Array) -> Array:
   return jax.nn.sigmoid(jnp.sum(features * weights[:, None], axis=-1) + intercepts)
 
 
+def observed(admitted: np.ndarray, accepted: np.ndarray, block: int) -> np.ndarray:
+  """Drafts of which it is known whether they are kept: bool[N,block]; after the first rejection nothing is."""
+  place, kept, tried = np.arange(block), accepted[:, None], admitted[:, None]
+  return (place <= kept) & (place < tried)
+
+
 def logit(confidence: Array) -> Array:
   """A confidence in 0..1 as a feature, within LIMIT."""
   return jnp.clip(jnp.log(confidence) - jnp.log1p(-confidence), -LIMIT, LIMIT)
@@ -76,13 +82,11 @@ class Estimator:
   def observe(self, features: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
     """A round of rows: features f[N,G,F] of their drafts, how many were verified i[N], and of those kept i[N]."""
     self._rounds += len(features)
-    place = np.arange(self.block)
-    kept, tried = accepted[:, None], admitted[:, None]
-    seen = (place <= kept) & (place < tried)  # after the first rejection nothing is known
-    seen &= np.isfinite(features).all(2)      # two logits of +inf
+    # Two logits of +inf are no feature.
+    seen = observed(admitted, accepted, self.block) & np.isfinite(features).all(2)
     f = np.where(seen[..., None], features, 0.0)
     p = 1 / (1 + np.exp(-np.clip(f @ self.weights + self.intercepts, -LIMIT, LIMIT)))
-    w, r = seen * p * (1 - p), seen * ((place < kept) - p)
+    w, r = seen * p * (1 - p), seen * ((np.arange(self.block) < accepted[:, None]) - p)
     weighted = w[..., None] * f
     self._a += np.tensordot(weighted, f, ((0, 1), (0, 1)))
     self._b += weighted.sum(0)
