@@ -352,7 +352,8 @@ class Engine:
     else:
       drafted = self._run("draft", self._rows, self._set_knobs(choice))
       self._rows, report = self._run(name, self._rows, drafted, chunk)
-    jax.tree.map(lambda x: x.copy_to_host_async(), report)
+    if jax.default_backend() != "cpu":  # where what a program gives is on the host already
+      jax.tree.map(lambda x: x.copy_to_host_async(), report)
     players = [(seat, seat.id) for seat in plays]
     if reads and not reads.reads:
       players.append((reads, reads.id))
@@ -413,18 +414,19 @@ class Engine:
 
   def _learn(self, report, seats):
     """What a round's drafts of these seats say of the next ones."""
-    for seat in seats:
-      seat.past.append(report["confidence"][seat.index])
-      self._dispatcher.observe(report["confidence"][seat.index])
     mine = report[[seat.index for seat in seats]]
+    for seat, confidence in zip(seats, mine["confidence"]):
+      seat.past.append(confidence)
+      self._dispatcher.observe(confidence)
     seen = observed(mine["n_verify"], mine["n_accept"], mine["confidence"].shape[1])
     # Of drafts whose fate is known: less what was accepted, the calibration error. One NaN would stay.
     self._counts["predicted_accepted"] += float(np.nansum(mine["confidence"][seen]))
-    if not report["features"].shape[2]:
+    if not mine["features"].shape[2]:
       return
-    for sampled, state in enumerate(self.estimators):
-      if rows := [seat.index for seat in seats if (seat.request.temperature > 0) == sampled]:
-        state.observe(*(report[name][rows] for name in ("features", "n_verify", "n_accept")))
+    sampled = np.asarray([seat.request.temperature > 0 for seat in seats], bool)
+    for kind, state in enumerate(self.estimators):
+      if (sampled == kind).any():
+        state.observe(*(mine[name][sampled == kind] for name in ("features", "n_verify", "n_accept")))
 
   def _finish(self, seat, tokens, row):
     if row["failed"]:

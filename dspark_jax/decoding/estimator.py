@@ -81,7 +81,12 @@ class Estimator:
 
   def observe(self, features: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
     """A round of rows: features f[N,G,F] of their drafts, how many were verified i[N], and of those kept i[N]."""
+    self._pending.append((features, admitted, accepted))
     self._rounds += len(features)
+    if self._rounds >= UPDATE:
+      self.update()
+
+  def _add(self, features, admitted, accepted):
     # Two logits of +inf are no feature.
     seen = observed(admitted, accepted, self.block) & np.isfinite(features).all(2)
     f = np.where(seen[..., None], features, 0.0)
@@ -94,11 +99,12 @@ class Estimator:
     self._g0 += np.tensordot(r, f, 2)
     self._g1 += r.sum(0)
     self._n += seen.sum(0)
-    if self._rounds >= UPDATE:
-      self.update()
 
   def update(self) -> None:
     """One Newton step on what was observed since the last one."""
+    # All at once: until now weights stood still, and a dozen small sums in every round are time of the host's.
+    if self._pending:
+      self._add(*map(np.concatenate, zip(*self._pending)))
     total, c = self._n.sum(), self._c + RIDGE
     if total:
       # The intercepts are eliminated: every position has its own.
@@ -132,3 +138,4 @@ class Estimator:
   def _begin(self):
     """A gradient at the new weights: that of the old ones says nothing of them."""
     self._g0, self._g1, self._rounds = np.zeros(self.features), np.zeros(self.block), 0
+    self._pending: list[tuple[np.ndarray, ...]] = []
