@@ -50,7 +50,7 @@ test: setup
 slow: setup
 	$(PY) -m pytest -m 'slow and not thorough' --dist load
 
-# More kinds of what `make slow` has one of, and the engine's statistics: what CI has no time for.
+# More kinds of what `make slow` has one of, also of the engine's statistics: what CI has no time for.
 thorough: setup
 	$(PY) -m pytest -m thorough --dist load
 

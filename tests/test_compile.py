@@ -14,7 +14,9 @@ import pytest
 from jax.experimental import topologies
 
 from configs.qwen3_4b import config as qwen3_4b
+from dspark_jax.decoding import executables
 from dspark_jax.loading import target_config
+from dspark_jax.nn.cache import row_shardings
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import compiled, compilers, shell
@@ -23,6 +25,7 @@ from dspark_jax.targets import sizes
 from dspark_jax.targets.decoder import TargetConfig
 from dspark_jax.training.losses import LossConfig
 from infer import compile as decoding
+from infer import profile_sps
 from train import compile as training
 from train.train import drafter_config
 
@@ -98,7 +101,9 @@ def test_what_a_training_step_cannot_but_move(here, capsys, monkeypatch):
   config = dataclasses.replace(qwen3_4b, drafter=drafter, row_length=64, batch=2, microbatches=1, anchors=4)
   default = lambda: training.CompileConfig(**{field.name: getattr(config, field.name)
                                               for field in dataclasses.fields(config)})
-  row = run(training, training.CompileConfig, "--microbatches 2", capsys, default=default)["step"]
+  told = run(training, training.CompileConfig, "--microbatches 2", capsys, default=default)
+  row = told["step"]
+  assert all(told[name] == row[name] > 0 for name in ("useful_flops", "compiled_flops"))
   trained = LAYER + 2 * 16 * 16 + 2 * 16 + 2 * 200 * 4 + (16 + 4 + 1)
   target = 4 * LAYER + 16 + 2 * WORDS
   assert row["floor_bytes"] == pytest.approx(2 * 2 * target + 2 * 3 * 4 * trained, rel=0.01)
@@ -276,6 +281,29 @@ class TestJudge:
     found, floor = judged("plain", 8, 2048, "greedy", mesh=MeshConfig(2, 1, 2))
     assert floor <= moved(found) <= 1.2 * floor and cache_copies(found, 8, 2048, devices=4) == []
     assert {op.collective for op in found.operations if op.collective} == {"all-reduce"}
+
+  def test_an_engine_keeps_its_caches_where_they_are(self):
+    """In all its programs, packed rounds, chunks of prompts and copied beginnings among them. Kills: rows that are not
+    donated; new rows as a scatter of windows, for which a plain step lays the keys out anew, beside a chunk or not."""
+    seats, capacity, topology = 8, 2048, "v5e:2x2"
+    # Narrow layers with the key heads of wide ones: caches are large beside all else.
+    spec = dataclasses.replace(SMALL.spec, hidden_size=1024, intermediate_size=3072, num_heads=16)
+    settings = decoding.Settings("", topology, seats, capacity, draft_layers=1)
+    devices = absent_devices(topology)
+    with jax.set_mesh(MeshConfig().build(devices)):
+      models = profile_sps.heads_of(decoding.Served.of(settings, dataclasses.replace(SMALL, spec=spec),
+                                                       devices[0].platform))
+      rows = jax.eval_shape(lambda models: executables.new_rows(models, seats, capacity, "greedy"), models)
+      rows = compiled.on(rows, row_shardings(rows))
+      programs = dict(executables.lowered(models, rows, policy="scheduled", survival="estimator", buckets=(24,),
+                                          chunk=64, log_probs=False))
+      assert {"24", "plain+chunk", "full+chunk", "copy"} <= programs.keys()
+      del programs["draft"]  # gives no cache back
+      for name, program in programs.items():
+        memory = program.compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= compiled.size((rows.cache, rows.draft)), name
+        # Half of a copy of the target's keys, a third of the caches; it is 1 % of them.
+        assert memory.temp_size_in_bytes < compiled.size(rows.cache.layers[0].k) / 2, name
 
   def test_words_stay_where_they_are(self):
     """Kills: logits of all words on every device of a tensor mesh, or of another row's."""

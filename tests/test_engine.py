@@ -1,6 +1,8 @@
 """The engine: whoever comes and goes, every request gets the text that it gets alone."""
 
 import functools
+import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import dspark_jax
 from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
 from dspark_jax.nn.sharding import MeshConfig
-from folders import DSPARK, QWEN3, thorough_but
+from folders import DSPARK, GOLDEN, QWEN3, thorough_but
 
 CAPACITY, CHUNK, NEW = 192, 16, 20
 PROMPTS = [tuple(np.random.default_rng(row).integers(0, 100, n).tolist())
@@ -184,8 +186,8 @@ def table(drafter, seats, **more):
   steps = dict(plain=step(1.0), plain_chunk=step(1.5), draft=step(0.3), full=step(2.4), full_chunk=step(3.0))
   packed = {4: step(1.5), 8: step(0.9), 12: step(1.3)}
   return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=seats,
-              block=drafter.block_size, capacity=CAPACITY, context=16, source="invented", chunk=CHUNK,
-              **steps | dict(packed=packed) | more)
+              block=drafter.block_size, context=16, source="invented",
+              **dict(capacity=CAPACITY, chunk=CHUNK, sampling="truncated", packed=packed) | steps | more)
 
 
 THRESHOLDS = dict(confidence_threshold=0.3, survival_threshold=0.1)
@@ -261,11 +263,43 @@ def test_a_full_queue_and_what_an_engine_was_not_started_for():
     (dict(policy="threshold", buckets=(16, 8)), "rising"), (dict(policy="threshold", buckets=(0,)), "rising"),
     (dict(policy="threshold", buckets=(10 ** 6,)), "expected fewer tokens"),
     (dict(policy="fixed", confidence_threshold=0.5), "no confidence_threshold"),
+    (dict(policy="fixed", chunk=192), "chunk is 192, expected at most 128 or a multiple"),
     (dict(policy="fixed", capacity=CHUNK, chunk=CHUNK), "no room for a prompt")])
 def test_what_an_engine_cannot_be_is_refused(asked, says):
   """Kills: an engine that compiles for a minute before it finds out, or serves something else."""
   with pytest.raises(ValueError, match=says):
     Engine(*models(), EngineConfig(**asked))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(capacity=512), "capacity 512, not 192"), (dict(chunk=64), "chunk 64, not 16"),
+    (dict(sampling="greedy"), "sampling 'greedy', not 'truncated'"), (dict(seats=4), "seats 4, not 3")])
+def test_costs_of_another_engine_are_refused(change, says):
+  """Kills: rounds chosen by what the programs of shorter seats, other chunks or greedy requests take."""
+  with pytest.raises(ValueError, match=says):
+    Engine(*models(), EngineConfig(seats=3, capacity=CAPACITY, chunk=CHUNK),
+           cost=table(models()[1], **{"seats": 3} | change))
+
+
+def test_how_far_predictions_are_off():
+  """Kills: drafts behind a rejection, or never verified, among those predicted; survivals of the whole beginning where
+  a draft is only looked at when those before it were kept; one NaN for good."""
+  report = np.zeros(4, [("confidence", "f4", 3), ("features", "f4", (3, 0)), ("n_verify", "i4"), ("n_accept", "i4")])
+  report["confidence"] = [0.5, 0.25, 0.125]
+  report["confidence"][2, 0] = np.nan
+  report["n_verify"], report["n_accept"] = [3, 2, 3, 3], [1, 2, 3, 0]
+  seats = [types.SimpleNamespace(index=row, past=[]) for row in range(3)]  # nobody played the last
+  taught = types.SimpleNamespace(_dispatcher=types.SimpleNamespace(observe=lambda _: None), _counts=Counter())
+  Engine._learn(taught, report, seats)
+  assert taught._counts["predicted_accepted"] == 0.75 + 0.75 + 0.375
+  assert engine("fixed").metrics().get("predicted_accepted", 1) > 0
+
+
+def test_what_compiling_took_is_kept():
+  """Kills: programs whose time and memory nobody hears of."""
+  took = engine("fixed").compiled
+  assert set(took) == {"draft", "full", "full+chunk", "plain", "plain+chunk", "own", "copy", "retire"}
+  assert all(seconds > 0 <= size for seconds, size in took.values()) and max(size for _, size in took.values()) > 0
 
 
 def test_a_policy_that_an_engine_was_not_started_for():
@@ -300,15 +334,71 @@ def test_a_request_may_fill_its_seat_to_the_last_slot(tight):
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_no_text():
+@pytest.mark.parametrize("policy", ["fixed", "scheduled"])
+def test_a_mesh_changes_no_text(policy):
   """Seats over data, heads and words over tensor: the same tokens as on one device, greedy and sampled, prompts in
-  chunks and known beginnings too. Kills: a chunk that is written into the row of that number on every device."""
+  chunks and known beginnings too. Kills: a chunk that is written into the row of that number on every device; packed
+  tokens of another device's rows; drafts that are not where the next program wants them."""
+  packs = policy == "scheduled"
+  # Which drafts are verified may hang on a last bit, and with it a sampled text, unless there is one word to draw.
+  sampling = dict(top_k=1) if packs else {}
   with MeshConfig(data=2, tensor=2).use():
     target = dspark_jax.load_target(QWEN3, scanned=True)
     drafter = dspark_jax.load_drafter(DSPARK, target)
-    served = Engine(target, drafter, EngineConfig(seats=4, capacity=CAPACITY, chunk=CHUNK, policy="fixed"))
-    found = answers(served, [asked(row, reuse=False) for row in range(len(PROMPTS))])
+    served = Engine(target, drafter, EngineConfig(seats=4, capacity=CAPACITY, chunk=CHUNK, policy=policy),
+                    cost=mixed(drafter, 4) if packs else None)
+    served._dispatcher.landed = unpaced
+    found = answers(served, [asked(row, reuse=False, **sampling) for row in range(len(PROMPTS))])
     (again, _, _), = answers(served, [Request(PROMPTS[5] + (1, 2, 3), max_new_tokens=NEW)])
-  assert [list(tokens) for tokens, _, _ in found] == [alone(row, True).tokens[0] for row in range(len(PROMPTS))]
-  want = dspark_jax.generate(*models(), [PROMPTS[5] + (1, 2, 3)], max_new_tokens=NEW)
-  assert list(again) == want.tokens[0] and served.metrics()["prefix_tokens_reused"] > 0
+  want = [greedy(prompt) if packs else alone(row, True).tokens[0] for row, prompt in enumerate(PROMPTS)]
+  assert [list(tokens) for tokens, _, _ in found] == want
+  assert list(again) == greedy(PROMPTS[5] + (1, 2, 3)) and served.metrics()["prefix_tokens_reused"] > 0
+  assert not packs or mixes(served)
+
+
+@pytest.mark.slow
+def test_a_drafter_without_confidence_serves():
+  """Eagle3, by what the estimator learns: prompts in chunks, then the beginning of a seat's own and of a neighbour's.
+  Kills: a copied beginning that the drafter does not get, or that is another row's; a draft that starts from a
+  rejected column; a schedule that asks for a confidence head."""
+  target = models()[0]
+  drafter = dspark_jax.load_drafter(GOLDEN / "generate_eagle3_qwen3", target)
+  served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=CHUNK, sampling="greedy"),
+                  cost=mixed(drafter, 2, sampling="greedy"))
+  served._dispatcher.landed = unpaced
+  for policy in ("fixed", "scheduled"):  # by the same programs
+    served.use(policy)
+    began = [PROMPTS[row] for row in (5, 4, 2)]  # the last keeps its seat
+    found = answers(served, [Request(prompt, NEW, reuse=False) for prompt in began])
+    before = served.metrics()["prefix_tokens_reused"]
+    later = [PROMPTS[2] + found[2][0] + (7, 9, 11), PROMPTS[2] + (1, 2, 3)]
+    found += answers(served, [Request(prompt, NEW) for prompt in later])
+    assert served.metrics()["prefix_tokens_reused"] - before == len(PROMPTS[2]) + NEW - 2 + len(PROMPTS[2]) - 1
+    for prompt, (tokens, _, events) in zip(began + later, found):
+      assert list(tokens) == greedy(prompt)
+      if policy == "fixed":
+        want = dspark_jax.generate(target, drafter, [prompt], max_new_tokens=NEW)
+        assert [event.accepted for event in events if event.drafted] == want.n_accept[0] and sum(want.n_accept[0])
+  assert mixes(served)
+
+
+def mixed(drafter, seats, **more):
+  """A cost table by which full rounds, packed ones and full ones beside chunks are chosen in turn."""
+  step = lambda seconds: Step(seconds, 0.0)
+  return table(drafter, seats, packed={seats * (drafter.block_size + 1) // 2: step(2.0)}, full=step(3.6),
+               full_chunk=step(2.8), **more)
+
+
+def unpaced(*_):
+  """In place of `Dispatcher.landed`: rounds take less here than invented ones, and what ran would seem the best."""
+
+
+def mixes(served):
+  """Whether all of them ran."""
+  return {"full", "full+chunk", *map(str, served.cost.packed)} <= {
+      name.removeprefix("program_") for name, rounds in served.metrics().items() if rounds}
+
+
+def greedy(prompt):
+  """The text that the target gives alone."""
+  return dspark_jax.generate(models()[0], None, [prompt], max_new_tokens=NEW).tokens[0]

@@ -22,7 +22,6 @@ from test_policy import BLOCK, TARGET, WORDS, Chain, Moody
 from test_sampled import exact_probs
 from test_verify import chi_square
 
-pytestmark = pytest.mark.thorough
 SEATS, WINDOW, NEW, ALARM = 2, 2, 121, 1e-6
 SAMPLED = ((1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 2, 1.0), (0.9, 0, 0.85))  # temperature, top_k, top_p
 
@@ -71,7 +70,7 @@ class Hindsight(Chosen):
 def dips(**more):
   """A cost table in which one draft or two at 0.5 do not pay, and more of them do (`test_policy.SPS`)."""
   step = lambda seconds: Step(seconds, 0.0)
-  steps = dict(plain=step(0.6), draft=step(0.01), full=step(1.6), plain_chunk=step(0.8), full_chunk=step(2.0),
+  steps = dict(plain=step(0.9), draft=step(0.01), full=step(1.6), plain_chunk=step(0.8), full_chunk=step(2.0),
                packed={2: step(1.0), 3: step(1.28), 4: step(1.6), 5: step(1.6)})
   return Cost(machine="none", device="cpu", target="t", drafter="d", dtype="float32", seats=SEATS, block=BLOCK,
               capacity=256, sampling="truncated", context=16, source="invented", chunk=4, **steps | more)
@@ -82,6 +81,7 @@ def chance(policy, rule, drafter=Chosen(), cost=None, sampled=SAMPLED, requests=
   served = Engine(Seated(), drafter, EngineConfig(
       seats=SEATS, capacity=256, chunk=4, policy=policy, verification=rule, survival="head", queue=requests,
       confidence_threshold=0.6 if policy == "threshold" else 0.0), cost=cost or dips())
+  served._dispatcher.landed = lambda *_: None  # rounds take less here than invented ones: what ran would seem the best
   asked, texts = {}, {}
   for number in range(requests):
     settings = (0.0, 0, 1.0) if number % 9 == 0 else sampled[number % len(sampled)]
@@ -107,8 +107,10 @@ def chance(policy, rule, drafter=Chosen(), cost=None, sampled=SAMPLED, requests=
   return stats.combine_pvalues(found).pvalue, served.metrics()
 
 
-@pytest.mark.parametrize("policy, rule", [("plain", "token"), *itertools.product(
-    ("fixed", "threshold", "early-stop", "scheduled"), ("token", "block"))])
+@pytest.mark.parametrize("policy, rule", [
+    pytest.param("scheduled", "token", marks=pytest.mark.slow),
+    *(pytest.param(*both, marks=pytest.mark.thorough) for both in (("plain", "token"), ("scheduled", "block"),
+      *itertools.product(("fixed", "threshold", "early-stop"), ("token", "block"))))])
 def test_text_follows_the_target(policy, rule):
   """Kills: a residual where the engine cut, drafts of a round that was dispatched before, one request's settings or
   keys used for whoever had its seat, a packed token judged by another row's logits."""
@@ -125,6 +127,7 @@ def whole(self, past, context):
   return self.seats * self.block
 
 
+@pytest.mark.thorough
 def test_the_test_sees_a_search_without_a_stop(monkeypatch):
   """Kills a chi-square that cannot fail: Algorithm 1 without its stop (Appendix A)."""
   monkeypatch.setattr(Dispatcher, "_wanted", whole)
@@ -133,14 +136,16 @@ def test_the_test_sees_a_search_without_a_stop(monkeypatch):
   assert chance("early-stop", "token", Unsure(), sampled=SAMPLED[:1])[0] < ALARM
 
 
+@pytest.mark.slow
 def test_the_test_sees_a_capacity_of_this_round(monkeypatch):
   """Kills a chi-square that cannot fail: as many drafts as are best for the round's own survivals."""
   curve = jnp.asarray(dips().sps(16), jnp.float32)
   monkeypatch.setattr(scheduler, "top_k", lambda likely, _, live: scheduler.best_prefix(likely, curve, live).lengths)
   full = dips(packed={}, plain=Step(9.0, 0.0))
-  assert chance("scheduled", "token", Unsure(), cost=full, sampled=SAMPLED[:1])[0] < ALARM
+  assert chance("scheduled", "token", Unsure(), cost=full, sampled=SAMPLED[:1], requests=60)[0] < ALARM
 
 
+@pytest.mark.slow
 def test_the_test_sees_a_cut_by_the_word_itself():
   """Kills a chi-square that cannot fail: a draft that is verified or not by what was drawn for it."""
-  assert chance("threshold", "token", Hindsight(), sampled=SAMPLED[:1])[0] < ALARM
+  assert chance("threshold", "token", Hindsight(), sampled=SAMPLED[:1], requests=60)[0] < ALARM
