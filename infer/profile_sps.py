@@ -1,8 +1,9 @@
 """Measure what every program of the serving engine costs on this machine: the table that its scheduler goes by.
 
-When to use it: once per machine, target, drafter and number of seats, before `infer.serve --policy scheduled`; it is
-measured at the engine's start where it is missing. Every program is the very executable that serves, timed with all
-seats playing, at two contexts in turn: `seconds` are the median at the short one, the slope what three of four show.
+When to use it: once per machine, target, drafter, dtype and engine (`--seats --capacity --chunk --sampling`), before
+`infer.serve --policy scheduled`; it is measured at the engine's start where it is missing. Every program is the very
+executable that serves, timed with all seats playing, at two contexts in turn: `seconds` are the median at the short
+one, the slope what three of four show.
 
     python -m infer.profile_sps --target smollm2 --drafter runs/demo --seats 8 --out runs/cost.json
     python -m infer.profile_sps --target qwen3-4b --compiler v5e:1x1 --seats 32 --capacity 1024 --out runs/v5e.json

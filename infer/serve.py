@@ -139,7 +139,7 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   shell.say(f"{engine.config.seats} seats of {engine.config.capacity} tokens, policy {engine.config.policy}: ready "
             f"after {time.perf_counter() - began:.0f} s")
   shell.say("compiled " + ", ".join(f"{name} in {seconds:.1f} s with temporaries of {size / 1e6:.0f} MB"
-                                    for name, (seconds, size) in engine.compiled.items()))
+                                    for name, (seconds, size) in engine.compile_costs.items()))
   if settings.cost and engine.cost and cost is None:
     shell.write_json(settings.cost, engine.cost.to_json())
   return engine, tokenizer

@@ -5,14 +5,14 @@ round adds, and how far that depends on what is drafted. Nothing is run; machine
 what was assumed is printed. With --costs the tables are files of infer.profile_sps.
 
     python -m infer.simulate --out runs/simulate
-    python -m infer.simulate --out runs/simulate --costs runs/cost.json --concurrencies 1 8 --lengths 1.8
+    python -m infer.simulate --out runs/simulate --costs runs/cost.json --concurrencies 1 8 --workloads chat
 
 A request's rounds have one conditional acceptance c at all positions of a block, drawn anew each round from a Beta
 distribution of `concentration`, so that draft k survives with c^k. Its mean is such that 1 + sum_k E[c^k] is the
 accepted length: the paper's for Qwen3-4B, averaged over a column's benchmarks. Mixed traffic: each request is of one
 of the three columns. Requests last STAY rounds. Of a round's drafts the first rejected one ends it, by c^k too: what
-the scheduler sees is calibrated. The engine's own (decoding/dispatch.py) chooses, from survivals at least two rounds
-old; this round's only order the drafts. While it decodes plainly it sees nothing, and probes.
+the scheduler sees is calibrated. The engine's own dispatcher chooses, from survivals at least two rounds old; this
+round's only order the drafts. While it decodes plainly it sees nothing, and probes.
 
 The last line of stdout is a JSON object: where plain decoding overtakes fixed, and what scheduled decoding gains on the
 better of both, per machine, model and workload. All numbers are in OUT/simulate.json, figures beside it.

@@ -176,7 +176,8 @@ def test_the_reference_s_recipes(size, taps):
 
 
 def test_how_long_a_run_is():
-  """Kills: minutes that win over epochs, epochs over steps; a last epoch that is cut; no step at all of few rows."""
+  """Kills: minutes that win over epochs, epochs over steps; a last epoch that is cut; no step at all of few rows; steps
+  counted by the time of the first ones where later ones take another."""
   of = lambda rows=30, **how: TrainConfig("t", MTP.Settings(), Path("o"), batch=8, **how).steps_over(rows)
   assert of(minutes=3) is None and of(epochs=10, minutes=3) == 38 and of(steps=4, epochs=10, minutes=3) == 4
   assert of(epochs=0.5) == 2 and of(epochs=1, rows=1) == 1 and of(epochs=0.3, rows=80) == 3
@@ -184,6 +185,12 @@ def test_how_long_a_run_is():
     for wrong in (0, -1, float("nan"), float("inf")):
       with complains(f"{name} is {wrong}, expected more than 0, and finite"):
         of(**{name: wrong})
+  for how in (dict(lengths=(256,)), dict(features="memory")):
+    assert of(minutes=3, epochs=1, **how) == 4
+    with complains("give steps or epochs"):
+      of(minutes=3, **how)
+  with complains("memory_gb is nan"):
+    of(memory_gb=float("nan"))
   for how in (dict(epochs=1e9, rows=1000), dict(steps=2 ** 31)):
     with complains("more than an int32 counts"):
       of(**how)

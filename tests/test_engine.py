@@ -292,12 +292,14 @@ def test_how_far_predictions_are_off():
   taught = types.SimpleNamespace(_dispatcher=types.SimpleNamespace(observe=lambda _: None), _counts=Counter())
   Engine._learn(taught, report, seats)
   assert taught._counts["predicted_accepted"] == 0.75 + 0.75 + 0.375
-  assert engine("fixed").metrics().get("predicted_accepted", 1) > 0
+  played = engine("fixed")
+  answers(played, [Request(PROMPTS[0], NEW)])
+  assert played.metrics()["predicted_accepted"] > 0
 
 
 def test_what_compiling_took_is_kept():
   """Kills: programs whose time and memory nobody hears of."""
-  took = engine("fixed").compiled
+  took = engine("fixed").compile_costs
   assert set(took) == {"draft", "full", "full+chunk", "plain", "plain+chunk", "own", "copy", "retire"}
   assert all(seconds > 0 <= size for seconds, size in took.values()) and max(size for _, size in took.values()) > 0
 

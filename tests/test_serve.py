@@ -416,7 +416,7 @@ def test_what_starting_says(monkeypatch, capsys):
                             (serve.dspark_jax, "load_drafter", SimpleNamespace(block_size=7))):
     monkeypatch.setattr(place, name, lambda *_, made=made, **__: made)
   monkeypatch.setattr(serve, "Engine", lambda target, drafter, config, **more: SimpleNamespace(
-      config=config, compiled={"draft": (3.25, 12_000_000)}, **more))
+      config=config, compile_costs={"draft": (3.25, 12_000_000)}, **more))
   for survival, said in (("head", 1), ("auto", 0)):
     engine, _ = serve.start_engine(serve.Settings(target="t", drafter="d", policy="fixed", survival=survival))
     assert [engine.calibration(temperature) for temperature in (0.0, 0.7, 0.7)] == [[1.0], None, None]

@@ -100,6 +100,11 @@ class TrainConfig:
         problems.append(f"{name} is {value}, expected more than 0, and finite")
     if not all(0 < length < self.row_length for length in self.lengths):
       problems.append(f"lengths are {self.lengths}, expected numbers from 1, below row_length, {self.row_length}")
+    if not 0 < self.memory_gb < math.inf:
+      problems.append(f"memory_gb is {self.memory_gb}, expected more than 0, and finite")
+    if self.minutes and not (self.steps or self.epochs) and (self.lengths or self.features == MEMORY):
+      problems.append("minutes are given, beside lengths or features in memory, with which the first steps say little "
+                      "of how long later ones take: give steps or epochs")
     problems += self._watched()
     if type(self.drafter) not in [kind.Settings for kind in DRAFTERS.values()]:
       problems.append(f"drafter is a {type(self.drafter).__name__}, expected one of "

@@ -19,7 +19,7 @@ from dspark_jax.types import Drafter
 POLICIES = ("plain", "fixed", "threshold", "early-stop", "scheduled")
 BY_COST = ("early-stop", "scheduled")
 # A choice goes by so many rounds of each row at most, and by about so many rows in all: a round of few rows says little
-# of the next. By ROUNDS = 4 a single row lost 1 to 16 % (infer.simulate --lengths 1.8), by 16 nothing.
+# of the next. In an earlier infer.simulate --lengths 1.8, by 4 rounds a single row lost 1 to 16 %.
 ROUNDS, ROWS = 16, 128
 LEARN, FORGET = 0.05, 0.002  # of what a round took: the share that it tells, and that each round takes from the others
 FILLS, TILE = (2, 3, 4, 6), 4  # tokens per row of the packed programs, which have multiples of so many tokens
@@ -56,8 +56,8 @@ def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: 
 def default_buckets(seats: int, block: int) -> tuple[int, ...]:
   """Tokens of the packed programs of an engine, rising, at most four.
 
-  No powers of two: by a TPU's compiler a step grows by the token, and 24 or 96 tokens of products took a CPU about what
-  lies between 16 and 32, and 64 and 128.
+  No powers of two: by a TPU's compiler a step costs more with every token, and on a CPU products of 24 or 96 tokens
+  cost between those of the powers of two beside them.
   """
   sizes = {-(-fill * seats // TILE) * TILE for fill in FILLS}
   return tuple(sorted(size for size in sizes if seats < size < seats * (block + 1)))

@@ -149,7 +149,7 @@ class Engine:
 
   cost: what early-stop and scheduled go by; without one, measure(executables, rows) -> (cost, empty rows) is asked.
   calibration: a temperature of sampling -> temperatures f[G] of the head's confidences, or None. say: is told what is
-  compiled next; `compiled`: the seconds and the bytes of temporaries of each. ValueError for what does not fit
+  compiled next; `compile_costs`: seconds and bytes of temporaries of each. ValueError for what does not fit
   together. `submit`, `cancel` and `metrics` may be called from any thread, `step` from one.
   """
 
@@ -173,7 +173,7 @@ class Engine:
                             chunk=config.chunk, log_probs=config.log_probabilities)
     if cost is None and measure and config.policy in dispatch.BY_COST:
       cost, self._rows = measure(self._run, self._rows)
-    self.cost, self.compiled, self._calibration = cost, self._run.took, calibration
+    self.cost, self.compile_costs, self._calibration = cost, self._run.compile_costs, calibration
     self._dispatcher = dispatch.Dispatcher(config, cost, self.block, buckets)
     # Of greedy rows and of sampled ones, which survive otherwise.
     self.estimators = [Estimator(self.block, max(FEATURES[config.survival], 1)) for _ in range(2)]

@@ -207,15 +207,15 @@ def lowered(models: Models, rows: Rows, *, policy: str, survival: str, buckets: 
 class Executables:
   """The programs of `lowered`, compiled. Nothing else is ever compiled for an engine.
 
-  say: is told what is compiled next; `took`: the seconds and the bytes of temporaries of each. RuntimeError where a
-  program would copy a cache: the text would be the same, the time not.
+  say: is told what is compiled next; `compile_costs`: the seconds and the bytes of temporaries of each. RuntimeError
+  where a program would copy a cache: the text would be the same, the time not.
   """
 
   def __init__(self, models: Models, rows: Rows, say: Callable[[str], None] = lambda text: None, **how):
     self.how, leaves = how, jax.tree.leaves(models)
     self.leaves: dict[str, tuple] = {}  # of each program; None: not read
     self.compiled: dict[str, jax.stages.Compiled] = {}
-    self.took: dict[str, tuple[float, int]] = {}
+    self.compile_costs: dict[str, tuple[float, int]] = {}
     devices = 1 if jax.sharding.get_mesh().empty else jax.sharding.get_mesh().size
     held = sum(x.nbytes for x in jax.tree.leaves((rows.cache, rows.draft))) // devices
     seats, block = rows.settings.calibration.shape
@@ -227,7 +227,7 @@ class Executables:
       self.compiled[name] = program.compile()
       self.leaves[name] = tuple(leaf if info else None for leaf, info in zip(leaves, program.args_info[0][0]))
       memory = self.compiled[name].memory_analysis()
-      self.took[name] = time.perf_counter() - began, memory.temp_size_in_bytes
+      self.compile_costs[name] = time.perf_counter() - began, memory.temp_size_in_bytes
       if name != "draft" and (memory.alias_size_in_bytes < held or memory.temp_size_in_bytes > most):
         raise RuntimeError(f"the program {name} updates {memory.alias_size_in_bytes} bytes in place and takes "
                            f"{memory.temp_size_in_bytes} for a while, expected the {held} of the caches in place and "
