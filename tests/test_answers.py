@@ -285,7 +285,7 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   asked again."""
   began = time.monotonic()
   # After the answers to the first three have come: between the deaths, one would start their count anew.
-  dies = lambda body, number: (time.sleep(0.1) or "die") if 3 < number <= 9 else time.sleep(0.005)
+  dies = lambda body, number: (time.sleep(0.4) or "die") if 3 < number <= 9 else time.sleep(0.005)
   questions(tmp_path, 150)
   with serving(dies) as mortal, serving(lambda body, number: time.sleep(0.02)) as steady:
     result = asked(tmp_path / "a.jsonl", mortal.url, steady.url, concurrency=3)
