@@ -284,8 +284,8 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   """Kills: questions that are lost with their server; a dead server asked as often as a living one; one that is never
   asked again."""
   began = time.monotonic()
-  # After the answers to the first three have come: between the deaths, one would start their count anew.
-  dies = lambda body, number: (time.sleep(0.3) or "die") if 3 < number <= 9 else time.sleep(0.005)
+  # No answer comes between the deaths, or their count would start anew: those before have come, those after take long.
+  dies = lambda body, number: time.sleep(0.3 if 3 < number <= 12 else 0.005) or ("die" if 3 < number <= 9 else None)
   questions(tmp_path, 150)
   with serving(dies) as mortal, serving(lambda body, number: time.sleep(0.02)) as steady:
     result = asked(tmp_path / "a.jsonl", mortal.url, steady.url, concurrency=3)
