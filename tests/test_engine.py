@@ -297,6 +297,20 @@ def test_how_far_predictions_are_off():
   assert played.metrics()["predicted_accepted"] > 0
 
 
+def test_each_kind_of_sampling_learns_from_its_own():
+  """Kills: drafts of sampled rows learnt from as those of greedy ones, or of rows that do not belong to the seats."""
+  report = np.zeros(4, [("confidence", "f4", 1), ("features", "f4", (1, 1)), ("n_verify", "i4"), ("n_accept", "i4")])
+  report["features"][:, 0, 0] = [10, 11, 12, 13]
+  heard = [[], []]
+  kinds = [types.SimpleNamespace(observe=lambda features, *_, to=to: to.extend(features.ravel())) for to in heard]
+  seats = [types.SimpleNamespace(index=row, past=[], request=Request((1,), temperature=t))
+           for row, t in ((3, 0.0), (0, 0.7), (1, 0.0))]
+  taught = types.SimpleNamespace(_dispatcher=types.SimpleNamespace(observe=lambda _: None), _counts=Counter(),
+                                 estimators=kinds)
+  Engine._learn(taught, report, seats)
+  assert heard == [[13, 11], [10]]
+
+
 def test_what_compiling_took_is_kept():
   """Kills: programs whose time and memory nobody hears of."""
   took = engine("fixed").compile_costs
