@@ -31,6 +31,7 @@ from rich.table import Table
 
 import dspark_jax
 from dspark_jax.decoding.engine import Engine, EngineConfig, Request
+from dspark_jax.decoding.generate import decode
 from dspark_jax.decoding.session import Session
 from dspark_jax.nn.attention import QUERY_BLOCK, Kernels
 from dspark_jax.nn.sharding import MeshConfig
@@ -139,28 +140,41 @@ def compare(settings: Settings, target, drafter, prompts: list[list[int]]) -> di
 def overhead(engine: Engine, whole: Session, prompts: list[list[int]], new: int, repeats: int) -> float:
   """What a round takes more in the engine than in one program on the device that generates for all, as a share.
 
-  Of the seconds between answers of half and of one and a half times `new` tokens, as prompts are read otherwise there.
-  The median of the repeats, in each of which both run side by side: the fastest of each, apart, differ by a third where
-  a machine's speed comes and goes.
+  Seconds and rounds are both differences, between answers of half and of one and a half times `new` tokens, as prompts
+  are read otherwise there: seats that began one after another need other rounds than rows that began at once. The
+  median of the repeats, in each of which both run side by side, there and back: the fastest of each, apart, differ by
+  a third where a machine's speed comes and goes.
   """
   lengths = new // 2, new // 2 + new
-  programs = {n: whole.prepare(prompts, max_new_tokens=n)[0] for n in lengths}
+  [batch] = whole.prepare(prompts, max_new_tokens=lengths[1])
+  # As many slots as the engine's seats have: where attention is by reference, each slot costs, read or not.
+  static = batch.static | {"capacity": max(batch.static["capacity"], engine.config.capacity)}
 
-  def engine_runs(n):
+  def in_engine(n):
+    before = engine.metrics().get("rounds", 0)
     for prompt in prompts:
       engine.submit(Request(tuple(prompt), max_new_tokens=n, reuse=False))
     for _ in engine.run():
       pass
+    return engine.metrics()["rounds"] - before
 
-  def more(run):
-    stamps = [time.perf_counter()]
-    for n in lengths:
-      run(n)
-      stamps.append(time.perf_counter())
-    return stamps[2] - 2 * stamps[1] + stamps[0]
+  def on_device(n):
+    target, drafter, requests, policy = batch.args
+    settings = requests.settings.replace(limit=np.full_like(requests.settings.limit, n))
+    return int(decode(target, drafter, requests.replace(settings=settings), policy, **static).rounds)
 
-  pairs = [(more(engine_runs), more(lambda n: programs[n].run())) for _ in range(repeats + 1)]
-  return statistics.median(mine / device for mine, device in pairs[1:]) - 1  # the first compiles
+  def once(back):
+    took = {}
+    for run, n in [(in_engine, lengths[0]), (on_device, lengths[0]),
+                   (on_device, lengths[1]), (in_engine, lengths[1])][::-1 if back else 1]:
+      began = time.perf_counter()
+      rounds = run(n)
+      took[run, n] = np.asarray([time.perf_counter() - began, rounds])
+    per_round = [seconds / rounds for run in (in_engine, on_device)
+                 for seconds, rounds in [took[run, lengths[1]] - took[run, lengths[0]]]]
+    return per_round[0] / per_round[1]
+
+  return statistics.median([once(repeat % 2) for repeat in range(repeats + 1)][1:]) - 1  # the first compiles
 
 
 def run_once(engine: Engine, prompts: list[list[int]], new: int) -> dict:

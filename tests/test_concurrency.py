@@ -2,8 +2,11 @@
 
 import types
 
+import numpy as np
 import pytest
 
+from dspark_jax.decoding.generate import Requests
+from dspark_jax.decoding.round import Settings
 from folders import complains
 from infer import concurrency
 
@@ -61,22 +64,36 @@ def test_a_prompt_is_one_chunk(longest, chunk, monkeypatch):
 
 
 def test_what_a_round_takes_more_than_on_the_device(monkeypatch):
-  """Kills: prompts, which an engine reads in chunks, among what its rounds take; the other's time as the whole."""
-  clock = types.SimpleNamespace(now=0.0)
+  """Kills: prompts, which an engine reads in chunks, among what its rounds take; the other's time as the whole; more
+  rounds, as seats that begin one after another need, taken for dearer ones."""
+  clock, shapes = types.SimpleNamespace(now=0.0), []
   monkeypatch.setattr(concurrency.time, "perf_counter", lambda: clock.now)
 
   class Engine:
+    rounds, config = 0, types.SimpleNamespace(capacity=192)
+
     def submit(self, request):
       self.new = request.max_new_tokens
 
     def run(self):
-      clock.now += 7 + 1.1 * self.new
+      self.rounds += 3 + (2 * self.new if self.new > 4 else 4)
+      clock.now += 7 + 1.1 * (2 * self.new if self.new > 4 else 4)
       return iter(())
 
-  def prepare(prompts, max_new_tokens):
-    def run():
-      clock.now += 2 + max_new_tokens
-    return [types.SimpleNamespace(run=run)]
+    def metrics(self):
+      return {"rounds": self.rounds}
 
+  def decode(target, drafter, requests, policy, **static):
+    n = int(requests.settings.limit[0])
+    shapes.append(static)
+    clock.now += 2 + n
+    return types.SimpleNamespace(rounds=np.int32(n))
+
+  monkeypatch.setattr(concurrency, "decode", decode)
+  settings = Settings(None, None, np.int32([12, 12]), None, None, "token")
+  batch = types.SimpleNamespace(args=(None, None, Requests(None, None, None, settings), None),
+                                static={"capacity": 128, "max_new_tokens": 12})
+  prepare = lambda prompts, max_new_tokens: [batch]
   found = concurrency.overhead(Engine(), types.SimpleNamespace(prepare=prepare), [[1], [2]], 8, 2)
   assert found == pytest.approx(0.1)
+  assert shapes == [{"capacity": 192, "max_new_tokens": 12}] * 6
