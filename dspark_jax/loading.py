@@ -19,7 +19,7 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
-from dspark_jax.config import from_json, raise_all, shown, to_json
+from dspark_jax.config import error_shown, from_json, raise_all, shown, to_json
 from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
 from dspark_jax.drafters import DRAFTERS
@@ -81,8 +81,9 @@ def _fetched(name, what, patterns):
   try:
     return Path(snapshot_download(name, allow_patterns=list(patterns)))
   except Exception as error:  # the hub's errors have no common base; the remedy is the same
-    raise ValueError(f"{what} {name} is no local path and could not be fetched from the hub ({type(error).__name__}): "
-                     f"check the name and the network, or download it to a folder") from error
+    raise ValueError(f"{what} {name} is no local path and could not be fetched from the hub ({type(error).__name__}: "
+                     f"{error_shown(error)}): check the name, the network and the disk, or download it to a folder"
+                     ) from error
 
 
 def _described(folder):
@@ -205,14 +206,14 @@ def drafter_id(drafter: Drafter) -> str:
   return digest.hexdigest()[:16]
 
 
-def load_drafter(path: str | os.PathLike, target: Target, *, dtype="float32") -> Drafter:
+def load_drafter(path: str | os.PathLike, target: Target, *, dtype=None) -> Drafter:
   """A drafter for `target` from our own folder, a training run, a DeepSpec or DFlash folder, or a hub id of
-  one of these, in `dtype`.
+  one of these, in `dtype` (default: the target's).
 
   ValueError when it was made for another target, for every missing, unknown and misshapen tensor at once, and where the
   target's kernels, by which it drafts too, do not suit its heads.
   """
-  drafter = _read_drafter(Path(path), target, jnp.dtype(dtype))[0]
+  drafter = _read_drafter(Path(path), target, jnp.dtype(dtype or target.norm.weight.dtype))[0]
   spec = drafter.config.spec
   with _of(f"drafter {path}"):
     target.kernels.check(kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, layout=target.cache_layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from dspark_jax.config import Count, Range, raise_all, read_known, to_json
+from dspark_jax.config import Count, Range, raise_all, read_known, shown, to_json
 from dspark_jax.nn.layers import BlockSpec
 from dspark_jax.nn.rope import Theta, Yarn
 from dspark_jax.targets.decoder import Family, TargetConfig
@@ -56,6 +56,8 @@ class TargetKeys:
   # Where no limit is given, positions have that of their int32: files of no maker leave it out, and a guess would
   # refuse prompts that the model was trained for.
   max_position_embeddings: Count = 2 ** 31 - 1
+  is_causal: Literal[True] = True
+  dual_chunk_attention_config: Literal[None] = None
 
 
 def from_hf(hf: dict) -> TargetConfig:
@@ -78,10 +80,13 @@ def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec 
   # The switch before the number: Qwen's configs keep a window that use_sliding_window turns off.
   off = hf.get("use_sliding_window") is False
   keys, problems = read_known(BlockKeys, hf | {"sliding_window": None} if off else hf)
-  rope = hf.get("rope_parameters")
-  if hf.get("rope_theta") is None and (not isinstance(rope, dict) or rope.get("rope_theta") is None):
+  sections = [part for part in (hf, hf.get("rope_parameters"), hf.get("rope_scaling")) if isinstance(part, dict)]
+  thetas = [part["rope_theta"] for part in sections if part.get("rope_theta") is not None]
+  if not thetas:
     problems.append("no rope theta: expected rope_parameters.rope_theta or rope_theta (a default would be silently "
                     "wrong)")
+  elif any(theta != thetas[0] for theta in thetas):
+    problems.append(f"rope_theta is {' and '.join(map(shown, thetas))} in different places: expected one")
   if problems:
     return None, problems
   heads = keys.num_attention_heads
@@ -91,11 +96,10 @@ def block_spec(hf: dict[str, Any], *, qk_norm: bool = False) -> tuple[BlockSpec 
     problems.append(f"heads are {head_dim} wide, expected an even number: a rotary embedding turns pairs")
   if heads % kv_heads:
     problems.append(f"key 'num_key_value_heads' is {kv_heads}, expected a divisor of num_attention_heads {heads}")
-  theta = keys.rope_parameters.rope_theta or keys.rope_theta
   scaling, wrong = _scaling(hf, keys)
   problems += wrong
   return None if problems else BlockSpec(keys.hidden_size, keys.intermediate_size, heads, kv_heads, head_dim,
-                                         keys.rms_norm_eps, float(theta), qk_norm, scaling), problems
+                                         keys.rms_norm_eps, float(thetas[0]), qk_norm, scaling), problems
 
 
 def _scaling(hf, keys):
@@ -110,6 +114,8 @@ def _scaling(hf, keys):
       scaling, wrong = read_known(Yarn, hf[name] | {"rope_type": "yarn"})
       found[scaling] = name
       problems += [f"{name}: {problem}" for problem in wrong]
+    elif not kinds and isinstance(hf.get(name), dict) and hf[name].get("factor") not in (None, 1):
+      problems.append(f"{name} has a factor and no rope_type: expected rope_type yarn beside it, or no factor")
   if len(found) > 1:
     problems.append("rope_parameters and rope_scaling say different things of yarn: expected one of them")
   return next(iter(found), None), problems
