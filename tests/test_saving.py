@@ -177,7 +177,8 @@ def test_conversion_at_fault_leaves_the_destination(tmp_path):
 
 
 def test_training_state_comes_back(tmp_path):
-  """Kills: a state that can be saved but not read, comes back in another order, or from a damaged step in silence."""
+  """Kills: a state that can be saved but not read, comes back in another order, or from a damaged step in silence; a
+  newest one that is deleted where none before it can be restored."""
   drafter = fresh_drafter(num_layers=2, words=words())
   tree = {"drafter": drafter, "moments": ({"layers.0.a": jnp.ones(3)}, jnp.int32(7)), "none": None}
   saved = state.checkpointer(tmp_path / "steps", every=2)
@@ -197,6 +198,15 @@ def test_training_state_comes_back(tmp_path):
   cut(biggest)
   with complains("the state of step 7 cannot be restored", "--use-older"):
     state.restore(saved, tree)
+  saved.close()
+  for path in (tmp_path / "steps" / "6").rglob("*"):
+    if path.is_file() and path.stat().st_size > 100:
+      cut(path)
+  saved = state.checkpointer(tmp_path / "steps", every=2)
+  with complains("the state of step 6 cannot be restored"):
+    state.restore(saved, tree, use_older=True)
+  # Of neither: what keeps both from coming back may be no damage, but memory or a disk that is away.
+  assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["6", "7"]
   with complains("save_every is 0, expected at least 1"):
     state.checkpointer(tmp_path / "other", every=0)
 

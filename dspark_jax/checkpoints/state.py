@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dspark_jax.checkpoints.atomic import new_folder
 from dspark_jax.checkpoints.tensors import Stored
-from dspark_jax.config import raise_all
+from dspark_jax.config import error_shown, raise_all
 from dspark_jax.nn.sharding import on_host, shardings
 from dspark_jax.text import read_json
 
@@ -240,15 +240,21 @@ def restore(checkpoints: Checkpointer, state, *, use_older: bool = False):
   """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved.
 
   It comes back where `state` lives, whatever mesh, and however many processes, it was saved on; where that has no
-  place, on the current mesh. ValueError when it is damaged. use_older: it is then deleted, for the one before.
+  place, on the current mesh. ValueError when it is damaged. use_older: the one before comes back, and it is deleted.
   """
+  damaged = []
   for saved in reversed(checkpoints.checkpoints):
     try:
-      return _restored(checkpoints, saved.step, state)
+      found = _restored(checkpoints, saved.step, state)
     except ValueError:
       if not use_older or saved.step == checkpoints.checkpoints[0].step:
         raise
-      checkpoints.delete(saved.step)
+      damaged.append(saved.step)
+    else:
+      # Not before: where memory or a disk is at fault, the one before cannot be restored either.
+      for step in damaged:
+        checkpoints.delete(step)
+      return found
   return None
 
 
@@ -258,8 +264,9 @@ def _restored(checkpoints, step, state):
     leaves = checkpoints.load_checkpointables(step, {"state": _flat(_with_places(state))})["state"]
     stored = (checkpoints.metadata(step).custom_metadata or {}).get("sums of state")
   except Exception as error:  # Orbax has no common error, and its texts print the whole state
-    raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}): it is damaged or of "
-                     f"another version; {remedy}") from error
+    raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}: {error_shown(error)}): "
+                     f"where neither memory nor the disk is at fault, it is damaged or of another version; {remedy}"
+                     ) from error
   if changed := _changed(jax.device_get(sums(leaves)), stored):
     raise ValueError(f"the state of step {step} cannot be restored, {changed} is not what was saved: {remedy}")
   return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in _flat(state)])
