@@ -1,4 +1,4 @@
-"""The records that cross files, and the two Protocols. No maths.
+"""The records that cross files, and the Protocols. No maths.
 
 Dimensions: B rows (requests), T tokens of a row, S cache slots, G draft length (block_size), A anchors or query
 blocks, N flattened tokens, D model width, H / K query / key-value heads, h head width, V vocabulary, W draft words

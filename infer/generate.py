@@ -140,6 +140,8 @@ def main(settings: Settings) -> dict:
       drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
                                                                                 dtype=settings.dtype)
     how = settings_of_rows(settings, tokenizer, drafter, prompts)
+    if settings.logprobs:
+      score.check(target, max(len(prompt.tokens) + new for prompt, new in zip(prompts, how["max_new_tokens"])))
     known = {}
     if settings.out:
       run_folder.claim(settings.out, describe(settings, target, drafter, prompts, how))

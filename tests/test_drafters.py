@@ -12,7 +12,7 @@ from flax import nnx
 import dspark_jax
 from dspark_jax import config
 from dspark_jax.checkpoints import dialects, hf
-from dspark_jax.drafters import DRAFTERS, heads
+from dspark_jax.drafters import DRAFTERS, dspark, heads
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.sampling import make_sampling
 from dspark_jax.targets import TARGETS
@@ -102,6 +102,17 @@ def test_contract(family, kind):
     assert types((proposal.tokens, proposal.logits, proposal.confidence, proposal.probs)) == (
         ((2, 3), jnp.int32), logits, ((2, 3), jnp.float32), None if sampling.mode == "greedy" else logits)
   assert drafter.block_size == 3 and drafter.taps == (-1, 0)
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_confidences_are_not_rounded(embedding):
+  """Kills: logits of confidence in steps of a bfloat16, of which most are tied."""
+  head = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dspark.ConfidenceHead(48, rngs=nnx.Rngs(0)))
+  inputs = jax.random.normal(jax.random.key(1), (64, 48), jnp.bfloat16)
+  found = head(*((inputs[:, :32], inputs[:, 32:]) if embedding else (inputs, None)))
+  assert found.dtype == jnp.float32 and len(np.unique(found)) == 64
+  wanted = np.asarray(inputs, np.float64) @ np.asarray(head.proj.weight[0], np.float64) + float(head.proj.bias[0])
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", thorough_but(["vanilla"], [], [*NAMED.values(), "lens"]))

@@ -1,6 +1,7 @@
 """What infer.generate makes of prompts: settings of a line, base models, stop texts, log-probabilities."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat
+from dspark_jax.decoding import score
 from dspark_jax.decoding.session import PromptBatch
-from folders import DSPARK, LLAMA, QWEN3, called, llama, with_tokenizer
+from dspark_jax.nn.attention import Kernels
+from folders import DSPARK, LLAMA, QWEN3, called, complains, llama, with_tokenizer
 from infer import generate
 
 PROMPTS = [[5, 17, 33, 2, 90], [7, 7, 64]]
@@ -40,6 +43,15 @@ def test_settings_of_a_line(folder, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_logprobs_of_texts_that_a_kernel_does_not_take():
+  """Kills: a batch that is decoded for hours, and lost where its log-probabilities are asked for."""
+  target = types.SimpleNamespace(kernels=Kernels("pallas", "splash"))
+  score.check(target, 2 ** 15)
+  with complains("32769 tokens, prompts included", "splash attends to at most 32768", "--kernels.train reference"):
+    score.check(target, 2 ** 15 + 1)
+  score.check(types.SimpleNamespace(kernels=Kernels("pallas", "reference")), 2 ** 15 + 1)
+
+
 def test_logprobs(folder, capsys):
   """Kills: log-probabilities of the token before or after, at another temperature, or of a padded row's neighbour."""
   result, _ = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", DSPARK,

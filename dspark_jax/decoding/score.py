@@ -15,6 +15,15 @@ from dspark_jax.types import Array, Batch, Target
 CHUNK = QUERY_BLOCK
 
 
+def check(target: Target, longest: int) -> None:
+  """ValueError where the target's kernels do not take texts of so many tokens, those of their prompts included."""
+  if target.kernels.train == "splash":
+    from dspark_jax.nn.splash import LONGEST  # as in nn/attention.py
+    if longest > LONGEST:
+      raise ValueError(f"log-probabilities are asked for texts of up to {longest} tokens, prompts included, and splash "
+                       f"attends to at most {LONGEST}: lower max_new_tokens, or read them by --kernels.train reference")
+
+
 @jax.jit
 def token_logprobs(target: Target, tokens: Array) -> Array:
   """log P(tokens[t] | tokens[:t]) under the target: f32[B,T] of tokens i32[B,T], T a multiple of CHUNK; 0 at t = 0.

@@ -1,8 +1,8 @@
 """The KV cache: slot = position, one length per row.
 
 Rows are written at the end of the committed part before anybody knows whether they will stay; a row is committed by
-advancing the length, rejected by not advancing it. Slots at or past the length are never read by a later call before
-that call has overwritten them, so nothing is ever cleared.
+advancing the length, rejected by not advancing it. Slots at or past the length have weight 0 in every later call until
+one has overwritten them, so nothing is cleared but where another request begins (`Full.cut`).
 """
 
 from __future__ import annotations
