@@ -71,6 +71,16 @@ def is_the_command(words: list[str]) -> None:
   assert config.mesh.fsdp == -1 and len(config.data) == 1 and "run" in str(config.out)
 
 
+@pytest.mark.parametrize("recipe, devices", [("slurm.sh", 4 * 8), ("xpk.sh", 16), ("jobset.yaml", 4 * 4),
+                                             ("ssh.sh", 2 * 8)])
+def test_the_rows_of_an_example_divide(recipe, devices):
+  """Kills: an example that every host refuses, 512 rows being too few for 64 microbatches of so many devices."""
+  words = (LAUNCH / recipe).read_text().replace("\\\n#", " ").translate(str.maketrans('[],"', "    ")).split()
+  after = lambda option: words[words.index(option) + 1]
+  config = read_config(ROOT / after("--config"))
+  assert config.batch % (int(after("--microbatches")) * devices) == 0
+
+
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
 def test_scripts(script):
   """Kills: a recipe that does not parse, or does not say how to use it."""

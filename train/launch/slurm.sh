@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Slurm, nodes with eight H100s. From the checkout, which all nodes see, after `make setup` in it:
 #
-#   sbatch --nodes 4 train/launch/slurm.sh --config configs/qwen3_4b.py --data /shared/rows --out /shared/runs/q3
+#   sbatch --nodes 4 train/launch/slurm.sh --config configs/qwen3_4b.py --microbatches 16 --data /shared/rows \
+#     --out /shared/runs/q3
 #
 # The run folder is on a shared disk. JAX finds the other processes by Slurm's variables.
 # Time limit and preemption: all processes get SIGTERM, save at the same step and exit; the job is queued again under

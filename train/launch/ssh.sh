@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Hosts that are reached by ssh, without a scheduler. From the checkout, which has the same path on all of them:
 #
-#   bash train/launch/ssh.sh "host1 host2" --config configs/qwen3_4b.py --data /shared/rows --out /shared/runs/q3
+#   bash train/launch/ssh.sh "host1 host2" --config configs/qwen3_4b.py --microbatches 32 --data /shared/rows \
+#     --out /shared/runs/q3
 #
 # The run folder is on a shared disk. The first host, by a name that the others know, is the coordinator, on
 # port PORT (8476). One process a host, with all its devices. Run it in tmux, or with nohup.

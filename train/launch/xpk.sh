@@ -2,7 +2,8 @@
 # Cloud TPUs through xpk (https://github.com/AI-Hypercomputer/xpk), on a cluster that `xpk cluster create` made:
 #
 #   CLUSTER=my-cluster IMAGE=REGISTRY/dspark:1 TPU_TYPE=v5litepod-16 \
-#     bash train/launch/xpk.sh qwen3-4b --config configs/qwen3_4b.py --data /shared/rows --out /shared/runs/q3
+#     bash train/launch/xpk.sh qwen3-4b --config configs/qwen3_4b.py --microbatches 32 --data /shared/rows \
+#     --out /shared/runs/q3
 #
 # IMAGE has this checkout as its working folder, with what `pip install .[programs] jax[tpu]` installs. The same command
 # runs on every host of SLICES (1) slices; JAX finds the others by what GKE sets. /shared is a file system that all
