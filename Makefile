@@ -7,6 +7,8 @@ PYTHON ?= python3
 # One folder per interpreter: what pip installs, even which jax, depends on it.
 VENV ?= .venv
 DEMO_MINUTES ?= 8
+# A quick look is no beginning of the whole one: its answers and its steps are all that its run will ever have.
+DEMO_OUT ?= runs/demo$(if $(filter-out 8,$(DEMO_MINUTES)),-$(DEMO_MINUTES))
 FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
@@ -23,7 +25,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(PY) -m train.demo --minutes $(DEMO_MINUTES)
+	$(PY) -m train.demo --minutes $(DEMO_MINUTES) --out $(DEMO_OUT)
 
 # libtpu (480 MB) has wheels for this kind of machine alone; elsewhere the tests that ask it are skipped.
 ifeq ($(shell uname -sm),Linux x86_64)
