@@ -6,14 +6,14 @@ arithmetic's speed that is. Weights are random, so nothing is fetched; SmolLM2 i
 docs/devices.md says how to set a machine up.
 
     python -m infer.device_report --minutes 8
-    python -m infer.device_report --allow-cpu --out runs/devices
+    python -m infer.device_report --allow-cpu --out runs/devices     # under JAX_PLATFORMS=cpu: tries the program itself
 
 The most important comes first, and the page is written anew after every part: whatever ends the program, what was
 measured is there. A part that fails, or for which time or memory do not suffice, is listed with its reason.
 
 The last line of stdout is a JSON object: device, correct, page, figure; correctness, decoding, training and
-smollm2, a list of records each; left_out and failed (name: reason). Exit code 2 where the device is wrong
-or a part failed.
+smollm2, a list of records each; left_out (name: reason). Where the device is wrong or a part failed there is none, but
+exit code 2 and a sentence: the page has it all.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Settings:
   """of the training sequence"""
   anchors: int = 512
   allow_cpu: bool = False
-  """try the program itself, without an accelerator and with a tiny model"""
+  """try the program itself with a tiny model, where JAX sees no accelerator"""
 
 
 @dataclasses.dataclass

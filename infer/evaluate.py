@@ -9,10 +9,10 @@ more drafters, datasets, temperatures and so on.
     python -m infer.evaluate --targets Qwen/Qwen3-4B --drafters dspark dflash --datasets gsm8k mt-bench \
         --folder prompts --temperatures 0 1 --thresholds 0 0.3 0.5 --turns all --out runs/paper
 
-DIR gets results.json, results.md, run.json (settings and versions) and samples/ (one line per sample). A sample's text
+OUT gets results.json, results.md, run.json (settings and versions) and samples/ (one line per sample). A sample's text
 depends on its own seed, not on the batch or its neighbours. Tokens per second are of full batches, without compilation.
-The last line of stdout is a JSON object with the keys out and results, those of results.json with the reliability
-diagrams left out.
+The last line of stdout is a JSON object with the keys out and results, those of results.json with a summary in
+place of each reliability diagram.
 """
 
 from __future__ import annotations

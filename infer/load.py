@@ -8,8 +8,9 @@ is measured in the same way by its --url; --beside draws what was measured elsew
     python -m infer.load --target smollm2 --drafter runs/demo --cost runs/greedy.json --rates 0.25 0.5 1 --out runs/load
     python -m infer.load --url http://localhost:8000/v1 --name vllm --rates 1 2 4 --beside runs/load/load.json --out out
 
-A rate counts as kept up with if no request failed and, of all that arrived, no more than a tenth (and three) were added
-to those open between the middle and the end of the arrivals. The first rate also warms a server up: give one twice.
+A rate counts as kept up with if no request failed and, of all that arrived, no more than a tenth, or three where that
+is more, were added to those open between the middle and the end of the arrivals. The first rate also warms a server up:
+give one twice.
 
 The last line of stdout is a JSON object: rows, one per policy and rate, also in OUT/load.json. Figures 7 and 8 of the
 paper lie beside it: throughput against tokens/s per user, tokens verified per request and round against concurrency.

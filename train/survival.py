@@ -46,6 +46,8 @@ DRAWS = 20  # of what chance alone would show
 class Settings(calibrate.Settings):
   drafter: Path
   """drafter folder or training run; nothing is stored there"""
+  out: Path | None = None
+  """default: the drafter's path with -survival after it"""
   verification: Rule = "token"
   """how sampled drafts are verified: a rule has survivals of its own"""
 
