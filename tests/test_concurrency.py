@@ -52,6 +52,18 @@ def test_what_ends_alone_does_not_count(monkeypatch):
   assert [len(text) for text in found["texts"]] == lengths
 
 
+def test_each_repeat_by_itself():
+  """Kills: a policy of one repeat over those of another; over the worse of the others; a table that hides how far the
+  repeats are apart."""
+  runs = {name: [{"tokens_per_second": x, "tokens_per_cpu_second": 1.0} for x in speeds] for name, speeds in
+          {"alone": (1.0, 1.5), "plain": (4.0, 2.0), "fixed": (5.0, 1.0), "scheduled": (6.0, 3.0)}.items()}
+  ratios = concurrency.over_others(runs)
+  assert ratios == pytest.approx([1.2, 1.5])
+  row = {name: of[0] | {"accepted_length": 2.0} for name, of in runs.items()}
+  table = concurrency.table([row | {"concurrency": 3, "scheduled_over_others": ratios}])
+  assert "1.20 1.50" in [cell for column in table.columns for cell in column.cells]
+
+
 @pytest.mark.parametrize("longest, chunk", [(45, 48), (128, 128), (130, 256)])
 def test_a_prompt_is_one_chunk(longest, chunk, monkeypatch):
   """Kills: chunks of 136 tokens, which attention over a prompt does not take, after minutes of compiling."""
