@@ -157,7 +157,7 @@ def overhead(engine: Engine, whole: Session, prompts: list[list[int]], new: int,
   """
   lengths = new // 2, new // 2 + new
   [batch] = whole.prepare(prompts, max_new_tokens=lengths[1])
-  # As many slots as the engine's seats have: where attention is by reference, each slot costs, read or not.
+  # At least the slots of the engine's seats: where attention is by reference, each slot costs, read or not.
   static = batch.static | {"capacity": max(batch.static["capacity"], engine.config.capacity)}
 
   def in_engine(n):

@@ -1,6 +1,6 @@
 """Evaluate drafters on benchmark prompts: accepted length, acceptance by position, calibration, tokens per second.
 
-When to use it: to compare drafters, or confidence thresholds, on the same samples. Every target x drafter x dataset x
+When to use it: to compare drafters, or survival thresholds, on the same samples. Every target x drafter x dataset x
 temperature x threshold is decoded (a drafter without a confidence head at threshold 0 alone, and with the target that
 it was made for); a run that is killed goes on where it stopped when the same command is given again, and may be given
 more drafters, datasets, temperatures and so on.

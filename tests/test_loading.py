@@ -81,10 +81,17 @@ def test_any_form_of_the_target_will_do(target, tmp_path):
     assert {x.dtype for x in weights} == {other.norm.weight.dtype}
 
 
-def test_frozen_copies_of_another_half_precision(tmp_path):
-  """Kills: float16 copies held against weights that were rounded to bfloat16: the right drafter, and refused."""
-  target = dspark_jax.load_target(copied(QWEN3, tmp_path / "t", dtype="float16"), dtype="bfloat16")
-  dspark_jax.load_drafter(copied(DSPARK, tmp_path / "d", dtype="float16"), target)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_frozen_copies_of_another_half_precision(dtype, tmp_path):
+  """Kills: float16 copies held against weights that were rounded to bfloat16, in the one or in the other: the right
+  drafter, and refused; another one that is taken for it."""
+  small = lambda tensors: {name: (x * 2.0 ** -14).astype(dtype) for name, x in tensors.items()}  # below float16's own
+  half = lambda tensors: {name: x.astype("float16") for name, x in small(tensors).items()}
+  target = dspark_jax.load_target(copied(QWEN3, tmp_path / "t", tensors=small), dtype="bfloat16")
+  dspark_jax.load_drafter(copied(DSPARK, tmp_path / "d", tensors=half), target)
+  other = lambda tensors: {name: 1.01 * x for name, x in half(tensors).items()}
+  with complains("made for another target"):
+    dspark_jax.load_drafter(copied(DSPARK, tmp_path / "o", tensors=other), target)
 
 
 def test_heads_that_the_kernels_do_not_suit(tmp_path):

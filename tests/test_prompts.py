@@ -42,9 +42,18 @@ def test_settings_of_a_line(folder, capsys, tmp_path):
   assert result["tokens"] == wanted and wanted[1] == wanted[0][:2]
 
 
-@pytest.mark.slow
-def test_logprobs_of_texts_that_a_kernel_does_not_take():
-  """Kills: a batch that is decoded for hours, and lost where its log-probabilities are asked for."""
+def test_logprobs_of_texts_that_a_kernel_does_not_take(folder, capsys, tmp_path, monkeypatch):
+  """Kills: a batch that is decoded for hours, and lost where its log-probabilities are asked for; a limit that a line
+  has of its own passed over."""
+  asked = []
+  monkeypatch.setattr(score, "check", lambda target, longest: asked.append(longest))
+  monkeypatch.setattr(generate, "decode", lambda *args: {"asked": list(asked)})
+  (tmp_path / "p.jsonl").write_text('{"prompt": "w7"}\n{"prompt": "w7", "max_tokens": 40}\n')
+  run = lambda *more: called(capsys, generate.main, generate.Settings, "--target", folder / "target", "--drafter",
+                             "none", "--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 6, *more)[0]
+  prompt = chat.encode_prompt(chat.load_tokenizer(folder / "target"), [{"role": "user", "content": "w7"}])
+  assert run()["asked"] == [] and run("--logprobs")["asked"] == [len(prompt) + 40]
+  monkeypatch.undo()
   target = types.SimpleNamespace(kernels=Kernels("pallas", "splash"))
   score.check(target, 2 ** 15)
   with complains("32769 tokens, prompts included", "splash attends to at most 32768", "--kernels.train reference"):
@@ -52,6 +61,7 @@ def test_logprobs_of_texts_that_a_kernel_does_not_take():
   score.check(types.SimpleNamespace(kernels=Kernels("pallas", "reference")), 2 ** 15 + 1)
 
 
+@pytest.mark.slow
 def test_logprobs(folder, capsys):
   """Kills: log-probabilities of the token before or after, at another temperature, or of a padded row's neighbour."""
   result, _ = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", DSPARK,

@@ -330,7 +330,7 @@ def cost_of(settings: Settings, config: TrainConfig, rows, target, manifest: sto
   used = np.asarray(batch.segments) > 0
   tokens = lambda output: {"hidden": np.asarray(output.hidden)[used], "features": np.asarray(output.features)[used]}
   errors = relative_errors(tokens(exact), tokens(rounded))
-  drafter = (dspark_jax.load_drafter(settings.drafter, target) if settings.drafter else
+  drafter = (dspark_jax.load_drafter(settings.drafter, target, dtype="float32") if settings.drafter else
              dspark_jax.new_drafter(train.drafter_config(config.drafter, target.config), seed=config.seed))
   if tuple(drafter.taps) != manifest.taps:
     raise ValueError(f"{settings.drafter} has taps {list(drafter.taps)}, the store {list(manifest.taps)}: give a "

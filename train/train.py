@@ -4,7 +4,7 @@ When to use it: to make a DSpark, DFlash, Eagle3 or MTP drafter for a target and
 or stopped by SIGTERM, goes on exactly where it was when the same command is given again.
 
     python -m train.train --config configs/demo.py --data runs/answers.jsonl --steps 200
-    python -m train.train --config configs/qwen3_4b.py --data rows --out runs/qwen3-4b --mesh.fsdp -1
+    python -m train.train --config configs/qwen3_4b.py --microbatches 32 --data rows --out runs/q3 --mesh.fsdp -1
 
 On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI, xpk and
 GKE say who they are; on TPU VMs outside GKE --hosts.processes N alone is given, elsewhere --hosts.coordinator HOST:PORT

@@ -212,10 +212,11 @@ def check_frozen(tensors: Mapping, target: Target) -> list[str]:
       problems.append(f"{name} is {stored.dtype}, expected floating point: get the drafter as it was trained")
       continue
     # Equal shapes prove nothing: another target's drafter would load, and no draft of it would be accepted.
-    # The fewest bits of a fraction, which bfloat16 has: what was rounded to it is no float16 of before.
-    coarse = min(stored.dtype, mine.dtype, key=lambda d: jnp.finfo(d).nmant)
-    if stored.shape != mine.shape or not bool(jnp.array_equal(
-        placed(np.asarray(name, object), tensors, mine.shape, coarse, mine.sharding), mine.astype(coarse))):
+    # As coarse as either, and of two halves each: a float16 lacks small numbers, a bfloat16 digits.
+    equal = lambda dtype: bool(jnp.array_equal(
+        placed(np.asarray(name, object), tensors, mine.shape, dtype, mine.sharding), mine.astype(dtype)))
+    halves = sorted({stored.dtype, mine.dtype}, key=lambda d: jnp.finfo(d).bits)
+    if stored.shape != mine.shape or not any(map(equal, halves)):
       problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
                       f"another target, load that one")
   return problems

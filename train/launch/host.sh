@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One host's part of a training, or one process of it. All recipes here start the same command through it:
 #
-#   bash train/launch/host.sh python -m train.train --config configs/qwen3_4b.py --data DATA --out RUN --mesh.fsdp -1
+#   bash train/launch/host.sh python -m train.train --config FILE --data DATA --out RUN --mesh.fsdp -1
 #
 # train.train exits 0 when it is done, and also when SIGTERM stopped it with its state saved. Who starts it again must
 # know one from the other, so this script exits with
