@@ -126,6 +126,33 @@ def test_a_known_beginning_is_not_read_again(kind):
     assert [event.accepted for event in events if event.drafted] == want.n_accept[0]
 
 
+def test_a_stop_token_ends_a_request_wherever_it_falls():
+  """As the first token, inside a block, as the target's own. Kills: stop tokens of another seat, drafts kept past one,
+  an end that is called the length's."""
+  text = alone(0, True).tokens[0]
+  assert max(alone(0, True).n_accept[0]) > 0
+  for stop in dict.fromkeys(text):
+    (tokens, finish, _), (other, _, _) = answers(
+        engine("fixed"), [asked(0, stop_token_ids=(stop,), reuse=False), asked(2, reuse=False)])
+    assert (list(tokens), finish) == (text[:text.index(stop) + 1], "stop") and list(other) == alone(2, True).tokens[0]
+
+
+def test_plain_rounds_leave_no_hole_in_what_the_drafter_has_read():
+  """Kills: a plain round whose token the drafter does not absorb: the same text, and other drafts from there on."""
+  served, events = engine("fixed"), []
+  served.submit(asked(2, max_new_tokens=40, reuse=False))
+  for step in range(200):
+    served.use("plain" if 8 <= step < 14 else "fixed")
+    events += served.step()
+    if served.idle:
+      break
+  last = max(place for place, event in enumerate(events) if not event.drafted)
+  said = sum((event.tokens for event in events[:last + 1]), ())
+  assert 5 < last and 10 < len(said) < 35
+  want = dspark_jax.generate(*models(), [PROMPTS[2] + said[:-1]], max_new_tokens=41 - len(said)).n_accept[0]
+  assert [min(event.accepted, event.verified) for event in events[last + 1:]] == want
+
+
 def test_a_beginning_is_taken_from_a_neighbour_at_work():
   """Kills: a copy that takes what its owner has not committed, or that disturbs it."""
   served = engine("fixed")
