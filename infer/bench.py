@@ -50,7 +50,8 @@ class Settings:
   """drafter folder or run, or random: untrained weights, which tell what a round costs but not what it brings"""
   batches: tuple[int, ...] = (1, 4, 16)
   prompts: Path | None = None
-  """JSONL as for infer.generate; default: held-out questions about the standard library"""
+  """JSONL as for infer.generate, of lines without settings of their own; default: held-out questions about the standard
+  library"""
   prompt_tokens: int = 48
   """longer prompts are left out"""
   new_tokens: int = 96
@@ -111,7 +112,7 @@ def random_drafter(settings: Settings, target):
 
 
 def read_prompts(settings: Settings) -> list[list[int]] | None:
-  """Prompts in tokens, none longer than asked for; None without a tokenizer."""
+  """Prompts in tokens, none longer than asked for; None without a tokenizer. ValueError for a line with settings."""
   path = locate_target(settings.target)
   if settings.prompts is None and path.is_dir() and not (path / "tokenizer.json").exists():
     shell.say(f"{settings.target} has no tokenizer: prompts are random tokens, so the accepted length means nothing")
@@ -122,12 +123,21 @@ def read_prompts(settings: Settings) -> list[list[int]] | None:
     found = [generate.encode(generate.Settings(settings.target, "none"), tokenizer, line) for line in asked]
   else:
     asked = generate.Settings(settings.target, "none", prompts=settings.prompts)
-    found = [prompt.tokens for prompt in generate.read_prompts(asked, tokenizer)]
+    found = list(map(tokens_of, generate.read_prompts(asked, tokenizer)))
   kept = [tokens for tokens in found if len(tokens) <= settings.prompt_tokens]
   if not kept:
     raise ValueError(f"none of {len(found)} prompts has at most {settings.prompt_tokens} tokens: raise "
                      f"--prompt-tokens, or give shorter ones")
   return kept
+
+
+def tokens_of(prompt: generate.Prompt) -> list[int]:
+  """ValueError for a line's own settings: all prompts are decoded alike here."""
+  own = {name: value for name, value in dataclasses.asdict(prompt.asked).items() if value is not None}
+  if own:
+    raise ValueError(f"{prompt.where} has settings of its own, {', '.join(f'{k} {v}' for k, v in own.items())}, "
+                     f"expected none, as all prompts are measured alike: remove them")
+  return prompt.tokens
 
 
 def prompts_of(settings: Settings, target, prompts: list[list[int]] | None, batch: int) -> list[list[int]]:

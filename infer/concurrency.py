@@ -50,7 +50,8 @@ class Settings:
   """drafter folder or run"""
   concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
   prompts: Path | None = None
-  """JSONL as for infer.generate; default: held-out questions about the standard library"""
+  """JSONL as for infer.generate, of lines without settings of their own; default: held-out questions about the standard
+  library"""
   prompt_tokens: int = 48
   """longer prompts are left out"""
   new_tokens: int = 64

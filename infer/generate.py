@@ -116,6 +116,7 @@ class Asked:
 class Prompt:
   tokens: list[int]
   asked: Asked = Asked()
+  where: str = ""  # file and line of --prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +277,7 @@ def read_prompts(settings: Settings, tokenizer) -> list[Prompt]:
     where = f"{settings.prompts}, line {number}"
     asked = check_line(record, where)
     try:
-      prompts.append(Prompt(encode(settings, tokenizer, record), asked))
+      prompts.append(Prompt(encode(settings, tokenizer, record), asked, where))
     except ValueError as error:  # of the template, which does not know where messages come from
       raise ValueError(f"{where}: {error}") from error
   return prompts
@@ -286,7 +287,7 @@ def encode(settings: Settings, tokenizer, record: dict) -> list[int]:
   """Tokens of a line that was checked."""
   text = record.get("prompt")
   if text is not None and not tokenizer.chat_template:
-    return chat.encode_text(tokenizer, text)
+    return chat.encode_text(tokenizer, text, allow_special=settings.allow_special)
   messages = record["messages"] if text is None else [{"role": "user", "content": text}]
   return chat.encode_prompt(tokenizer, messages, tools=record.get("tools"), enable_thinking=settings.thinking,
                             allow_special=settings.allow_special)

@@ -178,7 +178,8 @@ def test_every_question_gets_its_own_answer(tmp_path):
   with_tokenizer(LLAMA, tmp_path / "target")
   (shard,) = conversations.shards(tmp_path / "a.jsonl", 2 ** 20)
   source = conversations.read_conversations(shard, chat.load_tokenizer(tmp_path / "target"), max_len=64,
-                                            vocab_size=130, encode_conversation=chat.encode_conversation)
+                                            vocab_size=130, encode_conversation=chat.encode_conversation,
+                                            encode_text=chat.encode_text)
   assert source.lost.too_short == 12 and source.lost.rewritten == 0
 
 

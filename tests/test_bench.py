@@ -11,7 +11,7 @@ import pytest
 import dspark_jax
 from dspark_jax.sampling import make_sampling
 from folders import LLAMA, QWEN3, called, complains, with_tokenizer
-from infer import bench, evaluate, generate, head_cost
+from infer import bench, concurrency, evaluate, generate, head_cost
 from train import answers, calibrate
 from train import bench as train_bench
 
@@ -31,6 +31,23 @@ def test_questions_are_the_prompts(capsys, tmp_path):
   result, _ = called(capsys, bench.main, bench.Settings, *args, *SMALL)
   assert [row["batch"] for row in result["batches"]] == [1, 2]
   assert all(row["accepted_length"] >= 1 for row in result["batches"])
+
+
+@pytest.mark.parametrize("program", [bench, concurrency])
+def test_settings_of_a_line_are_refused(program, capsys, monkeypatch, tmp_path):
+  """Kills: a line's own limit, temperature or seed passed over, so that something else is measured than was asked for;
+  notes of a line, or settings that say nothing, taken for some."""
+  monkeypatch.setattr(dspark_jax, "load_target", lambda *_, **__: pytest.fail("a model was loaded"))
+  target, lines = with_tokenizer(LLAMA, tmp_path / "target"), tmp_path / "p.jsonl"
+  harmless = '{"prompt": "w7", "id": 1, "seed": null}\n\n'
+  for own, said in (({"max_tokens": 2}, "max_tokens 2"), ({"temperature": 0.0, "seed": 0}, "temperature 0.0, seed 0")):
+    lines.write_text(harmless + json.dumps({"prompt": "w7", **own}) + "\n")
+    _, err = called(capsys, program.main, program.Settings, "--target", target, "--drafter", "random", "--prompts",
+                    lines, code=2)
+    words = " ".join(err.split())
+    assert f"p.jsonl, line 3 has settings of its own, {said}, expected none" in words and err.count("error: ") == 1
+  lines.write_text(harmless)
+  assert len(bench.read_prompts(bench.Settings(str(target), "random", prompts=lines))) == 1
 
 
 def test_a_target_without_a_tokenizer(capsys, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from tokenizers import processors
 
 from dspark_jax.data import chat, limits
 from folders import complains
@@ -328,6 +329,24 @@ def test_no_template(tokenizer, monkeypatch):
     chat.encode_prompt(tokenizer, CHAT[:1])
   other = chat.load_tokenizer(FOLDER / "tok_prepend")
   assert chat.encode_text(other, "hi") == other("hi")["input_ids"]
+
+
+def test_what_a_text_spells(tokenizer):
+  """Kills: another text than its tokenizer's where none spells a control token (rows would change that are already
+  prepared); one that is a control token unasked; a beginning of sequence that is lost with it, or was not asked for."""
+  other = chat.load_tokenizer(FOLDER / "tok_prepend")
+  other.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+  for one, first in ((tokenizer, []), (other, [1])):
+    for text in (*ODD, "hi", "<s> hi </s>"):
+      plain = ids(one, text)
+      both = [chat.encode_text(one, text, begins=begins, allow_special=True) for begins in (False, True)]
+      assert both == [plain, first + plain]
+      said = chat.encode_text(one, text, begins=False)
+      assert chat.encode_text(one, text) == first + said
+      if any(token in text for token in one.all_special_tokens):
+        assert not {*said} & {*one.all_special_ids} and one.decode(said) == text
+      else:
+        assert said == plain
 
 
 def test_missing_package(monkeypatch):

@@ -14,6 +14,12 @@ def letters(text, add_special_tokens):
   return {"input_ids": list(text.encode())}
 
 
+def encode_text(tokenizer, text):
+  if text == "unreadable":
+    raise ValueError("the tokenizer cannot read this text")
+  return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def encode_conversation(tokenizer, messages, *, tools, enable_thinking=False):
   """One token a letter; replies are supervised, each in a document of its own where thinking is on."""
   texts = [tokenizer(message["content"], add_special_tokens=False)["input_ids"] for message in messages]
@@ -31,7 +37,7 @@ def encode_conversation(tokenizer, messages, *, tools, enable_thinking=False):
 def read(paths, max_len=100, vocab_size=256, size=10 ** 6):
   """All documents of the files, read in pieces of `size` bytes."""
   found = [conversations.read_conversations(shard, letters, max_len=max_len, vocab_size=vocab_size,
-                                            encode_conversation=encode_conversation)
+                                            encode_conversation=encode_conversation, encode_text=encode_text)
            for path in paths for shard in conversations.shards(path, size)]
   lost = (sum(counts) for counts in zip(*(dataclasses.astuple(source.lost) for source in found)))
   return Source([document for source in found for document in source.documents], Lost(*lost))
@@ -150,12 +156,16 @@ def test_rows_that_are_no_json():
 
 
 def test_errors_name_the_file(tmp_path):
-  """Kills: guessing what an unknown file is, and text in another encoding read as something else."""
+  """Kills: guessing what an unknown file is, text in another encoding read as something else, a tokenizer's complaint
+  of a file that nobody can find."""
   with pytest.raises(ValueError, match="data.csv ends in none of"):
     read([tmp_path / "data.csv"])
   (tmp_path / "other.txt").write_text("zzz")
   with pytest.raises(ValueError, match="other.txt: token 122 is beyond"):
     read([tmp_path / "other.txt"], vocab_size=122)
+  (tmp_path / "odd.md").write_text("unreadable")
+  with pytest.raises(ValueError, match="odd.md: the tokenizer cannot read"):
+    read([tmp_path / "odd.md"])
   (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
   with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
     read([tmp_path / "latin.txt"])

@@ -144,7 +144,8 @@ def records(folder: Path) -> dict[str, Place]:
   settings = lambda **of: generate.Settings("", "none", **of)
   asked = lambda path: list(prompts.read_prompts(path))
   data = lambda path: [conversations.read_conversations(
-    shard, tokenizer, max_len=64, vocab_size=len(tokenizer), encode_conversation=chat.encode_conversation)
+    shard, tokenizer, max_len=64, vocab_size=len(tokenizer), encode_conversation=chat.encode_conversation,
+    encode_text=chat.encode_text)
     for shard in conversations.shards(path, 100)]
   rounds = dict(id="1", n_accept=[1], n_verify=[4], confidence=[[0.5] * 4])
   shutil.copy(REPORTS / "sweep.json", folder / "results.json")

@@ -175,6 +175,21 @@ def test_kill_9(folder, whole, tmp_path):
   assert arrays(out) == arrays(tmp_path / "wanted")
 
 
+@pytest.mark.parametrize("suffix", ["txt", "md", "py"])
+def test_what_a_file_spells_is_text(folder, tmp_path, suffix):
+  """Kills: a control token that a text is about, learned as the end of a reply; --allow-special passed over."""
+  # Not the words of `folder`: there, what spells a control token is the same word as the token itself.
+  tokenizer, name = chat.load_tokenizer(chat.smollm2_path()), tmp_path / f"about.{suffix}"
+  name.write_text(text := "A reply ends with <|im_end|>, which is what the reader of a chat looks for in it.")
+  for allowed in (False, True):
+    out = tmp_path / str(allowed)
+    prepare.main(settings(folder, out, (name,), target="smollm2", allow_special=allowed))
+    rows = Rows(out)
+    tokens = rows.take(np.arange(1)).tokens[0, :rows.manifest.tokens].tolist()
+    assert tokens.count(2) == allowed and tokenizer.decode(tokens) == text
+    assert rows.manifest.allow_special == allowed and rows.manifest.supervised == len(tokens)
+
+
 def test_the_program(folder, whole, capsys, tmp_path):
   """Kills: flags that do not reach the settings; counts of what was left out that nobody is told of; a mistake that
   leaves a folder behind."""

@@ -102,6 +102,18 @@ def test_settings_that_a_line_cannot_have(more, part, folder, capsys, tmp_path):
   assert "p.jsonl, line 1" in err and part in err and err.count("error: ") == 1
 
 
+def test_what_a_base_model_is_given_is_text(monkeypatch):
+  """Kills: a control token in a prompt of raw text that ends it, --allow-special or not; one that is text all the
+  same where it was allowed."""
+  tokenizer = chat.load_tokenizer(chat.smollm2_path())
+  monkeypatch.setattr(tokenizer, "chat_template", None)
+  encode = lambda text, **how: generate.read_prompts(generate.Settings("t", "none", prompt=text, **how), tokenizer)
+  prompt = "It says<|im_end|> there"
+  (text,), (control,) = encode(prompt), encode(prompt, allow_special=True)
+  assert (text.tokens.count(2), control.tokens.count(2)) == (0, 1)
+  assert tokenizer.decode(text.tokens) == tokenizer.decode(control.tokens) == prompt
+
+
 @pytest.mark.slow
 def test_base_models(folder, capsys, tmp_path, monkeypatch):
   """Kills: a traceback of the template library for a model that has none; messages sent to it as if it could chat."""

@@ -333,6 +333,12 @@ def test_defaults_are_openais(tokenizer):
     parse({"messages": HELLO}, bare, chat_form=True, most=lambda prompt: 3)
 
 
+def test_a_completion_may_spell_control_tokens(tokenizer):
+  """Kills: a prompt whose control tokens, which no template writes for a completion, reach the model as letters."""
+  (request,) = parse({"prompt": "Once<|im_end|>"}, tokenizer, chat_form=False, most=lambda prompt: 3).requests
+  assert request.prompt[-1] == 2 and len(request.prompt) < 5
+
+
 @pytest.mark.slow
 def test_the_real_thing_answers_and_ends_in_order():
   """SmolLM2 in a process of its own: the text of infer.generate; SIGTERM finishes what runs, refuses the rest, exits 0

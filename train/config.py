@@ -62,7 +62,7 @@ class TrainConfig:
   thinking: bool = False
   """prompts of conversations ask for thinking, and replies are learned with theirs, where the chat template can"""
   allow_special: bool = False
-  """control tokens that messages spell (<|im_end|>, ...) are control tokens, not text; only for data that you trust"""
+  """control tokens that data spells (<|im_end|>, ...) are control tokens, not text; only for data that you trust"""
   microbatches: int = 1
   kernels: Kernels = Kernels("auto", "auto")
   mesh: MeshConfig = MeshConfig()

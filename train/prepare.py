@@ -279,7 +279,8 @@ def make_part(tokenizer, how: dict, part: Part) -> int:
   """Writes what comes of a piece of a file, whole or not at all; returns the number of documents."""
   encode = functools.partial(chat.encode_conversation, enable_thinking=how["thinking"],
                              date=datetime.date.fromisoformat(how["date"]), allow_special=how["allow_special"])
-  source = conversations.read_conversations(part.shard, tokenizer, max_len=how["row_length"],
+  encode_text = functools.partial(chat.encode_text, begins=False, allow_special=how["allow_special"])
+  source = conversations.read_conversations(part.shard, tokenizer, max_len=how["row_length"], encode_text=encode_text,
                                             vocab_size=how["vocab_size"], encode_conversation=encode)
   documents = source.documents or [conversations.Document(np.zeros(0, np.int32), np.zeros(0, bool))]
   content = io.BytesIO()

@@ -120,7 +120,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
   """What tells one tokenizer from another: a hash of its words, and of what it makes of a text that has some of all."""
   # Not of its file: the same tokenizer is written in other ways by other versions.
   text = "The 1,234 naïve  cafés'd\n\tif x_y != 3.14: 你好 मानक 🙂 <|im_end|></s>"
-  said = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids), encode_text(tokenizer, text)]
+  said = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]
+  said.append(encode_text(tokenizer, text, allow_special=True))  # so that other control tokens show
   return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
@@ -140,9 +141,16 @@ def _ends_in_template(tokenizer, _template):
   return {token for token in tail[:1] if token in added and added[token].special}
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-  """Tokens of a text as its tokenizer begins one: for base models, which have no chat template."""
-  return guarded(lambda: tokenizer(text)["input_ids"], f"the tokenizer{_whose(tokenizer)} cannot read this text")
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, *, begins: bool = True,
+                allow_special: bool = False) -> list[int]:
+  """Tokens of a text: for base models, which have no chat template, and for files of text.
+
+  begins: with what its tokenizer puts before a text. Control tokens that it spells stay text, unless allow_special.
+  """
+  # As _tokens has it of a text that is hidden from one end to the other; where none is spelled, nothing changes.
+  how = {} if allow_special else {"split_special_tokens": True}
+  return guarded(lambda: tokenizer(text, add_special_tokens=begins, **how)["input_ids"],
+                 f"the tokenizer{_whose(tokenizer)} cannot read this text")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Messages, *, tools: list | None = None,

@@ -5,6 +5,8 @@ Two kinds of files are read:
           train.answers writes it: then what is learned is exactly what was generated.
   .txt .md .py  plain text: every token is supervised, cut into pieces.
 
+Control tokens that a file's contents spell are what the two encoders make of them: text, unless they are allowed.
+
 A conversation is {"messages": [{"role": ..., "content": ...}, ...]} or, as ShareGPT has it, {"conversations": [{"from":
 ..., "value": ...}, ...]}; human and gpt are other words for user and assistant. Beside it, "tools" and
 "chat_template_kwargs": {"enable_thinking": ...} go to the chat template. Names and notes are passed over; the keys in
@@ -95,17 +97,19 @@ def shards(path: str | os.PathLike, size: int) -> Iterator[Shard]:
 
 
 def read_conversations(shard: Shard, tokenizer: Any, *, max_len: int, vocab_size: int,
-                       encode_conversation: Callable[..., list[Encoded]]) -> Source:
+                       encode_conversation: Callable[..., list[Encoded]],
+                       encode_text: Callable[[Any, str], list[int]]) -> Source:
   """The documents of a piece of a file, in order, cut at max_len tokens (plain text goes on in the next document).
 
   encode_conversation: (tokenizer, messages, tools=..., **variables of the template) -> (tokens, loss mask) of each
-  document that the conversation makes: data.chat's, or a partial of it. A parameter, so that this file needs no
-  transformers. vocab_size: of the target, which knows no token beyond.
+  document that the conversation makes. encode_text: (tokenizer, text) -> tokens of a file of text, and none besides.
+  Both are data.chat's, or partials of them: parameters, so that this file needs no transformers. vocab_size: of the
+  target, which knows no token beyond.
   Raises ValueError with the file and the line.
   """
   documents, lost = [], Lost()
   if shard.path.endswith(TEXT_SUFFIXES):
-    found = _read_text(shard.path, tokenizer, max_len)
+    found = _read_text(shard.path, tokenizer, max_len, encode_text)
   else:
     found = _read_jsonl(shard, tokenizer, encode_conversation, lost)
   for line, (tokens, loss_mask) in found:
@@ -128,9 +132,13 @@ def read_conversations(shard: Shard, tokenizer: Any, *, max_len: int, vocab_size
   return Source(documents, lost)
 
 
-def _read_text(path: str, tokenizer: Any, max_len: int) -> Iterator[tuple[int, Encoded]]:
+def _read_text(path: str, tokenizer: Any, max_len: int, encode_text: Callable) -> Iterator[tuple[int, Encoded]]:
+  text = read_text(path)
   # Cut after tokenizing: in a piece of the text, the words at its ends would be other tokens.
-  tokens = tokenizer(read_text(path), add_special_tokens=False)["input_ids"]
+  try:
+    tokens = encode_text(tokenizer, text)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
   for start in range(0, len(tokens), max_len):
     piece = tokens[start:start + max_len]
     yield 0, (piece, [True] * len(piece))

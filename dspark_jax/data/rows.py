@@ -42,7 +42,7 @@ class Manifest:
   vocab_size: int                   # no token is beyond
   row_length: int                   # tokens
   thinking: bool                    # as train.config has them: prompts ask for it,
-  allow_special: bool               # and control tokens that messages spell are control tokens
+  allow_special: bool               # and control tokens that data spells are control tokens
   date: str                         # the day that chat templates were told
   files: tuple[tuple[str, int, int], ...]  # path, bytes, time of the last change (ns)
   lost: dict[str, int]              # what is in no document, by reason (conversations.Lost)

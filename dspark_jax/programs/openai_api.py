@@ -143,6 +143,8 @@ def _messages(fields, tokenizer):
 
 
 def _prompt(fields, tokenizer):
+  """Tokens of a completion's prompt. Control tokens that a text spells are control tokens: no template writes any here,
+  and whoever may send token ids could send them anyway."""
   prompt = fields.left.pop("prompt", None)
   if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
     prompt = prompt[0]
@@ -151,7 +153,7 @@ def _prompt(fields, tokenizer):
   if not isinstance(prompt, str) or not prompt:
     raise Refused("prompt is missing, expected a text or a list of token ids, one in a request", "prompt")
   try:
-    return chat.encode_text(tokenizer, prompt)
+    return chat.encode_text(tokenizer, prompt, allow_special=True)
   except ValueError as error:
     raise Refused(str(error), "prompt") from error
 
