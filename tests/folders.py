@@ -21,6 +21,7 @@ from dspark_jax.data.rows import Rows
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.programs import shell
+from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.text import read_json
 
@@ -41,6 +42,20 @@ def thorough_but(kept, slow, values):
   return [value if value in kept else marked(value) for value in values]
 
 
+def golden_cases(prefix: str, key: str) -> list[str]:
+  """The golden folders of this prefix whose outputs have the key, without those of families or architectures that we do
+  not read."""
+  def known(config):
+    name = (config.get("architectures") or [""])[0]
+    return config.get("model_type") in TARGETS and (name.endswith("ForCausalLM") or name in dialects.ARCHITECTURES)
+
+  def is_case(folder):
+    outputs, config = folder / "outputs.npz", folder / "config.json"
+    return (outputs.is_file() and key in np.load(outputs)
+            and (not config.is_file() or known(read_json(config))))
+  return sorted(folder.name for folder in GOLDEN.glob(f"{prefix}*") if is_case(folder))
+
+
 # Scanned, which compiles one layer instead of six; that unrolled ones say the same is test_targets'.
 @functools.cache
 def qwen3(scanned=True):
@@ -55,17 +70,23 @@ def llama():
 @functools.cache
 def target_of(case: str):
   """The target of a golden drafter: the real one, or random layers between the drafter's own embedding and head."""
+  meta, raw = (read_json(GOLDEN / case / f"{name}.json") for name in ("meta", "config"))
   if case.startswith("generate_"):
-    return qwen3()
-  _, config = dialects.drafter_config(read_json(GOLDEN / case / "config.json"))
+    return golden_target(meta["target"].split()[0])
+  _, config = dialects.drafter_config(raw)
   target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers,
-                                                       config.vocab_size,
-                                                       False, 512), rngs=nnx.Rngs(0)))
+                                                       config.vocab_size, False, raw["max_position_embeddings"]),
+                                          rngs=nnx.Rngs(0)))
   stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)
   for name, variable in parameters(target).items():
     frozen = stored.get(name) if name in dialects.FROZEN else None
     variable.set_value(jnp.asarray(rng.normal(size=variable.shape).astype("f4") if frozen is None else frozen))
   return target
+
+
+@functools.cache
+def golden_target(name: str):
+  return qwen3() if name == QWEN3.name else dspark_jax.load_target(GOLDEN / name, scanned=True)
 
 
 def copied(source: Path, folder: Path, *, config=None, tensors=None, dtype=None, metadata="same") -> Path:
@@ -108,15 +129,18 @@ def assert_same_weights(a, b) -> None:
 
 
 def fresh_drafter(words=None, seed: int = 0, **settings):
-  """An untrained drafter for the golden Qwen3 target."""
+  """An untrained drafter for the golden Qwen3 target: of six layers, it reads 0 and 2."""
   config = qwen3().config
   return dspark_jax.new_drafter(DSparkConfig(**{**dict(
-      spec=config.spec, num_layers=1, vocab_size=config.vocab_size, num_target_layers=config.num_layers, taps=(0, 2),
-      mask_token_id=130, block_size=4, markov_rank=8), **settings}), words=words, seed=seed)
+      spec=config.spec, num_layers=1, vocab_size=config.vocab_size, num_target_layers=config.num_layers,
+      taps=tuple(range(config.num_layers - 1))[:3:2], mask_token_id=config.vocab_size - 1, block_size=4,
+      markov_rank=8), **settings}), words=words, seed=seed)
 
 
 def words() -> jnp.ndarray:
-  return jnp.asarray([0, 3, 4, 50, 128], jnp.int32)
+  """Five of the words of the golden Qwen3 target, the last of them two from the end."""
+  size = read_json(QWEN3 / "config.json")["vocab_size"]
+  return jnp.asarray([0, 3, 4, size // 2, size - 3], jnp.int32)
 
 
 CHATML = """{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}\
@@ -127,7 +151,8 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
   """A copy of a target with a tokenizer of one word per token: w4, w5, ..."""
   shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.npz", "meta.json"))
   special = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
-  vocabulary = special + [f"w{i}" for i in range(len(special), 130)]
+  size = min(130, read_json(source / "config.json")["vocab_size"] - 1)
+  vocabulary = special + [f"w{i}" for i in range(len(special), size)]
   backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>"))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   chat.fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML,
@@ -155,7 +180,7 @@ def spoiled(prefix: str):
   def spoil(tensors):
     layer = f"{prefix}layers.0."
     del tensors[layer + "mlp.up_proj.weight"], tensors[f"{prefix}norm.weight"]
-    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"].T
+    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"][:, 1:]
     tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.gate_proj.weight"].astype(jnp.int8)
     return tensors | {"extra.weight": jnp.ones(3), layer + "self_attn.q_proj.bias": jnp.ones(3)}
   return spoil

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,8 @@ from scipy import special
 
 from dspark_jax.decoding import calibration
 from dspark_jax.decoding.calibration import Temperatures, fit_temperatures, reliability
-from folders import complains
+from folders import GOLDEN, complains, golden_cases
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("ece", "auc", "brier", "pred_mean", "target_mean", "total_weight")
 calibrate = jax.jit(calibration.calibrate)
 
@@ -36,9 +34,10 @@ def rounds(n=4000, block=4, sharpness=1.0, seed=0):
   return sharpness * logits, accepted
 
 
-def test_golden_metrics():
+@pytest.mark.parametrize("case", golden_cases("", "bin_count"))
+def test_golden_metrics(case):
   """Kills: unobserved positions counted, ties of the AUC at 0 or 1, bins of equal count, unweighted summaries."""
-  given, expected = golden("calibration_metrics")
+  given, expected = golden(case)
   found = reliability(survival(special.expit(given["confidence_logits"])), given["prefix_labels"],
                       given["effective_length"])
   for name in (*NAMES, "bin_count", "bin_pred_sum", "bin_target_sum"):
@@ -48,9 +47,10 @@ def test_golden_metrics():
   np.testing.assert_allclose([found.summary()[name] for name in summary], list(summary.values()), rtol=1e-6)
 
 
-def test_golden_soft_labels():
+@pytest.mark.parametrize("case", golden_cases("", "soft/ece"))
+def test_golden_soft_labels(case):
   """Kills: soft labels rounded to 0 or 1, and a position that nothing observed taken for a perfect one."""
-  given, expected = golden("calibration_metrics")
+  given, expected = golden(case)
   pad = lambda x: np.pad(x, [(0, 0), (0, 1)], constant_values=np.nan)
   rows, block = given["soft_probs"].shape
   found = reliability(pad(given["soft_probs"]), pad(given["soft_targets"]), np.full(rows, block))
@@ -88,17 +88,22 @@ def test_extreme_predictions():
   np.testing.assert_allclose([found.ece[0], found.auc[0], found.brier[0]], [0.5, 0.5, 0.5], rtol=1e-6)
 
 
-def test_golden_temperatures():
+@pytest.mark.parametrize("case", golden_cases("", "ece_table"))
+def test_golden_temperatures(case):
   """Kills: each position on its own, the conditional label, 1 / T, the last minimum, bins not weighted by count."""
-  given, expected = golden("sts")
+  given, expected = golden(case)
   temperatures, table = fit_temperatures(given["confidence_logits"], given["prefix_labels"], given["temperature_grid"])
   np.testing.assert_array_equal(temperatures, expected["temperatures"])
   np.testing.assert_allclose(table, expected["ece_table"], rtol=1e-6)
-  np.testing.assert_allclose(calibration.GRID, given["temperature_grid"], rtol=1e-12)
-  for confidence, name in ((special.expit(given["confidence_logits"]), "ece_before"),
-                           (special.expit(given["confidence_logits"] / temperatures), "ece_after")):
+  logits = given["confidence_logits"].astype(np.float64)
+  for confidence, name in ((special.expit(logits), "ece_before"), (special.expit(logits / temperatures), "ece_after")):
     found = reliability(survival(confidence), given["prefix_labels"])
     np.testing.assert_allclose(found.ece, expected[name], rtol=1e-6)
+
+
+def test_the_grid_is_the_paper_s():
+  """Kills: temperatures that no fit can find, as they are between those that are tried, or beyond them."""
+  np.testing.assert_allclose(calibration.GRID, np.arange(5, 51) / 10, rtol=1e-12)
 
 
 def test_what_was_fitted_is_what_calibrate_does():

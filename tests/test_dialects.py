@@ -3,9 +3,12 @@
 import pytest
 
 import dspark_jax
+from dspark_jax.text import read_json
 from folders import DSPARK, GOLDEN, complains, copied, qwen3
 
 ORIGINAL = GOLDEN / "generate_dflash_original"
+CONFIG = read_json(DSPARK / "config.json")
+VOCABULARY, LAST = CONFIG["vocab_size"], CONFIG["num_target_layers"] - 1
 
 
 def load(folder):
@@ -20,7 +23,7 @@ def nested(**keys):
 @pytest.mark.parametrize("key, neutral, other", [
     ("causal", False, True), ("is_causal", False, True), ("use_swa", False, True), ("attention_sink_bias", False, True),
     ("final_logit_softcapping", None, 30.0), ("input_embedding_scale", 1.0, 6.9), ("output_multiplier", 1, 0.5),
-    ("projector_type", "dflash", "domino"), ("draft_vocab_size", 131, 64),
+    ("projector_type", "dflash", "domino"), ("draft_vocab_size", VOCABULARY, VOCABULARY // 2),
     ("quantization_config", None, {"quant_method": "fp8"}), ("rope_is_neox_style", True, False)])
 def test_keys_that_change_the_numbers(source, key, neutral, other, tmp_path):
   """Kills: reading past a key that no tensor tells of, at either level; refusing a value that changes nothing."""
@@ -56,8 +59,9 @@ def test_all_keys_nested(tmp_path):
 
 def test_one_key_with_two_values(tmp_path):
   """Kills: one of two answers taken in silence."""
-  with complains("'block_size' is 6, and 8 in dflash_config: expected one value"):
-    load(copied(ORIGINAL, tmp_path / "d", config=nested(block_size=8)))
+  size = read_json(ORIGINAL / "config.json")["block_size"]
+  with complains(f"'block_size' is {size}, and {size + 2} in dflash_config: expected one value"):
+    load(copied(ORIGINAL, tmp_path / "d", config=nested(block_size=size + 2)))
 
 
 def test_unknown_keys(tmp_path):
@@ -69,8 +73,9 @@ def test_unknown_keys(tmp_path):
 
 def test_keys_copied_from_the_target(tmp_path):
   """Kills: refusing a plain block for its target's partial rotary embedding; believing it in the original DFlash."""
+  theta = lambda c: c["rope_theta"] if "rope_theta" in c else c["rope_parameters"]["rope_theta"]
   noise = lambda c: c | {"partial_rotary_factor": 0.25, "attn_output_gate": True, "vision_config": {},
-                         "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default",
+                         "rope_parameters": {"rope_theta": float(theta(c)), "rope_type": "default",
                                              "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}}
   assert load(copied(DSPARK, tmp_path / "d", config=noise)).config == load(DSPARK).config
   with complains("partial_rotary_factor' is 0.25"):
@@ -91,10 +96,11 @@ def test_other_dialects_by_name(change, name, tmp_path):
 @pytest.mark.parametrize("source, change, part", [
     (DSPARK, {"block_size": "7"}, "'block_size' is '7', expected an integer"),
     (DSPARK, {"block_size": True}, "'block_size' is True"), (DSPARK, {"block_size": 0}, "'block_size' is 0"),
-    (ORIGINAL, {"block_size": 1}, "'block_size' is 1"), (DSPARK, {"mask_token_id": 131}, "expected 0..130"),
+    (ORIGINAL, {"block_size": 1}, "'block_size' is 1"),
+    (DSPARK, {"mask_token_id": VOCABULARY}, f"expected 0..{VOCABULARY - 1}"),
     (DSPARK, {"target_layer_ids": [0, "2"]}, "'target_layer_ids'"),
-    (DSPARK, {"target_layer_ids": [0, 2, 2]}, "expected each layer once"),
-    (DSPARK, {"target_layer_ids": [0, 5]}, "taps [5]"),
+    (DSPARK, {"target_layer_ids": [0, 0]}, "expected each layer once"),
+    (DSPARK, {"target_layer_ids": [0, LAST]}, f"taps [{LAST}]"),
     (DSPARK, {"markov_rank": 0}, "markov_rank is 0"), (ORIGINAL, {"dflash_config": [1]}, "'dflash_config' is [1]"),
     (DSPARK, {"num_hidden_layers": 10 ** 12}, "'num_hidden_layers'"),
     (DSPARK, {"enable_confidence_head": "no"}, "'no'")])

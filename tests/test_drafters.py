@@ -17,10 +17,11 @@ from dspark_jax.nn.parameters import parameters
 from dspark_jax.sampling import make_sampling
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
+from dspark_jax.text import read_json
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
-from folders import assert_same_weights, thorough_but
-from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target
+from folders import assert_same_weights, golden_cases, slow_but, thorough_but
+from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target, whole_blocks
 
 WORDS = (1, 2, 5, 7, 8, 11)
 KINDS = {  # (name in DRAFTERS, what differs from a small default)
@@ -38,8 +39,6 @@ KINDS = {  # (name in DRAFTERS, what differs from a small default)
 KINDS |= {name: (name, {}) for name in DRAFTERS if name not in (of for of, _ in KINDS.values())}  # new ones, too
 KINDS |= {name: ("dspark", dict(markov_head=name)) for name in heads.HEADS if name not in KINDS}
 NAMED = {name: next(kind for kind, (of, _) in KINDS.items() if of == name) for name in DRAFTERS}  # one kind of each
-GOLDENS = ("dspark_qwen3_vanilla", "dspark_qwen3_gated", "dspark_qwen3_rnn", "dflash_qwen3",
-           "dflash_original")
 KEYS = functools.partial(jax.random.split, jax.random.key(3))
 
 
@@ -335,21 +334,22 @@ def golden_rounds(folder):
   return inputs, [of(inputs, r) for r in range(count)], outputs, [of(outputs, r) for r in range(count)]
 
 
-def head_only(config, frozen):
+def head_only(case, config, frozen):
   """A target of no layers, with the embedding and the head that a golden drafter was made with."""
-  no_layers = TargetConfig("qwen3", config.spec, 0, config.vocab_size, False, 2 ** 31 - 1)
+  raw = read_json(GOLDEN / case / "config.json")
+  no_layers = TargetConfig(raw["model_type"], config.spec, 0, config.vocab_size, False, raw["max_position_embeddings"])
   frozen = frozen | {"norm.weight": np.ones(config.spec.hidden_size, np.float32)}
   return hf.fill(lambda: Decoder(no_layers, rngs=nnx.Rngs(0)), frozen, "embedding and head")
 
 
-@pytest.mark.parametrize("case", GOLDENS)
+@pytest.mark.parametrize("case", golden_cases("drafter_", "infer/r0/block_hidden"))
 def test_golden_rounds(case):
   """Kills: any slip in the backbone, the heads, the slot convention or the growth of the draft cache."""
-  folder = GOLDEN / f"drafter_{case}"
-  drafter, tensors = golden_drafter(f"drafter_{case}")
+  drafter, tensors = golden_drafter(case)
   config = drafter.config
-  inputs, asked, _, answers = golden_rounds(folder)
-  target = head_only(config, {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN})
+  inputs, asked, _, answers = golden_rounds(GOLDEN / case)
+  frozen = {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN}
+  target = head_only(case, config, frozen)
 
   @jax.jit
   def one_round(drafter, target, state, features, n, anchor):
@@ -377,20 +377,25 @@ def test_golden_rounds(case):
       np.testing.assert_array_equal(verified, wanted["threshold_lengths"])
 
 
-@pytest.mark.slow
-def test_golden_rounds_of_eagle3():
+EAGLE3_CASES = golden_cases("drafter_", "infer/final_draft_hidden")
+
+
+@pytest.mark.parametrize("case", slow_but({*EAGLE3_CASES} - {"drafter_eagle3_qwen3"}, EAGLE3_CASES))
+def test_golden_rounds_of_eagle3(case):
   """Kills: an embedding paired with its own feature, a recurrence on normed states, scratch steps left in the cache."""
-  folder = GOLDEN / "drafter_eagle3_qwen3"
-  drafter, tensors = golden_drafter(folder.name)
-  inputs, asked, outputs, answers = golden_rounds(folder)
-  target = head_only(drafter.config, {name: tensors[name] for name in dialects.FROZEN})
+  drafter, tensors = golden_drafter(case)
+  inputs, asked, outputs, answers = golden_rounds(GOLDEN / case)
+  target = head_only(case, drafter.config, {name: tensors[name] for name in dialects.FROZEN})
 
   def extend(state, features, following):
     features = TargetOutput(features[..., :drafter.config.spec.hidden_size], features)  # hidden: not read
-    return absorb(drafter, target, state, features, np.array([following.shape[1]], np.int32), following)
+    n = following.shape[1]
+    features, following = jax.tree.map(
+        lambda x: np.pad(x, ((0, 0), (0, whole_blocks(n) - n)) + ((0, 0),) * (x.ndim - 2)), (features, following))
+    return absorb(drafter, target, state, features, np.array([n], np.int32), following)
 
   prompt = inputs["infer/prompt_ids"]
-  slots = prompt.shape[1] + sum(given["committed_tokens"].shape[1] for given in asked)
+  slots = sum(whole_blocks(x.shape[1]) for x in (prompt, *(given["committed_tokens"] for given in asked)))
   state = extend(drafter.init_state(target, 1, slots), inputs["infer/prompt_target_hidden_states"], prompt[:, 1:])
   anchor = prompt[:, -1]
   for given, wanted in zip(asked, answers):
@@ -405,10 +410,10 @@ def test_golden_rounds_of_eagle3():
   close(state.hidden, outputs["infer/final_draft_hidden"][:, 0], atol=1e-4)
 
 
-def test_golden_default_taps():
+@pytest.mark.parametrize("case", golden_cases("", "default_ids/target_layer_ids"))
+def test_golden_default_taps(case):
   """Kills: halves rounded up, or counting layers from the embedding."""
-  folder = GOLDEN / "drafter_dflash_original"
-  inputs, outputs = np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz")
+  inputs, outputs = (np.load(GOLDEN / case / f"{name}.npz") for name in ("inputs", "outputs"))
   for i, expected in enumerate(outputs["default_ids/target_layer_ids"]):
-    sizes = (int(inputs[f"default_ids/{key}"][i]) for key in ("num_target_layers", "num_draft_layers"))
-    assert dialects.default_taps(*sizes) == tuple(t for t in expected if t >= 0)
+    layers, n = (int(inputs[f"default_ids/{key}"][i]) for key in ("num_target_layers", "num_draft_layers"))
+    assert dialects.default_taps(layers, n) == tuple(expected[:n])

@@ -16,6 +16,7 @@ from dspark_jax.data import chat
 from dspark_jax.data.benchmarks import Sample
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
+from dspark_jax.text import read_json
 from infer import evaluate
 from infer.evaluate import Case, Models, Settings
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, with_tokenizer
@@ -25,6 +26,8 @@ SCHEMA = {"target", "drafter", "kind", "block_size", "num_layers", "markov_head"
           "survival", "verified",
           "verify_rate", "drafts_per_round", "accepted_tokens", "rejected_tokens", "tokens_per_second", "temperatures",
           "reliability", "reliability_before"}
+CONFIG = read_json(DSPARK / "config.json")
+BLOCK, POSITIONS = CONFIG["block_size"], read_json(QWEN3 / "config.json")["max_position_embeddings"]
 SAMPLES = [["w116 w94 w16"], ["w25 w66 w108 w21 w53", "w84 w84"], ["w77"], ["w22 w83 w113 w94"], ["w9", "w10", "w11"]]
 
 
@@ -104,22 +107,49 @@ def test_an_evaluation_on_a_mesh(folder, whole, tmp_path):
       assert_same_record(record, by_id[1][key])
 
 
+def golden_run(block_size):
+  """(stop tokens of a prompt that ends in one, new tokens, prompts that have no others, inputs, outputs)"""
+  inputs, outputs = (dict(np.load(DSPARK / f"{name}.npz")) for name in ("inputs", "outputs"))
+  stops = {name.removesuffix("/stop_token_ids"): tuple(ids.tolist()) for name, ids in inputs.items()
+           if name.endswith("/stop_token_ids")}
+  reached = (ids for name, ids in stops.items() if outputs[f"{name}/ar_output_ids"][0, -1] in ids)
+  chosen = next(reached, ())
+  # Of the last round's tokens all are known then, also those past the limit.
+  limit = max(2, int(inputs["max_new_tokens"]) - block_size - 1)
+  return chosen, limit, sorted(name for name in stops if set(stops[name]) <= set(chosen)), inputs, outputs
+
+
+def expected_rounds(counts, size, ends):
+  """Lists of what a text of `size` tokens committed, accepted and verified per round; ends: stop tokens' places + 1."""
+  count, rounds = 1, []
+  for committed, accepted, verified in counts:
+    if count >= size:
+      break
+    kept = [end - count for end in ends if 0 < end - count <= accepted][:1]
+    rounds.append((committed, *kept * 2) if kept else (committed, accepted, verified))
+    count += committed
+  return [list(column) for column in zip(*rounds)]
+
+
 def test_rounds_are_the_reference_s(folder):
   """Kills: records with a round too many, drafts past a stop token, or without the stop token's own round."""
-  golden, wanted = np.load(DSPARK / "inputs.npz"), np.load(DSPARK / "outputs.npz")
-  m = models(folder)
-  m.stops = (119,)
-  case = Case("target", "drafter", "data", 0.0, 0.0)
-  prompts = [golden[f"prompt{i}/input_ids"][0].tolist() for i in (0, 1)]
-  rows = evaluate.decode_rows(settings(folder, folder), case, m, prompts, [0, 1])
-  for i, row in enumerate(rows):
-    lists = [wanted[f"t0/prompt{i}/{name}"].tolist() for name in (
-        "accepted_draft_lengths", "proposal_lengths", "acceptance_lengths")]
-    n = len(row["n_accept"])
-    assert [row["n_accept"], row["n_verify"]] == [x[:n] for x in lists[:2]]
-    assert row["n_commit"][:-1] == lists[2][:n - 1] and 1 + sum(row["n_commit"]) == len(row["text"])
-    assert n == len(lists[0]) if i else 1 + sum(lists[2][:n - 1]) < 10 <= 1 + sum(lists[2][:n])
-    assert row["text"] == wanted[f"prompt{i}/ar_output_ids"][0].tolist()[len(prompts[i]):][:10]
+  m, prompts, texts, rounds = models(folder), [], [], []
+  m.stops, limit, names, golden, wanted = golden_run(m.block_size)
+  case = Case("target", "drafter", "data", 0.0, float(golden["thresholds"][0]))
+  for name in names:
+    prompts.append(golden[f"{name}/input_ids"][0].tolist())
+    whole = wanted[f"{name}/ar_output_ids"][0].tolist()[len(prompts[-1]):]
+    ends = [i + 1 for i, token in enumerate(whole) if token in m.stops]
+    texts.append(whole[:min([limit, *ends])])
+    counts = zip(*(wanted[f"t0/{name}/{part}"].tolist() for part in ("acceptance_lengths", "accepted_draft_lengths",
+                                                                    "proposal_lengths")))
+    rounds.append(expected_rounds(counts, len(texts[-1]), ends))
+  chosen = settings(folder, folder, max_new_tokens=limit, batch=len(prompts))
+  rows = evaluate.decode_rows(chosen, case, m, prompts, list(range(len(prompts))))
+  assert [row["text"] for row in rows] == texts
+  for row, (commits, accepts, verifies) in zip(rows, rounds, strict=True):
+    assert (row["n_accept"], row["n_verify"]) == (accepts, verifies)
+    assert row["n_commit"][:-1] == commits[:-1] and 1 + sum(row["n_commit"]) == len(row["text"])
 
 
 # The program
@@ -146,7 +176,8 @@ def test_results(folder, whole, capsys):
       (DSPARK.name, mode, t) for mode in ("greedy", "T=1") for t in (0, 0.5)]
   for row in rows:
     assert set(row) == SCHEMA and row["samples"] == 5 and row["tokens_per_second"] > 0 and row["tokens"] > 0
-    assert (row["kind"], row["block_size"], row["num_layers"], row["markov_head"]) == ("dspark", 5, 2, "vanilla")
+    assert [row[key] for key in ("kind", "block_size", "num_layers", "markov_head")] == ["dspark"] + [
+        CONFIG[key] for key in ("block_size", "num_hidden_layers", "markov_head_type")]
     assert row["reliability"]["total_weight"] == row["verified"] and row["reliability_before"] is None
     assert row["reliability"]["target_mean"] == pytest.approx(row["survival"])
   assert rows[1]["drafts_per_round"] < rows[0]["drafts_per_round"]
@@ -238,7 +269,7 @@ def test_all_turns(folder):
   assert (record.turns, record.tokens, len(record.n_accept)) == (3, tokens, rounds)
   first = evaluate.ask(settings(folder, folder), case, m, [Sample("x", turns)])[0]
   assert first.turns == 1 and first.tokens <= 10
-  long = ("w5", " ".join(["w6"] * 505), "w7")
+  long = ("w5", " ".join(["w6"] * (POSITIONS - 7)), "w7")
   same = lambda turns, said: dataclasses.replace(
       evaluate.ask(settings(folder, folder, turns=turns), case, m, [Sample("x", said)])[0], seconds=0)
   assert same("all", long) == same("first", long[:1])
@@ -299,11 +330,12 @@ def test_calibrated_confidences(folder, tmp_path):
   dspark_jax.import_drafter(DSPARK, tmp_path / "drafter", target())
   drafter = dspark_jax.load_drafter(tmp_path / "drafter", target())
   common = dict(drafters=(str(tmp_path / "drafter"),), thresholds=(0.0,))
+  chosen = ([3.0, 2.0, 1.5, 0.7] + BLOCK * [1.0])[:BLOCK]
   evaluate.main(settings(folder, tmp_path / "raw", **common))
-  loading.save_temperatures(tmp_path / "drafter", drafter, {"greedy": [3.0, 2.0, 1.5, 0.7, 1.0]})
+  loading.save_temperatures(tmp_path / "drafter", drafter, {"greedy": chosen})
   evaluate.main(settings(folder, tmp_path / "fitted", **common))
   raw, fitted = (read(tmp_path / name / "results.json")["results"] for name in ("raw", "fitted"))
-  assert fitted[0]["temperatures"] == [3.0, 2.0, 1.5, 0.7, 1.0] and raw[0]["temperatures"] is None
+  assert fitted[0]["temperatures"] == chosen and raw[0]["temperatures"] is None
   for name in ("brier", "pred_mean", "target_mean"):
     np.testing.assert_allclose(fitted[0]["reliability_before"][name], raw[0]["reliability"][name], atol=1e-4)
   assert fitted[0]["reliability"]["pred_mean"] != pytest.approx(raw[0]["reliability"]["pred_mean"], abs=1e-2)
@@ -331,20 +363,20 @@ def test_other_settings_in_the_same_folder(change, part, folder, whole):
     (lambda r: json.dumps({k: v for k, v in r.items() if k != "tokens"}), "key 'tokens' is missing"),
     (lambda r: json.dumps(r | {"tokens": -1}), "key 'tokens' is -1, expected an integer of at least 0"),
     (lambda r: json.dumps(r | {"seconds": "1"}), "key 'seconds' is '1', expected a number of at least 0"),
-    (lambda r: json.dumps(r | {"n_verify": [6, 6]}), "counts out of range"),
+    (lambda r: json.dumps(r | {"n_verify": [BLOCK + 1] * 2}), "counts out of range"),
     (lambda r: json.dumps(r | {"n_commit": [3, 1]}), "counts out of range"),
     (lambda r: json.dumps(r | {"n_commit": [2, -1]}), "counts out of range"),
     (lambda r: json.dumps(r | {"tokens": 3}), "rounds that do not add up to its tokens"),
-    (lambda r: json.dumps(r | {"confidence": [[0.5] * 5, [0.5] * 4]}), "other confidences than rounds"),
+    (lambda r: json.dumps(r | {"confidence": [[0.5] * BLOCK, [0.5] * (BLOCK - 1)]}), "other confidences than rounds"),
     (lambda r: json.dumps({k: v for k, v in r.items() if k != "confidence"}), "other confidences than rounds"),
-    (lambda r: json.dumps(r | {"n_accept": [9] * len(r["n_accept"])}), "counts out of range"),
+    (lambda r: json.dumps(r | {"n_accept": [BLOCK + 4] * len(r["n_accept"])}), "counts out of range"),
     (lambda r: json.dumps(r | {"n_verify": [1]}), "lists of different lengths"),
     (lambda r: json.dumps(r | {"confidence": [[0.5]]}), "other confidences than rounds"),
     (lambda r: json.dumps(r | {"id": "1"}), "a sample twice")])
 def test_damaged_samples(spoil, part, folder, tmp_path):
   """Kills: a traceback, or a quietly wrong mean, from a file that a full disk or an editor spoiled."""
-  record = dict(id="1", turns=1, tokens=4, seconds=0.1, n_accept=[1, 0], n_verify=[5, 5], n_commit=[2, 1],
-                confidence=[[0.5] * 5] * 2)
+  record = dict(id="1", turns=1, tokens=4, seconds=0.1, n_accept=[1, 0], n_verify=[BLOCK] * 2, n_commit=[2, 1],
+                confidence=[[0.5] * BLOCK] * 2)
   (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(record), spoil(record | {"id": "2"}), ""]))
   samples = [Sample(str(i), tuple(turns)) for i, turns in enumerate(SAMPLES, 1)]
   with complains("x.jsonl, line 2 is damaged", part, "delete the line"):
@@ -374,7 +406,8 @@ MISTAKES = [
     ("targets", QWEN3, "has no tokenizer.json"), ("drafters", "/nowhere", "/nowhere does not exist: expected a folder"),
     ("drafters", "/nowhere/none", "which means plain decoding"), ("drafters", [], "drafters is empty"),
     ("drafters", GOLDEN / "drafter_dspark_qwen3_vanilla", "this drafter was made for another target"),
-    ("max_new_tokens", "506", "which leave no room for 506 new ones in the target's 512 positions"),
+    ("max_new_tokens", f"{POSITIONS - 6}",
+     f"which leave no room for {POSITIONS - 6} new ones in the target's {POSITIONS} positions"),
     ("speed", "11", "--speed")]
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 import dspark_jax
 from dspark_jax.checkpoints import state
+from dspark_jax.checkpoints.dialects import FROZEN
 from dspark_jax.config import to_json
 from dspark_jax.data import chat
 from dspark_jax.drafters import DSpark
@@ -18,8 +19,13 @@ from dspark_jax.drafters.dspark import DSparkChoices
 from dspark_jax.loading import target_id
 from dspark_jax.nn.parameters import values
 from dspark_jax.targets.decoder import Decoder
-from folders import DSPARK, GOLDEN, LLAMA, QWEN3, complains, copied, cut, fresh_drafter, qwen3, sharded, spoiled, words
+from dspark_jax.text import read_json
+from folders import DSPARK, LLAMA, QWEN3, complains, copied, cut, fresh_drafter, qwen3, sharded, spoiled, words
 from train.config import TrainConfig
+
+CONFIG = read_json(QWEN3 / "config.json")
+WIDTH, VOCABULARY, POSITIONS = CONFIG["hidden_size"], CONFIG["vocab_size"], CONFIG["max_position_embeddings"]
+LAYERS = CONFIG["num_hidden_layers"]
 
 # Weight files
 
@@ -82,10 +88,13 @@ def test_truncated_gguf(tmp_path):
 def test_every_tensor_at_fault_is_listed(kind, tmp_path):
   """Kills: one error per attempt; an unknown tensor dropped; a wrong shape broadcast; int8 weights taken as numbers."""
   prefix = "model." if kind == "target" else ""
+  raw = read_json(DSPARK / "config.json") if kind == "deepspec" else CONFIG
+  queries, inner = raw["num_attention_heads"] * raw["head_dim"], raw["intermediate_size"]
   parts = [f"tensor {prefix}layers.0.mlp.up_proj.weight is missing", f"tensor {prefix}norm.weight is missing",
            "tensor extra.weight is not part of this model", f"{prefix}layers.0.self_attn.q_proj.bias is not part",
-           f"{prefix}layers.0.self_attn.q_proj.weight is float32[48, 64], expected floating point [64, 48]",
-           f"{prefix}layers.0.mlp.gate_proj.weight is int8[96, 48]"]
+           f"{prefix}layers.0.self_attn.q_proj.weight is float32[{queries}, {WIDTH - 1}], "
+           f"expected floating point [{queries}, {WIDTH}]",
+           f"{prefix}layers.0.mlp.gate_proj.weight is int8[{inner}, {WIDTH}]"]
   if kind == "target":
     with complains(*parts):
       dspark_jax.load_target(copied(QWEN3, tmp_path / "t", tensors=spoiled(prefix)))
@@ -137,7 +146,8 @@ def test_other_families(tmp_path):
       dspark_jax.load_drafter(folder, qwen3())
 
 
-@pytest.mark.parametrize("taps, word", [((0, 5), "taps [5]"), ((0, 6, -2), "taps [6, -2]"), ((), "taps are empty")])
+@pytest.mark.parametrize("taps, word", [((0, LAYERS - 1), f"taps [{LAYERS - 1}]"),
+                                        ((0, LAYERS, -2), f"taps [{LAYERS}, -2]"), ((), "taps are empty")])
 def test_taps(taps, word, tmp_path):
   """Kills: a tap that is never written, and the last layer, whose stored output is normed in one dialect only."""
   with complains(word):
@@ -149,10 +159,11 @@ def test_taps(taps, word, tmp_path):
 
 def test_all_problems_of_a_drafter_at_once():
   """Kills: impossible settings that surface as shapes deep in a step, or not at all."""
-  with complains("taps [9]", "markov_head is 'lstm'", "confidence is 'both'", "block_size is 0", "mask_token_id is 131",
-                 "draft_vocab_size is 500"):
-    fresh_drafter(taps=(9,), markov_head="lstm", confidence="both", block_size=0, mask_token_id=131,
-                  draft_vocab_size=500)
+  far, words = LAYERS + 3, 4 * VOCABULARY
+  with complains(f"taps [{far}]", "markov_head is 'lstm'", "confidence is 'both'", "block_size is 0",
+                 f"mask_token_id is {VOCABULARY}", f"draft_vocab_size is {words}"):
+    fresh_drafter(taps=(far,), markov_head="lstm", confidence="both", block_size=0, mask_token_id=VOCABULARY,
+                  draft_vocab_size=words)
   with complains("markov_rank is 0: use 'hidden' or 'none'"):
     fresh_drafter(markov_rank=0)
 
@@ -162,15 +173,20 @@ def test_all_problems_of_a_drafter_at_once():
 
 def test_other_width():
   """Kills: shape errors from inside a matrix product."""
-  with complains("width is 64, the target's is 48", "vocabulary is 257, the target's is 131",
-                 "made for another target"):
-    dspark_jax.load_drafter(GOLDEN / "drafter_dspark_qwen3_vanilla", qwen3())
+  config = qwen3().config
+  spec = dataclasses.replace(config.spec, hidden_size=WIDTH + 16)
+  other = Decoder(dataclasses.replace(config, num_layers=1, vocab_size=2 * VOCABULARY, spec=spec), rngs=nnx.Rngs(0))
+  with complains(f"width is {WIDTH}, the target's is {WIDTH + 16}", "made for another target",
+                 f"vocabulary is {VOCABULARY}, the target's is {2 * VOCABULARY}"):
+    dspark_jax.load_drafter(DSPARK, other)
 
 
 def test_same_width_other_weights(tmp_path):
   """Kills: a drafter that fits by shape, and accepts nothing because it learned from another model."""
-  with complains("embed_tokens.weight [131, 48] is not the target's", "lm_head.weight [131, 48] is not the target's"):
-    dspark_jax.load_drafter(GOLDEN / "drafter_dspark_qwen3_gated", qwen3())
+  turned = lambda tensors: tensors | {name: tensors[name][::-1] for name in FROZEN}
+  size = f"[{VOCABULARY}, {WIDTH}]"
+  with complains(f"embed_tokens.weight {size} is not the target's", f"lm_head.weight {size} is not the target's"):
+    dspark_jax.load_drafter(copied(DSPARK, tmp_path / "turned", tensors=turned), qwen3())
   dspark_jax.save_drafter(tmp_path / "ours", fresh_drafter(), qwen3())
   double = lambda tensors: tensors | {"model.embed_tokens.weight": 2 * tensors["model.embed_tokens.weight"]}
   for name, change in (("w", dict(tensors=double)), ("c", dict(config=lambda c: c | {"rms_norm_eps": 1e-5}))):
@@ -186,9 +202,10 @@ def test_same_width_other_weights(tmp_path):
 @pytest.mark.parametrize("prompts, settings, parts", [
     ([[]], {}, ["prompt 0 is empty", "expected at least one token"]),
     ([], {}, ["there are no prompts"]),
-    ([[1], [2, 131]], {}, ["prompt 1 has token ids 2..131", "0..130"]),
+    ([[1], [2, VOCABULARY]], {}, [f"prompt 1 has token ids 2..{VOCABULARY}", f"0..{VOCABULARY - 1}"]),
     ([[-1]], {}, ["token ids -1..-1"]),
-    ([[1] * 500], {}, ["500 tokens and 64 new ones do not fit the target's 512 positions", "shorten the prompt"]),
+    ([[1] * (POSITIONS - 12)], {}, ["shorten the prompt", f"{POSITIONS - 12} tokens and 64 new ones do not fit the "
+                                    f"target's {POSITIONS} positions"]),
     ([[1]], {"max_new_tokens": 0}, ["max_new_tokens is 0"]),
     ([[1]], {"temperature": -1.0}, ["temperature"]),
     ([[1]], {"temperature": float("nan")}, ["temperature"]),
@@ -253,13 +270,13 @@ def save_ours(folder, drafter, *, sidecar=None, weights=None) -> None:
      ["'markov_rank' is -1000", "expected an integer in 0..2147483647", "'num_layers' is 0"]),
     (lambda s: s | {"config": s["config"] | {"spec": s["config"]["spec"] | {"rope_theta": -1.0, "num_heads": -2}}},
      ["'spec.rope_theta' is -1.0", "'spec.num_heads' is -2"]),
-    (lambda s: s | {"config": s["config"] | {"taps": [0, 5]}}, ["taps [5] are out of range"])])
+    (lambda s: s | {"config": s["config"] | {"taps": [0, LAYERS - 1]}}, [f"taps [{LAYERS - 1}] are out of range"])])
 def test_sidecar_at_fault(change, parts, tmp_path):
   """Kills: a newer format read as if it were ours; a misspelt key ignored; a KeyError for a damaged file."""
   dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())
   file = tmp_path / "d" / "drafter.json"
   file.write_text(json.dumps(change(json.loads(file.read_text()))))
-  with complains("drafter" if "taps [5]" in parts[0] else "drafter.json", *parts):
+  with complains("drafter" if "taps [" in parts[0] else "drafter.json", *parts):
     dspark_jax.load_drafter(tmp_path / "d", qwen3())
 
 
@@ -294,7 +311,8 @@ def test_weights_at_fault(tmp_path):
 @pytest.mark.parametrize("change, part", [
     (lambda w: None, "draft_words is missing"), (lambda w: w[:-1], "draft_words is [4], expected [5]"),
     (lambda w: w[::-1], "must be ascending"), (lambda w: w.at[1].set(0), "must be ascending"),
-    (lambda w: w - 1, "must be ascending token ids below 131"), (lambda w: w + 3, "below 131")])
+    (lambda w: w - 1, f"must be ascending token ids below {VOCABULARY}"),
+    (lambda w: w + 3, f"below {VOCABULARY}")])
 def test_draft_words_at_fault(change, part, tmp_path):
   """Kills: drafts mapped to other tokens: nothing is accepted, or a token twice as likely as the sampler thinks."""
   drafter = fresh_drafter(words=words())

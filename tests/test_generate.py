@@ -12,15 +12,17 @@ from dspark_jax.decoding import session as subject
 from dspark_jax.decoding.policy import All, EarlyStop, Stale, Threshold
 from dspark_jax.decoding.session import Session, generate
 from dspark_jax.nn.parameters import parameters
+from dspark_jax.text import read_json
 from dspark_jax.types import Proposal
-from folders import slow_but, thorough_but
+from folders import golden_cases, slow_but, thorough_but
 from test_drafters import KINDS, golden_drafter, small_drafter
 from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens, small_target, stack_layers
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (5, 1, 8, 3, 2, 7, 4, 6)]
 NEW = 12
 STOPS = (8, 2)  # rows stop at tokens 1, 2, 5 and 7, or not at all
-GOLDENS = ("generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original", "generate_eagle3_qwen3")
+GOLDENS = golden_cases("generate_", "prompt0/ar_output_ids")
+SLOW = ("generate_dflash_qwen3", "generate_dflash_original", "generate_eagle3_qwen3")
 
 
 @functools.cache
@@ -50,9 +52,13 @@ def cut(row, stops, limit=NEW):
   return list(row[:min([limit, *ends])])
 
 
+def name_of_target(case):
+  return read_json(GOLDEN / case / "meta.json")["target"].split()[0]
+
+
 @functools.cache
-def golden_qwen3():
-  return stack_layers(golden_target("target_qwen3"))
+def golden_stacked(name):
+  return stack_layers(golden_target(name))
 
 
 def golden_run(case):
@@ -63,7 +69,30 @@ def golden_run(case):
   return inputs, outputs, prompts, int(inputs["max_new_tokens"])
 
 
-@pytest.mark.parametrize("case", slow_but(["generate_dspark_qwen3"], GOLDENS))
+def useful_rounds(outputs, where, text, stops):
+  """(drafts kept, drafts verified or None) of the rounds that a text took, as ours counts them."""
+  gained = outputs[f"{where}/acceptance_lengths"]
+  # The reference runs one more round, and discards it, where exactly max_new_tokens were reached.
+  useful = 1 + np.cumsum(gained) - gained < len(text)
+  verified = outputs.get(f"{where}/proposal_lengths")
+  verified = None if verified is None else verified[useful].tolist()
+  if f"{where}/accepted_draft_lengths" in outputs:
+    return outputs[f"{where}/accepted_draft_lengths"][useful].tolist(), verified
+  kept = (gained[useful] - 1).tolist()
+  if kept and text[-1] in stops:  # the original DFlash counts drafts past a stop token, too
+    kept[-1] = min(kept[-1], len(text) - 1 - int(gained[useful][:-1].sum()))
+  return kept, verified
+
+
+def test_a_count_past_a_stop_token():
+  """Kills: a golden count of the original DFlash that is cut at a limit, or not cut at a stop token."""
+  outputs = {"p/acceptance_lengths": np.array([2, 4, 6])}
+  cases = [([9] * 8, 7, [1, 3, 5]), ([9] * 8, 9, [1, 3, 1]), ([9] * 7, 9, [1, 3]), ([9] * 12, 9, [1, 3, 5]),
+           ([9], 9, [])]
+  assert [useful_rounds(outputs, "p", text, [stop])[0] for text, stop, _ in cases] == [kept for *_, kept in cases]
+
+
+@pytest.mark.parametrize("case", slow_but([case for case in GOLDENS if case not in SLOW], GOLDENS))
 def test_golden_generation(case):
   """Kills: a slot, position or context row off by one, which costs accepted length and nothing else."""
   inputs, outputs, prompts, limit = golden_run(case)
@@ -71,31 +100,29 @@ def test_golden_generation(case):
   for run, threshold in enumerate(inputs.get("thresholds", [0.0])):
     for name in prompts:
       prompt, stops = inputs[f"{name}/input_ids"][0].tolist(), inputs[f"{name}/stop_token_ids"].tolist()
-      out = generate(golden_qwen3(), drafter, [prompt], max_new_tokens=limit, stop_token_ids=stops,
-                     confidence_threshold=threshold)
+      out = generate(golden_stacked(name_of_target(case)), drafter, [prompt], max_new_tokens=limit,
+                     stop_token_ids=stops, confidence_threshold=threshold)
       where = f"t{run}/{name}" if "thresholds" in inputs else name
       assert prompt + out.tokens[0] == outputs[f"{where}/output_ids"][0].tolist()
-      gained = outputs[f"{where}/acceptance_lengths"]
-      kept = outputs.get(f"{where}/accepted_draft_lengths", gained - 1)
-      # The reference runs one more round, and discards it, where exactly max_new_tokens were reached.
-      useful = 1 + np.cumsum(gained) - gained < limit
-      assert out.n_accept[0] == kept[useful].tolist()
-      if f"{where}/proposal_lengths" in outputs:
-        assert out.n_verify[0] == outputs[f"{where}/proposal_lengths"][useful].tolist()
+      kept, verified = useful_rounds(outputs, where, out.tokens[0], stops)
+      assert out.n_accept[0] == kept
+      if verified is not None:
+        assert out.n_verify[0] == verified
 
 
 @pytest.mark.slow
-def test_golden_plain_generation():
+@pytest.mark.parametrize("target", sorted(set(map(name_of_target, GOLDENS))))
+def test_golden_plain_generation(target):
   """Kills: plain decoding that skips a position, or a prompt whose padding leaks into its neighbour."""
-  asked = []
-  for case in GOLDENS:
+  asked, model = [], golden_stacked(target)
+  for case in (case for case in GOLDENS if name_of_target(case) == target):
     inputs, outputs, prompts, limit = golden_run(case)
     asked += [(inputs[f"{name}/input_ids"][0].tolist(), limit, inputs[f"{name}/stop_token_ids"].tolist(),
                outputs[f"{name}/ar_output_ids"][0].tolist()) for name in prompts]
   prompts, limits, stops, wanted = map(list, zip(*asked))
-  texts = generate(golden_qwen3(), None, prompts, max_new_tokens=limits).tokens
+  texts = generate(model, None, prompts, max_new_tokens=limits).tokens
   assert [prompt + cut(*row) for prompt, row in zip(prompts, zip(texts, stops, limits), strict=True)] == wanted
-  texts = generate(golden_qwen3(), None, prompts, max_new_tokens=limits, stop_token_ids=stops).tokens
+  texts = generate(model, None, prompts, max_new_tokens=limits, stop_token_ids=stops).tokens
   assert [prompt + text for prompt, text in zip(prompts, texts, strict=True)] == wanted
 
 

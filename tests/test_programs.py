@@ -14,10 +14,14 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat
+from dspark_jax.text import read_json
 from infer import convert, generate
 from train import answers, cache_hidden, prepare
 from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, called, files, llama, with_tokenizer)
 
+TARGET = read_json(QWEN3 / "config.json")
+POSITIONS = TARGET["max_position_embeddings"]
+LIMIT = int(np.load(DSPARK / "inputs.npz")["max_new_tokens"])
 ROOT = Path(dspark_jax.__file__).parents[1]
 GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
 TRAINED = {"steps", "loss", "tau", "accept_rate", "tokens_per_second", "checkpoint"}
@@ -28,15 +32,21 @@ def folder(tmp_path_factory):
   """Golden prompts without stop tokens, a target with a tokenizer, and data to train on."""
   folder = tmp_path_factory.mktemp("programs")
   golden, wanted = np.load(DSPARK / "inputs.npz"), np.load(DSPARK / "outputs.npz")
-  prompts = [golden[f"prompt{i}/input_ids"][0].tolist() for i in (0, 3)]
-  whole = [wanted[f"prompt{i}/ar_output_ids"][0].tolist() for i in (0, 3)]
+  names = [key.removesuffix("/stop_token_ids") for key in golden
+           if key.endswith("/stop_token_ids") and not golden[key].size]
+  prompts = [golden[f"{name}/input_ids"][0].tolist() for name in names]
+  whole = [wanted[f"{name}/ar_output_ids"][0].tolist() for name in names]
+  assert names and {len(w) - len(p) for w, p in zip(whole, prompts)} == {LIMIT}
+  gained = [wanted[f"t0/{name}/acceptance_lengths"] for name in names]
+  (folder / "rounds.json").write_text(str(sum(int(np.sum(1 + np.cumsum(g) - g < LIMIT)) for g in gained)))
   (folder / "prompts.json").write_text(json.dumps(prompts))
   (folder / "wanted.json").write_text(json.dumps([w[len(p):] for w, p in zip(whole, prompts)]))
   with_tokenizer(LLAMA, folder / "target")
   rng = np.random.default_rng(0)
-  rows = [{"tokens": rng.integers(5, 130, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
+  size = min(130, read_json(LLAMA / "config.json")["vocab_size"] - 1)
+  rows = [{"tokens": rng.integers(5, size, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
   (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  (folder / "data.txt").write_text(" ".join(f"w{i}" for i in rng.integers(5, 130, 100)))
+  (folder / "data.txt").write_text(" ".join(f"w{i}" for i in rng.integers(5, size, 100)))
   return folder
 
 
@@ -57,8 +67,7 @@ def spawn(*args):
 def test_generate_as_a_process(folder):
   """Kills: a result mixed with progress on stdout; a missing key; other tokens than plain greedy decoding's."""
   run = spawn("infer.generate", "--target", QWEN3, "--drafter", DSPARK, "--prompt-tokens",
-              folder / "prompts.json",
-              "--max-new-tokens", 32)
+              folder / "prompts.json", "--max-new-tokens", LIMIT)
   out, err = run.communicate()
   assert run.returncode == 0, err
   assert len(out.splitlines()) == 1
@@ -66,26 +75,32 @@ def test_generate_as_a_process(folder):
   assert set(result) == GENERATED
   assert result["tokens"] == read(folder / "wanted.json") and result["text"] is None
   assert result["rounds"] == sum(map(len, result["n_accept"]))
-  assert result["accepted_length"] == pytest.approx((sum(map(len, result["tokens"])) - 2) / result["rounds"])
-  assert result["accepted_length"] > 2 and result["tokens_per_second"] > 0 and result["compile_seconds"] > 0
+  assert result["accepted_length"] == pytest.approx((sum(map(len, result["tokens"])) - len(result["tokens"]))
+                                                    / result["rounds"])
+  assert result["rounds"] == read(folder / "rounds.json")
+  assert result["tokens_per_second"] > 0 and result["compile_seconds"] > 0
 
 
 @pytest.mark.slow
 def test_generate_without_a_drafter(folder, capsys):
   """Kills: a plain path that needs a drafter, or that counts its rounds in another way; batches that mix up prompts."""
-  common = ("--target", QWEN3, "--drafter", "none", "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 32)
+  common = ("--target", QWEN3, "--drafter", "none", "--prompt-tokens", folder / "prompts.json",
+            "--max-new-tokens", LIMIT)
   result, _ = called(capsys, generate.main, generate.Settings, *common)
   split, _ = called(capsys, generate.main, generate.Settings, *common, "--budget-gb", 1e-9)  # a batch for each prompt
   assert split["tokens"] == result["tokens"]
   assert set(result) == GENERATED and result["tokens"] == read(folder / "wanted.json")
-  assert result["accepted_length"] == 1 and result["rounds"] == 2 * 31  # the prompt pass brings the first token
+  # The prompt pass brings the first token.
+  assert result["accepted_length"] == 1 and result["rounds"] == len(result["tokens"]) * (LIMIT - 1)
 
 
 @pytest.mark.slow
 def test_generate_llama_and_nothing_to_do(folder, capsys):
   """Kills: NaN in the JSON, which is no JSON, when not a single round was run."""
+  prompts = [[7, 5, 9], [6]]
+  (folder / "short.json").write_text(json.dumps(prompts))
   result, _ = called(capsys, generate.main, generate.Settings, "--target", LLAMA, "--drafter", "none",
-                     "--prompt-tokens", folder / "prompts.json", "--max-new-tokens", 1)
+                     "--prompt-tokens", folder / "short.json", "--max-new-tokens", 1)
   assert result["accepted_length"] is None and result["rounds"] == 0 and [len(t) for t in result["tokens"]] == [1, 1]
 
 
@@ -112,10 +127,10 @@ MISTAKES = [
   ("--prompt-tokens", "[1, 2]", "not a list of lists of token ids"),
   ("--prompt-tokens", "{}", "expected a list"),
   ("--prompt-tokens", "[[1.5]]", "not a list of lists of token ids"),
-  ("--prompt-tokens", "[[131]]", "the target's vocabulary is 0..130"),
+  ("--prompt-tokens", f"[[{TARGET['vocab_size']}]]", f"the target's vocabulary is 0..{TARGET['vocab_size'] - 1}"),
   ("--prompt-tokens", "[[1", "is not JSON"),
   ("--prompt", "w5", "exactly one of --prompt, --prompts and --prompt-tokens"),
-  ("--max-new-tokens", "512", "do not fit the target's 512 positions"),
+  ("--max-new-tokens", str(POSITIONS), f"do not fit the target's {POSITIONS} positions"),
   ("--max-new-tokens", "many", "invalid"),
   ("--dtype", "float16", "invalid choice 'float16'"),
   ("--temperature", "-1", "temperature"),

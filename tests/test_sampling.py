@@ -3,7 +3,6 @@ what CPUs and by what TPUs are given."""
 
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import hlo
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.sampling import make_sampling, split_keys
+from folders import GOLDEN, golden_cases
 from test_targets import compile_as
 
-GOLDEN = Path(__file__).parent / "golden" / "sampling"
 ROWS, VOCABULARY = 6, 131
 
 
@@ -72,9 +71,10 @@ def test_probabilities_follow_hugging_face(logits, temperature, top_k, top_p):
   np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-def test_golden_temperatures():
+@pytest.mark.parametrize("case", golden_cases("", "temperature_probs"))
+def test_golden_temperatures(case):
   """Kills: temperature 0 as a division, and a last rather than first argmax at the tie in row 1."""
-  inputs, outputs = np.load(GOLDEN / "inputs.npz"), np.load(GOLDEN / "outputs.npz")
+  inputs, outputs = np.load(GOLDEN / case / "inputs.npz"), np.load(GOLDEN / case / "outputs.npz")
   logits = jnp.asarray(inputs["logits"])
   for temperature, expected in zip(inputs["temperatures"], outputs["temperature_probs"], strict=True):
     np.testing.assert_allclose(probabilities(logits, make_sampling(float(temperature))), expected, atol=1e-6)

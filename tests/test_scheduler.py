@@ -1,7 +1,6 @@
 """Scheduling: goldens, Algorithm 1 as printed, Appendix A, and what a length must not depend on."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import pytest
 from dspark_jax.decoding import scheduler
 from dspark_jax.decoding.scheduler import Schedule
 from dspark_jax.decoding.verify import accept_prob, residual
-from folders import complains
+from folders import GOLDEN, complains, golden_cases
 
-GOLDEN = Path(__file__).parent / "golden" / "prefix_scheduler"
+SCHEDULES = golden_cases("", "case00/lengths_no_break")
 CASES, ROWS, BLOCK = 400, 4, 3
 
 
@@ -63,9 +62,9 @@ def random_cases(seed=0):
   return confidence, sps, live
 
 
-def golden():
-  """(names, given, expected) of the golden schedules."""
-  given, expected = (dict(np.load(GOLDEN / f"{name}.npz")) for name in ("inputs", "outputs"))
+def golden(case):
+  """(names, given, expected) of a golden's schedules."""
+  given, expected = (dict(np.load(GOLDEN / case / f"{name}.npz")) for name in ("inputs", "outputs"))
   names = sorted(key.removesuffix("/confidence") for key in given if key.endswith("/confidence"))
   return names, given, expected
 
@@ -82,12 +81,13 @@ def assert_golden(name, schedule, best, expected):
   np.testing.assert_allclose(best.throughput, expected[f"{name}/throughput_no_break"], rtol=1e-12, err_msg=name)
 
 
-def test_golden_schedules():
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_golden_schedules(case):
   """Kills: Theta without the bonus tokens, B off by one, ties admitted or broken by slot first, a zero admitted.
 
   All cases at once, so padded to one shape with dead rows and confidences of 0, which must change nothing.
   """
-  names, given, expected = golden()
+  names, given, expected = golden(case)
   rows, block = np.max([given[f"{name}/confidence"].shape for name in names], axis=0)
   tokens = max(rows * (block + 1) + 1, *(len(given[f"{name}/sps"]) for name in names))
   arrays = [[padded((rows, block), given[f"{name}/confidence"]) for name in names],
@@ -95,36 +95,38 @@ def test_golden_schedules():
             [padded((rows,), np.ones(len(expected[f"{name}/lengths"]), bool)) for name in names]]
   with jax.enable_x64(True):
     _, schedule, best = jax.tree.map(np.asarray, all_schedules(*map(np.stack, arrays)))
-  cases = json.loads((GOLDEN / "meta.json").read_text())["cases"]
+  cases = json.loads((GOLDEN / case / "meta.json").read_text())["cases"]
   assert sum(name.startswith("case") for name in names) == cases and schedule.throughput.dtype == np.float64
   for i, name in enumerate(names):
     assert_golden(name, *jax.tree.map(lambda x: x[i], (schedule, best)), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in golden()[0] if not name.startswith("case") or name.endswith("7")])
-def test_golden_schedules_in_their_own_shape(name):
+@pytest.mark.parametrize("case, name", [(case, name) for case in SCHEDULES for name in golden(case)[0]
+                                        if not name.startswith("case") or name.endswith("7")])
+def test_golden_schedules_in_their_own_shape(case, name):
   """Kills: a default of `live` that is not every row; a curve that must be longer than R * (G + 1)."""
-  _, given, expected = golden()
+  _, given, expected = golden(case)
   with jax.enable_x64(True):
     _, schedule, best = jax.tree.map(np.asarray, schedules(given[f"{name}/confidence"], given[f"{name}/sps"], None))
   assert_golden(name, schedule, best, expected)
 
 
-def test_appendix_a():
+@pytest.mark.parametrize("case", golden_cases("", "appendix/first_token_no_break"))
+def test_appendix_a(case):
   """Kills: the search without a stop on this round's confidences, which turns 0.7 / 0.3 into 0.85 / 0.15.
 
   The first token's distribution is summed over both drafts, through the acceptance and the residual of `verify`.
   """
-  _, given, expected = golden()
+  _, given, expected = golden(case)
   p, q = (jnp.float32(given[f"appendix/{name}_probs"]) for name in ("target", "draft"))
   confidence = np.float32([given["appendix_high/confidence"], given["appendix_low/confidence"]])  # when x1 = A, B
-  sps = np.float32([given["appendix_high/sps"]] * 2)
-  _, schedule, best = all_schedules(confidence, sps, np.ones((2, 1), bool))
+  sps = np.float32([given["appendix_high/sps"], given["appendix_low/sps"]])
+  _, schedule, best = all_schedules(confidence, sps, np.ones(confidence.shape[:2], bool))
   kept = np.diag(accept_prob(p, q))
   verified = kept + (1 - kept.sum(1, keepdims=True)) * np.asarray(residual(p, q))[None]
   first = lambda lengths: np.asarray(q) @ np.where(np.asarray(lengths) > 0, verified, np.asarray(p)[None])
-  assert not np.asarray(schedule.lengths).any()
-  np.testing.assert_array_equal(best.lengths, [[2], [0]])
+  for lengths, name in ((schedule.lengths, "lengths"), (best.lengths, "lengths_no_break")):
+    np.testing.assert_array_equal(lengths, [expected[f"appendix_{side}/{name}"] for side in ("high", "low")])
   np.testing.assert_allclose(first(schedule.lengths), expected["appendix/first_token_early_stop"], rtol=1e-6)
   np.testing.assert_allclose(first(best.lengths), expected["appendix/first_token_no_break"], rtol=1e-6)
 

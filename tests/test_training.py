@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from dspark_jax.training.anchors import blocks_at, candidates, sample_blocks
 from dspark_jax.training.losses import LossConfig, draft_loss
 from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state, schedule, span
 from dspark_jax.types import Batch
+from folders import GOLDEN, golden_cases
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 SPEC = BlockSpec(hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1, head_dim=8, rms_norm_eps=1e-6,
@@ -68,17 +68,16 @@ def fresh(seed=0, total_steps=10, config=CONFIG):
   return init_state(models()[1], config, seed, total_steps=total_steps)
 
 
-def optimizer_arrays():
-  folder = Path(__file__).parent / "golden" / "optimizer"
-  return (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "outputs"))
+def optimizer_arrays(case):
+  return (dict(np.load(GOLDEN / case / f"{name}.npz")) for name in ("inputs", "outputs"))
 
 
-def test_learning_rate():
+@pytest.mark.parametrize("case", golden_cases("", "schedule0/lr_used"))
+def test_learning_rate(case):
   """Kills a warm-up that starts at 0 or overshoots, and a cosine that cancels in float32 near its end."""
-  given, expected = optimizer_arrays()
+  given, expected = optimizer_arrays(case)
   for j in range(sum(key.endswith("/lr_used") for key in expected)):
     assert_learning_rate(j, given, expected)
-  assert j
 
 
 def assert_learning_rate(j, given, expected):
@@ -97,10 +96,12 @@ def test_learning_rate_of_short_runs(steps, ratio, wanted):
   np.testing.assert_allclose(rate, 2 * np.array(wanted), rtol=1e-5)
 
 
-def test_clipped_adamw():
+@pytest.mark.parametrize("case", golden_cases("", "grad_norm"))
+def test_clipped_adamw(case):
   """Kills clipping per tensor, clipping after the moments, Adam's epsilon inside the root."""
-  given, expected = optimizer_arrays()
-  config = OptimizerConfig(learning_rate=float(given["lr"]), warmup_ratio=0.0)
+  given, expected = optimizer_arrays(case)
+  config = OptimizerConfig(learning_rate=float(given["lr"]), warmup_ratio=float(given["warmup_ratio"]),
+                           weight_decay=float(given["weight_decay"]), clip=float(given["max_grad_norm"]))
   transform = subject.optimizer(config, span(config, int(given["total_steps"])))
   params = {name: given[name] for name in ("weight", "bias")}
   state = transform.init(params)
