@@ -180,7 +180,7 @@ def spoiled(prefix: str):
   def spoil(tensors):
     layer = f"{prefix}layers.0."
     del tensors[layer + "mlp.up_proj.weight"], tensors[f"{prefix}norm.weight"]
-    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"][:, 1:]
+    tensors[layer + "self_attn.q_proj.weight"] = tensors[layer + "self_attn.q_proj.weight"].reshape(-1, 1)
     tensors[layer + "mlp.gate_proj.weight"] = tensors[layer + "mlp.gate_proj.weight"].astype(jnp.int8)
     return tensors | {"extra.weight": jnp.ones(3), layer + "self_attn.q_proj.bias": jnp.ones(3)}
   return spoil

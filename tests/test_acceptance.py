@@ -10,7 +10,7 @@ import dspark_jax
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.acceptance import Rounds
 from dspark_jax.decoding.calibration import calibrate
-from folders import GOLDEN, golden_cases
+from folders import DSPARK, GOLDEN, golden_cases
 from test_evaluate import one_layer, target  # noqa: F401 (a fixture)
 
 
@@ -41,6 +41,7 @@ def test_metrics_are_the_reference_s(case, run):
   assert survival == pytest.approx(wanted["accept_rates_by_position"].tolist(), rel=1e-6)
   low, high = got["accepted_length_interval"]
   assert low <= got["accepted_length"] <= high
+  assert (low < high) == (len({float(np.mean(text.n_commit)) for text in rounds}) > 1)
 
 
 def test_metrics_by_hand():

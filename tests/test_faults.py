@@ -92,7 +92,7 @@ def test_every_tensor_at_fault_is_listed(kind, tmp_path):
   queries, inner = raw["num_attention_heads"] * raw["head_dim"], raw["intermediate_size"]
   parts = [f"tensor {prefix}layers.0.mlp.up_proj.weight is missing", f"tensor {prefix}norm.weight is missing",
            "tensor extra.weight is not part of this model", f"{prefix}layers.0.self_attn.q_proj.bias is not part",
-           f"{prefix}layers.0.self_attn.q_proj.weight is float32[{queries}, {WIDTH - 1}], "
+           f"{prefix}layers.0.self_attn.q_proj.weight is float32[{queries * WIDTH}, 1], "
            f"expected floating point [{queries}, {WIDTH}]",
            f"{prefix}layers.0.mlp.gate_proj.weight is int8[{inner}, {WIDTH}]"]
   if kind == "target":

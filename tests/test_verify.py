@@ -92,7 +92,7 @@ def test_golden_greedy_verdict(case):
   np.testing.assert_array_equal(n_accept, outputs["accept_prefix_mask"].sum(1))
   whole = n_accept == outputs["accepted"]  # not cut at a stop token
   np.testing.assert_array_equal(next_token[whole], outputs["next_token_dist"].argmax(-1)[whole])
-  assert whole.any()
+  assert whole.any() and outputs["terminated_by_stop_token"][~whole].all()
 
 
 def test_a_small_residual():
