@@ -82,8 +82,7 @@ def _fetched(name, what, patterns):
     return Path(snapshot_download(name, allow_patterns=list(patterns)))
   except Exception as error:  # the hub's errors have no common base; the remedy is the same
     raise ValueError(f"{what} {name} is no local path and could not be fetched from the hub ({type(error).__name__}: "
-                     f"{error_shown(error)}): check the name, the network and the disk, or download it to a folder"
-                     ) from error
+                     f"{error_shown(error)}): check name, network and disk, or download it to a folder") from error
 
 
 def _described(folder):
@@ -207,8 +206,8 @@ def drafter_id(drafter: Drafter) -> str:
 
 
 def load_drafter(path: str | os.PathLike, target: Target, *, dtype=None) -> Drafter:
-  """A drafter for `target` from our own folder, a training run, a DeepSpec or DFlash folder, or a hub id of
-  one of these, in `dtype` (default: the target's).
+  """A drafter for `target` from our folder, a training run, a DeepSpec or DFlash folder, or a hub id of one of these,
+  in `dtype` (default: the target's).
 
   ValueError when it was made for another target, for every missing, unknown and misshapen tensor at once, and where the
   target's kernels, by which it drafts too, do not suit its heads.

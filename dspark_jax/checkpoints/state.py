@@ -240,8 +240,8 @@ def restore(checkpoints: Checkpointer, state, *, use_older: bool = False):
   """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved.
 
   It comes back where `state` lives, whatever mesh, and however many processes, it was saved on; where that has no
-  place, on the current mesh. ValueError when it is damaged. use_older: then the one before, after
-  which the damaged one is deleted.
+  place, on the current mesh. ValueError when it is damaged. use_older: then the one before, after which the
+  damaged one is deleted.
   """
   damaged = []
   for saved in reversed(checkpoints.checkpoints):
