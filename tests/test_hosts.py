@@ -140,7 +140,7 @@ def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
 
 
 MEMBER = """
-import sys, time
+import contextlib, sys, time
 from dspark_jax.programs import hosts, shell
 config = hosts.HostsConfig({at!r}, {processes}, {process}, {timeout}, 4)
 class Settings:
@@ -151,7 +151,8 @@ def main(_):
   print("together", file=sys.stderr, flush=True)
   if {wrong} == hosts.here.process:
     raise {error}
-  time.sleep({seconds})
+  with contextlib.nullcontext() if {busy} == hosts.here.process else hosts.waiting():
+    time.sleep({seconds})
   return {{"process": hosts.here.process}}
 shell.run(main, object, mesh=False)
 """
@@ -160,12 +161,14 @@ shell.run(main, object, mesh=False)
 MISTAKE = "ValueError('this file is not there: bring it')"
 
 
-def members(wrong=None, seconds: float = 40, which=(0, 1), timeout: int = 60, processes: int = 2, error=MISTAKE):
+def members(wrong=None, seconds: float = 40, which=(0, 1), timeout: int = 60, processes: int = 2, error=MISTAKE,
+            busy=None):
   """Processes that do nothing but belong together."""
   at = f"localhost:{free_port()}"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
   return [subprocess.Popen([sys.executable, "-c", MEMBER.format(
-      at=at, processes=processes, process=i, wrong=wrong, error=error, seconds=seconds, timeout=timeout)], text=True,
+      at=at, processes=processes, process=i, wrong=wrong, error=error, seconds=seconds, timeout=timeout,
+      busy=busy)], text=True,
       cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in which]
 
 
@@ -196,6 +199,16 @@ def test_all_say_who_is_dead():
   running[2].kill()
   for code, _, err in ended(running, 60)[:2]:
     assert code == hosts.AGAIN and f"error: process 2 on {socket.gethostname()} " in err, err
+
+
+@pytest.mark.parametrize("busy", slow_but([1], [None, 0, 1]))
+def test_a_slow_process_is_named(busy):
+  """Kills: a host whose data are late, for which all others wait without a word; one that is named since it waits."""
+  (code, _, err), (other, _, its) = ended(members(seconds=8, busy=busy), 60)
+  assert code == other == 0 and "slow" not in its
+  said = [line for line in err.splitlines() if "is slow" in line]
+  expected = [] if busy is None else [f"process {busy} on {socket.gethostname()} is slow, and the others wait for it"]
+  assert [line.partition(":")[0] for line in said] == expected, err
 
 
 def test_nobody_comes():

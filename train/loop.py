@@ -41,7 +41,8 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
       due = [name for name, (every, _) in measures.items() if (index + 1) % every == 0]
       # Also when it saves: a run that goes on from there must not lack a line for the steps before.
       if finished or due or any((index + 1) % every == 0 for every in (config.log_every, config.save_every)):
-        window = jax.device_get(window)  # the only place where the host waits for the device
+        with hosts.waiting():
+          window = jax.device_get(window)  # the only place where the host waits for the device
         widths = [batches.width(step) for step in range(index + 1 - len(window), index + 1)]
         speed = pace.lap(widths, batches.waited)
         check_finite(config, state, window, index, batches)

@@ -164,7 +164,9 @@ def stepper(config: TrainConfig, static: StepConfig, state, target, batches: Bat
 
   def advance(state, index):
     batch, encoded = batches(index)
-    return program(batch, encoded)(state, target, batch, encoded=encoded)
+    step_program = program(batch, encoded)
+    with hosts.waiting():  # where more steps are under way than a device's queue holds
+      return step_program(state, target, batch, encoded=encoded)
   program(*batches(int(state.step)))
   return advance
 

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from jax.experimental import multihost_utils
 TOLD = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES",
         "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 AGAIN = os.EX_TEMPFAIL  # the exit code of a process that another one has left, or not joined: the same command goes on
+SLOW = 0.5  # of its time: who is busy with work of its own for so much more than the others keeps them waiting
 WEEK = 7 * 24 * 3600 * 1000  # milliseconds: who waits is ended by `_watch`, not by a time-out
 # Run beside each process: JAX aborts a process in the moment in which the coordinator is gone, before Python can say
 # what happened. Reads ADDRESS|SENTENCE lines; the last one is said when its writer ends and nobody listens there.
@@ -79,6 +81,7 @@ class _Joined:
   def __init__(self):
     self.process, self.processes, self.step, self.agreed, self.silence = 0, 1, 0, 0, 40
     self.sign, self.lock, self.over = 0, threading.Lock(), threading.Event()
+    self.waited, self.waits_since = 0.0, None  # seconds for devices, and so for other hosts; since when it waits now
     self.expect = lambda line: None  # what is to be said should this process be aborted
 
 
@@ -236,6 +239,17 @@ def beat(step: int) -> None:
   here.step = step
 
 
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+  """For calls that wait for the devices, and so for every host: what is not spent in them is this host's own work."""
+  here.waits_since = time.monotonic()
+  try:
+    yield
+  finally:
+    with here.lock:
+      here.waited, here.waits_since = here.waited + time.monotonic() - here.waits_since, None
+
+
 def leave(sentence: str, code: int) -> None:
   """Ends this process after a failure, and the others with its sentence and code; returns where there are no others."""
   if here.processes == 1:
@@ -253,7 +267,7 @@ def blame() -> None:
 
 def _watch():
   """Tells that this process lives, sees that the others do, and ends this one when one of them does not."""
-  seen, slow = {}, set()  # by process: (its sign, since when by our own clock, its step, since when)
+  seen, pasts, slow = {}, {}, set()  # by process: (its sign, since when by our own clock); its clock and its waits
   while not here.over.wait(_period()):
     try:
       _tell("here")
@@ -261,13 +275,11 @@ def _watch():
                for key, text in _client().key_value_dir_get("dspark/alive")}
     except jax.errors.JaxRuntimeError:
       continue  # process 0 is gone: JAX ends this one, and the witness says why
-    now, newest = time.monotonic(), max(sign["step"] for sign in signs.values())
+    now = time.monotonic()
     for process, sign in signs.items():
       who, old = f"process {process} on {sign['host']}", seen.get(process)
       since = now if old is None or old[0] != sign["sign"] else old[1]
-      # Counted from when it fell behind: none moves while all compile.
-      moved = now if old is None or old[2] != sign["step"] or sign["step"] == newest else old[3]
-      seen[process] = (sign["sign"], since, sign["step"], moved)
+      seen[process] = (sign["sign"], since)
       if process == here.process or sign["state"] == "done":
         continue
       if sign["state"] == "failed":
@@ -277,18 +289,41 @@ def _watch():
         _say(f"error: {who} has given no sign of life for {now - since:.0f} seconds, since step {sign['step']}: look "
              f"there; the same command on every host goes on from the newest checkpoint")
         _end(AGAIN)
-      lags = sign["step"] < newest and now - moved > here.silence
-      if lags and process not in slow and first():
-        _say(f"{who} is slow: at step {sign['step']} for {now - moved:.0f} seconds, others are at {newest}")
-      slow = slow | {process} if lags else slow - {process}
+    if first():
+      slow = _name_slow(signs, pasts, slow)
+
+
+def _name_slow(signs, pasts, known):
+  """Says which processes have kept the others waiting since `silence` seconds ago, but for the known; gives them all.
+
+  By what each does itself: their steps are the same, since every step has them all.
+  """
+  for process, sign in signs.items():
+    past = pasts.setdefault(process, [])
+    past.append((sign["clock"], sign["waited"]))
+    while sign["clock"] - past[min(1, len(past) - 1)][0] >= here.silence:
+      del past[0]
+  busy = {process: 1 - (past[-1][1] - past[0][1]) / (past[-1][0] - past[0][0]) for process, past in pasts.items()
+          if past[-1][0] - past[0][0] >= here.silence and signs[process]["state"] == "here"}
+  slow = set()
+  for process, share in busy.items():
+    others = statistics.median([busy[other] for other in busy if other != process] or [1.0])
+    if share - others > SLOW:
+      slow.add(process)
+      if process not in known:
+        _say(f"process {process} on {signs[process]['host']} is slow, and the others wait for it: of {here.silence} "
+             f"seconds it was busy with work of its own (data, files) for {share:.0%}, they for {others:.0%}; it is at "
+             f"step {signs[process]['step']}")
+  return slow
 
 
 def _tell(state, sentence="", code=0):
   with here.lock:
     here.sign += 1
+    now = time.monotonic()
     _client().key_value_set(f"dspark/alive/{here.process}", json.dumps(dict(
-        host=socket.gethostname(), state=state, sentence=sentence, code=code, step=here.step, sign=here.sign)),
-        allow_overwrite=True)
+        host=socket.gethostname(), state=state, sentence=sentence, code=code, step=here.step, sign=here.sign,
+        clock=now, waited=here.waited + (now - here.waits_since if here.waits_since else 0))), allow_overwrite=True)
 
 
 def _period():
