@@ -73,22 +73,24 @@ class Pace:
 
   A table is measured once, of full seats and one program after another; while serving, a machine that others use, a
   host that is late or a shorter text change what a program takes, and not all of them alike. What has not run for long
-  is believed to be what the table says, so that a program which a busy minute made dear is tried again.
+  is believed to be what the table says, so that a program which a busy minute made dear is tried again; less where what
+  runs has long been faster, so that a machine which beats its whole table does not hold on to what it happened to play.
   """
 
   def __init__(self):
     self._ratios: dict[str, float] = {}
+    self._usual = 1.0  # of whatever ran
 
   def landed(self, name: str, predicted: float, seconds: float) -> None:
     """A round of this program, `executables`' name, took so many seconds."""
-    for other, ratio in self._ratios.items():
-      self._ratios[other] = ratio + FORGET * (1 - ratio)
     # No logarithms: of two rounds that are read at once the first takes all of the time, and the second none.
-    ratio = self._ratios.get(name, 1.0)
-    self._ratios[name] = ratio + LEARN * (min(seconds / predicted, ODD) - ratio)
+    ratio = self(name) + LEARN * (min(seconds / predicted, ODD) - self(name))
+    self._usual += FORGET * (ratio - self._usual)
+    believed = min(self._usual, 1.0)
+    self._ratios = {other: old + FORGET * (believed - old) for other, old in self._ratios.items()} | {name: ratio}
 
   def __call__(self, name: str) -> float:
-    return self._ratios.get(name, 1.0)
+    return self._ratios.get(name, min(self._usual, 1.0))
 
 
 class Dispatcher:
