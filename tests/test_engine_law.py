@@ -9,6 +9,7 @@ settings that come and go.
 import itertools
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from dspark_jax.decoding import scheduler
 from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.dispatch import Dispatcher
 from dspark_jax.decoding.engine import Engine, EngineConfig, Request
-from test_policy import BLOCK, TARGET, WORDS, Chain, Moody
+from dspark_jax.sampling import draw, probabilities, split_keys
+from dspark_jax.types import Proposal
+from test_policy import BLOCK, DRAFT, TARGET, WORDS, Chain, Moody
 from test_sampled import exact_probs
 from test_verify import chi_square
 
@@ -47,6 +50,22 @@ class Seated(Chain):
 class Chosen(Moody):
   """The same drafter with what seats ask of it."""
   insert, take, cut = Seated.insert, Seated.take, Seated.cut
+
+
+@flax.struct.dataclass
+class Spoken(Chosen):
+  """The same of two words alone, which its head knows by their columns; as unsure of every draft as of the next."""
+  words = np.array([0, 2], np.int32)
+
+  def propose(self, target, head, state, anchor, keys, sampling):
+    sure_keys, *draft_keys = split_keys(keys, 1 + BLOCK)
+    words, tokens, logits, probs = self.words, [anchor], [], []
+    for keys in draft_keys:
+      logits.append(jnp.log(jnp.asarray(DRAFT))[tokens[-1]][:, words])
+      probs.append(probabilities(logits[-1], sampling))
+      tokens.append(jnp.asarray(words)[draw(keys, probs[-1])])
+    confidence = jax.vmap(lambda key: jax.random.uniform(key, (BLOCK,), minval=0.4))(sure_keys)
+    return Proposal(jnp.stack(tokens[1:], 1), jnp.stack(logits, 1), jnp.stack(probs, 1), confidence, words)
 
 
 @flax.struct.dataclass
@@ -119,6 +138,14 @@ def test_text_follows_the_target(policy, rule):
   if policy in ("threshold", "early-stop", "scheduled"):  # it really decided
     assert 0.1 * metrics["drafted"] < metrics["verified"] < 0.95 * metrics["drafted"]
     assert len({name for name in metrics if name.startswith("program_")}) > 2, metrics
+
+
+@pytest.mark.slow
+def test_text_follows_the_target_where_drafts_have_few_words():
+  """By thresholds, as blocks. Kills: a residual over columns of a reduced head, or one without the words it lacks."""
+  found, metrics = chance("threshold", "block", Spoken())
+  assert found > ALARM and 0.1 * metrics["drafted"] < metrics["verified"] < 0.95 * metrics["drafted"]
+  assert metrics["accepted"] > 0.2 * metrics["verified"]
 
 
 def whole(self, past, context):

@@ -222,7 +222,7 @@ class Engine:
     """Dispatches a round, if a request is there to play, and says what the one before it brought."""
     self._drop()
     self._seat_the_next()
-    reads = next((seat for seat in self._by_arrival() if seat.reads), None)
+    reads = min((seat for seat in self._seats if seat.reads), key=lambda seat: seat.id, default=None)  # as they came
     plays = [seat for seat in self._seats if seat.plays]
     if reads or plays:
       self._dispatch(plays, reads)
@@ -263,6 +263,7 @@ class Engine:
       if isinstance(value, bool) or not hasattr(value, wanted):
         raise ValueError(f"{name} is {shown(value)}, expected one number")
     check(max_new_tokens=request.max_new_tokens, seed=request.seed)
+    self._temperatures(request)
     mode = make_sampling(request.temperature, request.top_k, request.top_p).mode
     if MODES.index(mode) > MODES.index(self.config.sampling):
       raise ValueError(f"the request asks for {mode} sampling, the engine was started for "
@@ -284,8 +285,13 @@ class Engine:
       raise ValueError("log-probabilities are asked for, and the engine was started without them: start it with "
                        "log_probabilities")
 
-  def _by_arrival(self):
-    return sorted((seat for seat in self._seats if seat.id is not None), key=lambda seat: seat.id)
+  def _temperatures(self, request):
+    """f32[1,G] of the head's confidences."""
+    table = self._calibration(request.temperature)
+    if table is not None and np.shape(table) != (self.block,):
+      raise ValueError(f"the calibration has {np.size(table)} temperatures, expected {self.block}, one for each draft: "
+                       f"fit it for this drafter (python -m train.calibrate)")
+    return np.asarray(np.ones(self.block) if table is None else table, np.float32)[None]
 
   def _drop(self):
     """Ends what was cancelled."""
@@ -311,8 +317,7 @@ class Engine:
       sampling = make_sampling(request.temperature, request.top_k, request.top_p).replace(mode=self.config.sampling)
       stops = np.full((1, STOP_IDS), -1, np.int32)
       stops[0, :len(request.stop_token_ids)] = request.stop_token_ids
-      table = self._calibration(request.temperature)
-      table = np.ones((1, self.block), np.float32) if table is None else np.asarray(table, np.float32)[None]
+      table = self._temperatures(request)
       thresholds = np.float32([[self.config.confidence_threshold, self.config.survival_threshold]])
       one = Settings(sampling, stops, np.asarray([request.max_new_tokens], np.int32), table, thresholds,
                      self.config.verification)
@@ -441,9 +446,4 @@ class Engine:
 
 def _common(a, b):
   """Tokens that two texts begin with alike, but for the last of b, which is always read."""
-  n = 0
-  for x, y in zip(a, b[:-1]):
-    if x != y:
-      break
-    n += 1
-  return n
+  return next((n for n, (x, y) in enumerate(zip(a, b[:-1])) if x != y), min(len(a), len(b) - 1))
