@@ -287,6 +287,9 @@ def encode(settings: Settings, tokenizer, record: dict) -> list[int]:
   """Tokens of a line that was checked."""
   text = record.get("prompt")
   if text is not None and not tokenizer.chat_template:
+    if record.get("tools"):
+      raise ValueError("it has tools, which only a chat template can tell a model of, and this one has none: remove "
+                       "them, or use an instructed model")
     return chat.encode_text(tokenizer, text, allow_special=settings.allow_special)
   messages = record["messages"] if text is None else [{"role": "user", "content": text}]
   return chat.encode_prompt(tokenizer, messages, tools=record.get("tools"), enable_thinking=settings.thinking,

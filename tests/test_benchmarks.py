@@ -79,6 +79,7 @@ def test_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line, part", [
     ("{", "line 2 is not JSON"), ("[]", "line 2 holds a list"), ("{}", "line 2 has no turns"),
     ('{"turns": ["a"], "temperature": 1}', "line 2 has temperature"),
+    ('{"turns": ["a"], "repetition_penalty": 1.2, "system": "be brief"}', "has repetition_penalty, system"),
     ('{"turns": []}', "line 2"), ('{"turns": "text"}', "line 2"), ('{"turns": ["a", 1]}', "line 2"),
     ('{"turns": ["a", " "]}', "line 2"), ('{"prompt": "a"}', 'expected {"turns": [TEXT, ...]}')])
 def test_bad_lines(line, part, tmp_path):

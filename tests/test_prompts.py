@@ -27,6 +27,19 @@ def folder(tmp_path_factory):
   return folder
 
 
+def test_tools_are_told(folder):
+  """Kills: tools that the template is not given, or that a base model is never told of."""
+  tokenizer, tools = chat.load_tokenizer(folder / "target"), [{"name": "w9"}]
+  settings = types.SimpleNamespace(thinking=None, allow_special=False)
+  tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + tokenizer.chat_template
+  plain = generate.encode(settings, tokenizer, {"prompt": "w7"})
+  told = generate.encode(settings, tokenizer, {"prompt": "w7", "tools": tools})
+  assert told == tokenizer.encode("w9", add_special_tokens=False) + plain
+  tokenizer.chat_template = None
+  with complains("it has tools", "remove them"):
+    generate.encode(settings, tokenizer, {"prompt": "w7", "tools": tools})
+
+
 @pytest.mark.slow
 def test_settings_of_a_line(folder, capsys, tmp_path):
   """Kills: a line's own max_tokens, temperature or seed passed over; one line's settings used for another."""

@@ -18,8 +18,11 @@ COUNTS = {"gsm8k": 500, "math500": 500, "aime25": 30, "humaneval": 164, "mbpp": 
           "mt-bench": 80, "alpaca": 500, "arena-hard-v2": 500}  # how many samples the reference takes of each
 STDLIB, STDLIB_COUNT = "stdlib", 64
 # What a line might ask for itself, as requests to a server do; where all lines are asked alike, it is refused.
-LINE_SETTINGS = {"temperature", "top_k", "top_p", "seed", "max_tokens", "max_completion_tokens", "max_new_tokens",
-                 "stop", "tools", "logit_bias", "frequency_penalty", "presence_penalty", "messages"}
+LINE_SETTINGS = {
+    "temperature", "top_k", "top_p", "min_p", "seed", "n", "best_of", "max_tokens", "max_completion_tokens",
+    "max_new_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "logit_bias", "frequency_penalty",
+    "presence_penalty", "repetition_penalty", "response_format", "messages", "system", "system_prompt", "tools",
+    "tool_choice", "functions", "chat_template", "chat_template_kwargs", "enable_thinking", "reasoning_effort"}
 SEED = 980406  # the reference's: of the same file it takes the same samples
 
 
@@ -65,7 +68,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _turns(record, where):
-  if wrong := sorted(set(record) & LINE_SETTINGS):
+  if wrong := sorted(key for key in LINE_SETTINGS if record.get(key) is not None):
     raise ValueError(f"{where} has {', '.join(wrong)}, but all samples are asked under the settings of the command: "
                      f"remove it")
   turns = record.get("turns")

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.data.benchmarks import LINE_SETTINGS
-from dspark_jax.data.conversations import messages_of, variables_of
+from dspark_jax.data.conversations import SETTINGS, messages_of, variables_of
 from dspark_jax.data.questions import Question
 from dspark_jax.text import read_jsonl
 
 KINDS = ("prompt", "messages", "conversations")
-REFUSED = LINE_SETTINGS - {"messages", "tools"}  # all prompts are asked under the settings of the command
+# All prompts are asked under the settings of the command, but for what `variables_of` reads or refuses itself.
+REFUSED = LINE_SETTINGS - {"messages", "tools", "chat_template_kwargs", *SETTINGS}
 NO_USER, BEGINS = "no message of a user", "begins with a reply"
 
 
