@@ -34,6 +34,7 @@ from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, t
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
+from dspark_jax.programs.openai_api import before
 from dspark_jax.text import read_json, read_jsonl
 
 
@@ -69,7 +70,7 @@ class Settings:
   stop_token_ids: tuple[int, ...] | None = None
   """default: the tokenizer's end of turn and of text; none with --prompt-tokens"""
   stop: tuple[str, ...] = ()
-  """texts before which a reply is cut, whichever comes first; what was decoded beyond is thrown away"""
+  """texts before which a reply is cut, whichever ends first; what was decoded beyond is thrown away"""
   logprobs: bool = False
   """log-probabilities of the new tokens under the target, of its raw logits whatever the temperature"""
   confidence_threshold: float = 0.0
@@ -229,11 +230,6 @@ def finish(settings: Settings, tokenizer, target, prompt: Prompt, index: int, te
   said = tokenizer and before(settings.stop, tokenizer.decode(text.tokens, skip_special_tokens=True))
   found = score.logprobs(target, [prompt.tokens], [text.tokens])[0] if settings.logprobs else None
   return Line(index, tuple(text.tokens), said, tuple(text.n_accept), found and tuple(found))
-
-
-def before(stops: tuple[str, ...], text: str) -> str:
-  """A text up to the first of these."""
-  return text[:min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
 
 
 def cut(settings: Settings, tokenizer, text: Text) -> Text:

@@ -12,8 +12,9 @@ A rate counts as kept up with if no request failed and, of all that arrived, no 
 is more, were added to those open between the middle and the end of the arrivals. The first rate also warms a server up:
 give one twice.
 
-The last line of stdout is a JSON object: rows, one per policy and rate, also in OUT/load.json. Figures 7 and 8 of the
-paper lie beside it: throughput against tokens/s per user, tokens verified per request and round against concurrency.
+The last line of stdout is a JSON object: rows, one per policy and rate, each in OUT/load.json once it is measured.
+Figures 7 and 8 of the paper lie beside it: throughput against tokens/s per user, tokens verified per request and round
+against concurrency.
 """
 
 from __future__ import annotations
@@ -121,6 +122,9 @@ def main(settings: Settings) -> dict:
   measured = [of_server(settings)] if settings.url else of_engine(settings)  # a server is asked what it serves
   texts = [sample.turns[0] for sample in benchmarks.load_samples(settings.prompts or benchmarks.STDLIB)]
   beside = [from_json(Loads, read_json(path), f"{path} is no file of infer.load") for path in settings.beside]
+  asked = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+  asked |= {name: str(value) for name, value in asked.items() if isinstance(value, Path)}
+  asked |= {"beside": list(map(str, settings.beside))}
   rows = []
   with shell.bar() as bar:
     task = bar.add_task("load", total=len(settings.rates) * (1 if settings.url else len(settings.policies)), note="")
@@ -129,15 +133,13 @@ def main(settings: Settings) -> dict:
         coming = arrivals(settings, rate, texts)
         bar.update(task, note=f"{policy}, {rate:g}/s, {len(coming)} requests")
         rows.append(row(panel, policy, rate, settings.seconds, coming, ask(coming)))
+        # A later policy may not start, and what was measured is not to be lost with it.
+        shell.write_json(settings.out / "load.json", result := to_json(Loads(asked, tuple(rows))))
         bar.update(task, advance=1)
         if not rows[-1].kept_up:
           shell.say(f"{policy} does not keep up with {rate:g} requests/s: open {rows[-1].open_half} in the middle, "
                     f"{rows[-1].open_end} at the end; failed {sum(rows[-1].failures.values())} of {rows[-1].requests}")
   shell.say(table(rows))
-  asked = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-  asked |= {name: str(value) for name, value in asked.items() if isinstance(value, Path)}
-  result = to_json(Loads(asked | {"beside": list(map(str, settings.beside))}, tuple(rows)))
-  shell.write_json(settings.out / "load.json", result)
   drawn = figures.write(settings.out, [
       figures.Point(r.panel, r.policy, r.concurrency, r.tokens_per_second, r.tokens_per_second_per_user, r.budget)
       for r in itertools.chain(*(other.rows for other in beside), rows) if r.tokens_per_second_per_user])
@@ -186,7 +188,10 @@ def arrivals(settings: Settings, rate: float, texts: list[str]) -> list[Arrival]
 
 def of_engine(settings: Settings):
   """(panel, policy, arrivals -> answers) of each policy, whose engine is there while it is asked."""
-  for policy in dict.fromkeys(settings.policies):
+  policies = list(dict.fromkeys(settings.policies))
+  for policy in policies:  # before minutes of measurements
+    serve.read_cost(served(settings, policy))
+  for policy in policies:
     engine, tokenizer = start_engine(settings, policy)
     encode = lambda text: chat.encode_prompt(tokenizer, [{"role": "user", "content": text}])
     stops = chat.stop_ids(tokenizer)
@@ -197,11 +202,16 @@ def of_engine(settings: Settings):
 
 def start_engine(settings: Settings, policy: str):
   """(an engine of this policy, the tokenizer), as infer.serve starts them."""
+  return serve.start_engine(served(settings, policy))
+
+
+def served(settings: Settings, policy: str) -> serve.Settings:
+  """What a server of this policy is started with."""
   shared = {field.name for field in dataclasses.fields(EngineConfig)} | {"target", "drafter", "cost", "dtype"}
   given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name in shared}
   # What a request cannot ask for costs nothing.
   sampling = "full" if settings.temperature else "greedy"
-  return serve.start_engine(serve.Settings(**given, policy=policy, sampling=sampling, queue=10 ** 6))
+  return serve.Settings(**given, policy=policy, sampling=sampling, queue=10 ** 6)
 
 
 def of_server(settings: Settings):

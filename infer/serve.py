@@ -35,6 +35,7 @@ from dspark_jax.config import Range
 from dspark_jax.data import chat
 from dspark_jax.decoding import cost as costs
 from dspark_jax.decoding.calibration import mode_name
+from dspark_jax.decoding.cost import Cost
 from dspark_jax.decoding.dispatch import BY_COST
 from dspark_jax.decoding.engine import Engine, EngineConfig, Event
 from dspark_jax.loading import locate_target, stored_temperatures
@@ -86,9 +87,11 @@ def open_port(settings: Settings) -> socket.socket:
   """The socket, bound but not listening: a port that is taken is seen before anything is loaded."""
   family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
   listener = socket.socket(family, socket.SOCK_STREAM)
+  # For connections of the server before, which linger; then not, or another server could bind it until this one listens.
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     listener.bind((settings.host, settings.port))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
   except OSError as error:
     listener.close()
     raise ValueError(f"port {settings.port} of {settings.host} cannot be had ({error.strerror}): choose another, or 0 "
@@ -96,14 +99,22 @@ def open_port(settings: Settings) -> socket.socket:
   return listener
 
 
+def read_cost(settings: Settings) -> Cost | None:
+  """The table of --cost, if it is there. ValueError for one of another engine, as far as that is known unloaded."""
+  if not (settings.cost and settings.cost.exists()):
+    return None
+  named = ["target", "dtype"]
+  if settings.drafter != "none":
+    named += ["drafter"] if settings.policy == "plain" else ["drafter", "seats", "capacity", "chunk", "sampling"]
+  cost = costs.read(settings.cost)
+  cost.check(device=jax.devices()[0].device_kind, **{name: getattr(settings, name) for name in named})
+  return cost
+
+
 def start_engine(settings: Settings) -> tuple[Engine, Any]:
   """(the engine, compiled and with its costs known; the tokenizer)."""
   config = EngineConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(EngineConfig)})
-  cost = None
-  if settings.cost and settings.cost.exists():
-    cost = costs.read(settings.cost)
-    named = {} if settings.drafter == "none" else {"drafter": settings.drafter}
-    cost.check(device=jax.devices()[0].device_kind, target=settings.target, dtype=settings.dtype, **named)
+  cost = read_cost(settings)
   tokenizer = chat.load_tokenizer(locate_target(settings.target))
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = stored = None
@@ -231,6 +242,7 @@ def serve(settings: Settings, engine: Engine, tokenizer: Any, listener: socket.s
                             timeout_graceful_shutdown=LEAVE)
     host, port = listener.getsockname()[:2]
     shell.say(f"serving {settings.target} on http://{host}:{port}")
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     Server(config).run(sockets=[listener])
   counts = engine.metrics()
   rounds = counts.get("row_rounds", 0)

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from dspark_jax.decoding.engine import Full
-from dspark_jax.programs.openai_api import Answer, Job, Refused, Speaker, parse
+from dspark_jax.programs.openai_api import Answer, Job, Refused, Speaker, check_model, parse
 
 PAGE = Path(__file__).with_name("serve_page.html")
 GAUGES = {"seats", "occupied", "queue", "device_idle_share"}
@@ -36,7 +36,8 @@ def build(settings: Any, serving: Any, tokenizer: Any) -> Starlette:
   served = App(settings, serving, tokenizer)
   post = lambda path, chat_form: Route(path, functools.partial(served.complete, chat_form=chat_form), methods=["POST"])
   routes = [post("/v1/completions", False), post("/v1/chat/completions", True), Route("/v1/models", served.models),
-            Route("/health", served.health), Route("/metrics", served.metrics), Route("/", served.page)]
+            Route("/v1/models/{id:path}", served.model), Route("/health", served.health),
+            Route("/metrics", served.metrics), Route("/", served.page)]
   handlers = {Refused: lambda _, error: JSONResponse(error.body(), error.status),
               404: lambda request, _: refusal(f"there is no {request.url.path}", 404),
               405: lambda request, _: refusal(f"{request.url.path} takes no {request.method}", 405),
@@ -83,6 +84,7 @@ class App:
 
   async def complete(self, request: Request, chat_form: bool) -> Response:
     """A completion, of a text or of a conversation."""
+    arrived = time.perf_counter()
     self._must_be_open()
     body, room = await self._json(request), self.serving.engine.room
     async with self.reading:
@@ -90,7 +92,7 @@ class App:
           parse, body, self.reader, chat_form=chat_form, model=self.settings.target,
           most=lambda prompt: max(min(self.settings.max_tokens, room(prompt)), 1))
     self._must_be_open()  # it may have taken long
-    answer, arrived, events, ids = Answer(job, self.settings.target), time.perf_counter(), asyncio.Queue(), []
+    answer, events, ids = Answer(job, self.settings.target), asyncio.Queue(), []
     try:
       for one in job.requests:
         ids.append(self.serving.submit(one, events))
@@ -136,10 +138,10 @@ class App:
         event = await events.get()
         if event.id in finishes:
           continue
-        speaker, known = speakers[event.id], len(speakers[event.id].log_probs)
+        speaker = speakers[event.id]
         if event.finish == "failed":
           raise Refused("the model's logits are not numbers, or the engine has stopped", status=500)
-        text, pieces = speaker.feed(event)
+        text, told = speaker.feed(event)
         if event.tokens and event.id not in begun:
           begun[event.id] = time.perf_counter()
           self.first.observe(begun[event.id] - arrived)
@@ -148,12 +150,12 @@ class App:
           finishes[event.id] = finish
           self.serving.cancel([event.id])  # of several answers one may end at a stop text long before the others
           self._measure(speaker, begun.get(event.id))
-        if job.stream and (text or finish or job.details or speaker.log_probs[known:]):
-          logs = speaker.logs(job.chat, known) if job.log_probs else None
+        if job.stream and (text or finish or job.details or job.log_probs and told):
+          logs = speaker.logs(told, job.chat) if job.log_probs else None
           details = None
           if job.details:
             details = {"drafted": event.drafted, "verified": event.verified, "accepted": event.accepted,
-                       "pieces": pieces}
+                       "pieces": speaker.pieces(told)}
           yield sse(answer.chunk(ids.index(event.id), text, finish, logs, details, event.id not in greeted))
           greeted.add(event.id)
       spoken = [speakers[id] for id in ids]
@@ -195,8 +197,14 @@ class App:
       raise Refused(f"the body is no JSON ({str(error):.80})") from error
 
   async def models(self, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [{"id": self.settings.target, "object": "model",
-                                                     "created": self.began, "owned_by": "local"}]})
+    return JSONResponse({"object": "list", "data": [self._served()]})
+
+  async def model(self, request: Request) -> Response:
+    check_model(request.path_params["id"], self.settings.target)
+    return JSONResponse(self._served())
+
+  def _served(self):
+    return {"id": self.settings.target, "object": "model", "created": self.began, "owned_by": "local"}
 
   async def health(self, request: Request) -> Response:
     """200 while requests are taken."""

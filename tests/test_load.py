@@ -15,6 +15,7 @@ from infer.drive import Answer, Arrival
 import chat_server
 from chat_server import KEY, MODEL
 from folders import called, complains, files
+from test_cost import table
 
 
 class Handler(chat_server.Speaker):
@@ -293,6 +294,32 @@ def test_program_with_engines(capsys, tmp_path, monkeypatch):
   assert one == two and one[0].stop_token_ids == (5,)
   assert all(r["budget"] == 5 and r["kept_up"] for r in result["rows"])
   assert sorted(files(tmp_path / "o")) == ["figure7.png", "figure8.png", "load.json"]
+
+
+def test_what_was_measured_is_kept(capsys, tmp_path, monkeypatch):
+  """Kills: a policy that cannot start and takes what was measured before it along; a cost table of another engine that
+  is seen only when its policy's turn has come."""
+  def start(settings, policy):
+    if policy != "plain":
+      raise ValueError("there is no memory for its programs")
+    return Engine(seats=8), types.SimpleNamespace()
+
+  monkeypatch.setattr(load, "start_engine", start)
+  monkeypatch.setattr(load.chat, "encode_prompt", lambda tokenizer, messages: [1])
+  monkeypatch.setattr(load.chat, "stop_ids", lambda tokenizer: ())
+  args = ("--target", "t", "--drafter", "d", "--rates", 20, 40, "--seconds", 0.2, "--prompts", prompts(tmp_path),
+          "--out", tmp_path / "o", "--policies", "plain", "fixed")
+  for change in ({"seats": 9}, {"capacity": 65}, {"sampling": "full"}, {"chunk": 9}, {"drafter": "e"}):
+    sizes = {"seats": 8, "capacity": 1024, "chunk": load.EngineConfig.chunk}
+    (tmp_path / "cost.json").write_text(json.dumps(table(**sizes | change).to_json()))
+    _, err = called(capsys, load.main, load.Settings, *args, "--cost", tmp_path / "cost.json", code=2)
+    ((name, value),) = change.items()
+    assert f"the cost table is of {name} {value!r}, not " in err and not (tmp_path / "o").exists()
+  _, err = called(capsys, load.main, load.Settings, *args, code=2)
+  assert "no memory" in err
+  kept = json.loads((tmp_path / "o" / "load.json").read_text())
+  assert [(row["policy"], row["rate"]) for row in kept["rows"]] == [("plain", 20), ("plain", 40)]
+  assert kept["settings"]["out"] == str(tmp_path / "o")
 
 
 @pytest.mark.parametrize("args, part", [

@@ -16,19 +16,19 @@ from types import SimpleNamespace
 import httpx2
 import openai
 import pytest
-import tokenizers
 import uvicorn
 from starlette.requests import ClientDisconnect
 
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Full
 from dspark_jax.programs import shell
-from dspark_jax.programs.openai_api import Answer, Refused, Speaker, parse
+from dspark_jax.programs.openai_api import Answer, parse
 from folders import complains
 from infer import serve, serve_app
 from infer.serve import Serving
 from infer.serve_app import App, Stream, build
 from test_cost import table
+from test_openai_api import HELLO, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,14 @@ class Scripted:
     return {"requests": len(self.asked), "queue": 0, "program_full": 3, "row_rounds": 1, "round_tokens": 3}
 
 
-TEXT = "Lists hold things — naïve ones, 😀 too. They have an order. " * 4
+HERE = {"host": "127.0.0.1", "port": 0}
 
 
 @contextlib.contextmanager
 def served(tokenizer, engine, **limits):
   """A server of this engine in this process: its address."""
-  settings = SimpleNamespace(**{"target": "toy", "max_tokens": 40, "max_body": 5000} | limits)
-  with Serving(engine) as serving, contextlib.closing(socket.socket()) as listener:
-    listener.bind(("127.0.0.1", 0))
+  settings = SimpleNamespace(**{"target": "toy", "max_tokens": 40, "max_body": 5000} | HERE | limits)
+  with Serving(engine) as serving, contextlib.closing(serve.open_port(settings)) as listener:
     server = uvicorn.Server(uvicorn.Config(build(settings, serving, tokenizer), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -116,14 +115,11 @@ def toy(tokenizer):
                           client=openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
 
 
-HELLO = [{"role": "user", "content": "hello"}]
-
-
 def test_a_conversation_whole_and_streamed(toy):
   """Kills: characters that are cut between two rounds, a chunk that is lost, usage of another answer."""
   whole = toy.client.chat.completions.create(model="toy", messages=HELLO, max_tokens=30, seed=4)
   stream = toy.client.chat.completions.create(model="toy", messages=HELLO, max_tokens=30, stream=True,
-                                              stream_options={"include_usage": True})
+                                              stream_options={"include_usage": True, "include_obfuscation": False})
   chunks = list(stream)
   text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
   assert text == whole.choices[0].message.content and TEXT.startswith(text.rstrip("\ufffd"))
@@ -135,7 +131,7 @@ def test_a_conversation_whole_and_streamed(toy):
 def test_several_answers_and_log_probabilities(toy):
   """Kills: answers in each other's place, one seed for all of them."""
   before = len(toy.engine.asked)
-  found = toy.client.completions.create(model="toy", prompt="Once", n=3, max_tokens=5, seed=7, logprobs=1)
+  found = toy.client.completions.create(model="toy", prompt="Once", n=3, max_tokens=5, seed=7, logprobs=0)
   assert [choice.index for choice in found.choices] == [0, 1, 2]
   assert [toy.engine.asked[before + i].seed for i in (1, 2, 3)] == [7, 8, 9]
   assert found.choices[2].logprobs.token_logprobs == [-0.5] * 5
@@ -147,19 +143,21 @@ def test_several_answers_and_log_probabilities(toy):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_across_tokens(toy, tokenizer, stream):
   """Kills: a stop text that is seen only inside one token, a part of it that was told already, decoding on,
-  tokens behind it that count as said."""
+  tokens behind it that count as said, or whose log-probabilities are told."""
   before = len(toy.engine.cancelled)
   found = toy.client.completions.create(model="toy", prompt="Once", max_tokens=40, stop=["ones, 😀 t", "zzz"],
-                                        stream=stream)
+                                        stream=stream, logprobs=0)
   if stream:
     found = list(found)
+    words = [word for chunk in found for word in chunk.choices[0].logprobs.tokens]
     text, last = "".join(chunk.choices[0].text for chunk in found), found[-1].choices[0].finish_reason
   else:
-    text, last = found.choices[0].text, found.choices[0].finish_reason
+    text, last, words = found.choices[0].text, found.choices[0].finish_reason, found.choices[0].logprobs.tokens
     count = found.usage.completion_tokens  # a round brings more along
     less, said = (tokenizer.decode(toy.engine.tokens[:n]) for n in (count - 1, count))
     assert len(less) < len(text) <= len(said)
   assert (text, last) == (TEXT[:TEXT.index("ones,")], "stop")
+  assert "".join(words) == text + "ones"  # one token with the space before it
   assert len(toy.engine.cancelled) >= before and toy.engine.idle is not None
 
 
@@ -173,6 +171,8 @@ def test_a_stop_text_across_tokens(toy, tokenizer, stream):
     (dict(logit_bias={"1": 3}), "logit_bias"), (dict(top_logprobs=4), "top_logprobs"), (dict(sleepy=True), "sleepy"),
     (dict(stream="yes"), "stream"), (dict(response_format={"type": "json_object"}), "response_format"),
     (dict(temperature=float("nan")), "temperature"), (dict(max_tokens=True), "max_tokens"),
+    (dict(stream_options={"include_usage": "yes"}), "stream_options.include_usage is 'yes', expected bool"),
+    (dict(stream_options={"chunk_size": 3}), "stream_options.chunk_size is '3', which is not supported"),
     ({"\ud800": 1}, "ud800' is '1'"), ({"x" * 3000: 1}, "xx... is '1'")])
 def test_what_is_not_understood_is_refused_by_name(toy, change, says):
   """Kills: a field that would change the answer and is passed over; 500 for a client's mistake."""
@@ -194,7 +194,9 @@ def test_bodies_paths_and_limits(toy, tokenizer):
   assert post("/v1/chat", b"{}").status_code == 404
   assert httpx2.get(f"{toy.url}/v1/completions").status_code == 405
   assert httpx2.get(f"{toy.url}/health").json()["status"] == "ok"
-  assert toy.client.models.list().data[0].id == "toy"
+  assert [model.to_dict() for model in toy.client.models.list()] == [toy.client.models.retrieve("toy").to_dict()]
+  with pytest.raises(openai.NotFoundError, match="'some/other' is not served here, 'toy' is"):
+    toy.client.models.retrieve("some/other")
   metrics = httpx2.get(f"{toy.url}/metrics").text
   assert 'dspark_program_rounds_total{program="full"} 3.0' in metrics and "dspark_accepted_length_count" in metrics
   page = httpx2.get(f"{toy.url}/")
@@ -292,51 +294,31 @@ def test_who_names_no_limit_gets_what_there_is_room_for(tokenizer):
   assert engine.asked[1].max_new_tokens == 10
 
 
-def test_bytes_that_spell_no_character():
-  """Of a tokenizer that falls back to bytes. Kills: a stray byte behind a character, which ends the stream, or what was
-  told before told otherwise."""
-  words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
-  spelled = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "a"))
-  spelled.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
-  tokenizer = SimpleNamespace(backend_tokenizer=spelled, decode=lambda ids, skip_special_tokens: spelled.decode(ids))
-  speaker, told, tokens = Speaker(tokenizer, ()), "", [*"\uc12c".encode(), 0xEC, 256, 256]
-  for at, token in enumerate(tokens):
-    told += speaker.feed(Event(1, (token,), None, 0, 0, 0, "length" if at + 1 == len(tokens) else None))[0]
-  assert told.startswith("\uc12c") and told.endswith("a") and speaker.said == told
+def test_the_first_text_is_waited_for_from_the_arrival_on(tokenizer, monkeypatch):
+  """Kills: a time to first token without what a request waits for, and takes, to be tokenized."""
+  monkeypatch.setattr(serve_app, "parse", lambda *args, **how: time.sleep(0.5) or parse(*args, **how))
+  with served(tokenizer, Scripted(tokenizer.encode(TEXT))) as (url, _):
+    assert httpx2.post(f"{url}/v1/completions", content='{"prompt": "Once", "max_tokens": 2}').status_code == 200
+    metrics = httpx2.get(f"{url}/metrics").text
+  (took,) = [line.split()[1] for line in metrics.splitlines() if "first_token_seconds_sum" in line]
+  assert float(took) > 0.5
 
 
-def test_words_as_they_come(tokenizer):
-  """Any cut of the tokens into rounds tells the same text, whole and in pieces, up to a stop text anywhere. Kills: half
-  a character, text told twice, a stop text in the pieces, or passed over as it begins right behind what was told."""
-  tokens = tokenizer.encode(TEXT)
-  for size, stop in [(size, TEXT[at:at + 1 + at % 7]) for size in (1, 2, 5) for at in range(len(TEXT))]:
-    speaker, told, shown = Speaker(tokenizer, (stop, "x" * 9)), "", ""
-    for at in range(0, len(tokens), size):
-      part = tuple(tokens[at:at + size])
-      text, pieces = speaker.feed(Event(1, part, None, 0, 0, 0, "length" if at + size >= len(tokens) else None))
-      assert "\ufffd" not in text
-      told += text
-      shown += "".join(piece for piece, _ in pieces)
-      assert told.startswith(shown)
-      if speaker.stopped:
-        break
-    assert speaker.stopped and told == shown == TEXT[:TEXT.index(stop)]
-
-
-def test_defaults_are_openais(tokenizer):
-  job = parse({"prompt": "Once"}, tokenizer, chat_form=False, most=lambda prompt: 33)
-  (request,) = job.requests
-  assert (request.temperature, request.top_p, request.max_new_tokens, job.stream) == (1.0, 1.0, 33, False)
-  assert set(request.stop_token_ids) == set(chat.stop_ids(tokenizer))
-  with pytest.raises(Refused, match="chat template"):
-    bare = SimpleNamespace(chat_template=None)
-    parse({"messages": HELLO}, bare, chat_form=True, most=lambda prompt: 3)
-
-
-def test_a_completion_may_spell_control_tokens(tokenizer):
-  """Kills: a prompt whose control tokens, which no template writes for a completion, reach the model as letters."""
-  (request,) = parse({"prompt": "Once<|im_end|>"}, tokenizer, chat_form=False, most=lambda prompt: 3).requests
-  assert request.prompt[-1] == 2 and len(request.prompt) < 5
+def test_a_port_is_had_once():
+  """Kills: a second server that hears of the first only when all is loaded; one that does not start again at once, as
+  connections of the one before linger."""
+  with contextlib.closing(serve.open_port(SimpleNamespace(**HERE))) as listener:
+    again = SimpleNamespace(**HERE | {"port": listener.getsockname()[1]})
+    with complains(f"port {again.port} of 127.0.0.1 cannot be had", "choose another"):
+      serve.open_port(again)
+    with pytest.raises(ConnectionRefusedError):  # nobody waits for minutes
+      socket.create_connection(listener.getsockname())
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `serve` does
+    listener.listen()
+    with socket.create_connection(listener.getsockname()) as client:
+      listener.accept()[0].close()  # who closes first is the one that lingers
+      assert client.recv(1) == b""
+  serve.open_port(again).close()
 
 
 @pytest.mark.slow

@@ -20,12 +20,14 @@ from dspark_jax.decoding.engine import Event, Request
 
 MOST = 16       # answers to one request
 STOPS = 8       # stop texts of one request
+SAID = {"system", "user", "assistant"}  # roles that templates write, or refuse
 # Accepted where they ask for nothing.
 NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "echo": (False,), "suffix": ("",),
            "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
            "response_format": ({"type": "text"},), "top_logprobs": (0,), "parallel_tool_calls": (True, False),
            "repetition_penalty": (1,), "min_p": (0,), "modalities": (["text"],)}
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+           "stream_options.include_obfuscation"}
 
 
 class Refused(Exception):
@@ -63,8 +65,8 @@ def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: Callable[[int], i
   if not isinstance(body, dict):
     raise Refused(f"the body is a {type(body).__name__}, expected a JSON object")
   fields = _Fields({name: value for name, value in body.items() if value is not None})
-  if model is not None and (asked := fields.take("model", str, model)) != model:
-    raise Refused(f"the model {asked!r:.80} is not served here, {model!r} is", "model", status=404)
+  if model is not None:
+    check_model(fields.take("model", str, model), model)
   fields.left.pop("model", None)
   prompt = _messages(fields, tokenizer) if chat_form else _prompt(fields, tokenizer)
   limits = [fields.take(name, int, None, 1) for name in ("max_completion_tokens", "max_tokens")]
@@ -72,9 +74,8 @@ def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: Callable[[int], i
   ids = fields.take("stop_token_ids", list, [])
   if not all(type(token) is int for token in ids):
     raise Refused("stop_token_ids is no list of token ids", "stop_token_ids")
-  options = fields.take("stream_options", dict, {})
-  stream = fields.take("stream", bool, False)
-  logs = fields.take("logprobs", bool, False) if chat_form else fields.take("logprobs", int, -1, 0, 1) >= 0
+  stream, usage = fields.take("stream", bool, False), _usage(fields)
+  logs = fields.take("logprobs", bool, False) if chat_form else _logs(fields)
   asked = dict(
       max_new_tokens=limits[0] or limits[1] or most(len(prompt)),
       temperature=fields.take("temperature", float, 1.0, 0), top_p=fields.take("top_p", float, 1.0, 0, 1),
@@ -84,7 +85,13 @@ def parse(body: Any, tokenizer: Any, *, chat_form: bool, most: Callable[[int], i
   fields.finish()
   seed = secrets.randbelow(2 ** 32 - MOST) if seed is None else seed
   return Job(tuple(Request(tuple(prompt), seed=seed + row, **asked) for row in range(n)), stops, chat_form, stream,
-             options.get("include_usage") is True, details)
+             usage, details)
+
+
+def check_model(asked: str, model: str) -> None:
+  """`Refused` for another model than the one that is served."""
+  if asked != model:
+    raise Refused(f"the model {asked!r:.80} is not served here, {model!r} is", "model", status=404)
 
 
 class _Fields:
@@ -137,9 +144,24 @@ def _messages(fields, tokenizer):
   if not tokenizer.chat_template:
     raise Refused("the model has no chat template, as base models have none: use /v1/completions", "messages")
   try:
-    return chat.encode_prompt(tokenizer, asked)
+    prompt = chat.encode_prompt(tokenizer, asked)
+    _must_be_said(tokenizer, asked)
   except ValueError as error:
     raise Refused(str(error), "messages") from error
+  return prompt
+
+
+def _must_be_said(tokenizer, messages):
+  """ValueError for a message of an unusual role, such as developer, that the chat template leaves out."""
+  marks = {i: f"\ue000{i}\ue001" for i, message in enumerate(messages) if message["role"] not in SAID}
+  if not marks:  # nearly always, and to render takes time
+    return
+  text = chat.render(tokenizer, [message | {"content": message["content"] + marks.get(i, "")}
+                                 for i, message in enumerate(messages)])
+  for i, mark in marks.items():
+    if mark not in text:
+      raise ValueError(f"the chat template says nothing of the role {messages[i]['role']!r:.60}: use system, user or "
+                       f"assistant")
 
 
 def _prompt(fields, tokenizer):
@@ -158,12 +180,35 @@ def _prompt(fields, tokenizer):
     raise Refused(str(error), "prompt") from error
 
 
+def _usage(fields):
+  """Whether a stream ends with its usage. What else its options ask for is left to be understood."""
+  options = fields.take("stream_options", dict, {})
+  fields.left |= {f"stream_options.{name}": value for name, value in options.items() if value is not None}
+  return fields.take("stream_options.include_usage", bool, False)
+
+
+def _logs(fields):
+  """Whether a completion tells log-probabilities; how many alternatives it shall name is not."""
+  alternatives = fields.take("logprobs", int, None, 0)
+  if alternatives:
+    raise Refused(f"logprobs is {alternatives}, but alternatives are not told here: give 0, for the chosen tokens",
+                  "logprobs")
+  return alternatives is not None
+
+
 def _stops(fields):
   stops = fields.left.pop("stop", [])
   stops = [stops] if isinstance(stops, str) else stops
   if not isinstance(stops, list) or len(stops) > STOPS or not all(isinstance(x, str) and x for x in stops):
     raise Refused(f"stop is {str(stops)!r:.60}, expected a text or a list of at most {STOPS} texts", "stop")
   return tuple(stops)
+
+
+def before(stops: tuple[str, ...], text: str, begin: int = 0) -> str:
+  """A text up to the stop text that ends first, the longest of several; looked for from `begin` on."""
+  # Not the one that begins first: while it may still become whole, a shorter one inside it already is.
+  ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop, begin)) >= 0]
+  return text[:min(ends)[1]] if ends else text
 
 
 class Speaker:
@@ -174,20 +219,21 @@ class Speaker:
     self.tokens: list[int] = []
     self.texts: list[str] = []   # of each token: what it added
     self.starts: list[int] = []  # where that begins
+    self.drafted: list[bool] = []
     self.log_probs: list[float] = []
     self.said = self._sent = ""
     self._before = max(map(len, stops), default=1) - 1  # characters of a stop text that may come before its last one
-    self._untold: list[tuple[int, str, bool]] = []  # pieces that hold what may begin a stop text: start, text, drafted
+    self._told = 0  # tokens
     self.stopped = False
     self.rounds = self.round_tokens = 0
 
-  def feed(self, event: Event) -> tuple[str, list[tuple[str, bool]]]:
-    """(what can be told now, the same in pieces: the text of each token with whether it was drafted)."""
+  def feed(self, event: Event) -> tuple[str, list[int]]:
+    """(what can be told now, the tokens that are told to their end with it, by number)."""
     for place, token in enumerate(event.tokens):
       piece = self._step(token)
       self.texts.append(piece)
       self.starts.append(len(self.said))
-      self._untold.append((len(self.said), piece, place < event.accepted))
+      self.drafted.append(place < event.accepted)
       self.said += piece
       self.tokens.append(token)
     self.log_probs += event.log_probabilities or ()
@@ -197,13 +243,14 @@ class Speaker:
       whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
       self.said = whole if whole.startswith(self._sent) else self.said  # stray bytes may spell earlier ones otherwise
     begin = max(len(self._sent) - self._before, 0)  # in what was told there is none: an answer is not searched anew
-    found = [at for stop in self._stops if (at := self.said.find(stop, begin)) >= 0]
-    if found:
-      self.said, self.stopped = self.said[:min(found)], True
-    held = 0 if event.finish or self.stopped else self._held()
-    told = self.said[len(self._sent):len(self.said) - held]
-    self._sent += told
-    return told, self._pieces(event.finish or self.stopped)
+    cut = before(self._stops, self.said, begin)
+    self.said, self.stopped = cut, len(cut) < len(self.said)
+    last = event.finish or self.stopped
+    text = self.said[len(self._sent):len(self.said) - (0 if last else self._held())]
+    self._sent += text
+    ready = [i for i in self.kept(self._told) if last or self._is_told(i)]
+    self._told += len(ready)
+    return text, ready
 
   def _step(self, token):
     """The text that a token adds, once it is whole."""
@@ -215,15 +262,16 @@ class Speaker:
     return ""
 
   def kept(self, first: int = 0) -> list[int]:
-    """The tokens from `first` on, by number, without those behind a stop text, which one round may bring along."""
+    """Tokens from `first` on, by number, without those behind a stop text, which one round may bring along."""
     return [i for i in range(first, len(self.tokens)) if self.starts[i] < len(self.said) or not self.stopped]
 
-  def _pieces(self, last):
-    """Those that were told to their end; of the last ones what lies before the end."""
-    end = len(self._sent)
-    ready = [piece for piece in self._untold if last or piece[0] + len(piece[1]) <= end]
-    self._untold = self._untold[len(ready):]
-    return [(text[:max(end - start, 0)], drafted) for start, text, drafted in ready if start < end or not self.stopped]
+  def _is_told(self, i):
+    """Whether a token's text has been told; of half a character, which a stop text may begin with, the rest of it."""
+    return self.starts[i] + max(len(self.texts[i]), bool(self._stops)) <= len(self._sent)
+
+  def pieces(self, tokens: list[int]) -> list[tuple[str, bool]]:
+    """The text of each of these tokens, up to the end, with whether it was drafted."""
+    return [(self.texts[i][:max(len(self._sent) - self.starts[i], 0)], self.drafted[i]) for i in tokens]
 
   def _held(self):
     """Characters at the end that a stop text may begin with."""
@@ -235,14 +283,13 @@ class Speaker:
     """Tokens per round."""
     return self.round_tokens / self.rounds if self.rounds else None
 
-  def logs(self, chat_form: bool, first: int = 0) -> dict | None:
-    """Log-probabilities of the tokens from `first` on, in OpenAI's form; those behind a stop text are left out."""
-    kept = self.kept(first)
-    words = [self.texts[i] for i in kept]
-    values = [self.log_probs[i] for i in kept]
+  def logs(self, tokens: list[int], chat_form: bool) -> dict:
+    """Log-probabilities of these tokens, in OpenAI's form."""
+    words = [self.texts[i] for i in tokens]
+    values = [self.log_probs[i] for i in tokens]
     if not chat_form:
       return {"tokens": words, "token_logprobs": values, "top_logprobs": None, "text_offset": [self.starts[i]
-                                                                                              for i in kept]}
+                                                                                              for i in tokens]}
     return {"content": [{"token": word, "logprob": value, "bytes": list(word.encode()), "top_logprobs": []}
                         for word, value in zip(words, values)], "refusal": None}
 
@@ -270,7 +317,7 @@ class Answer:
     def told(text):
       return {"message": {"role": "assistant", "content": text, "refusal": None}} if self.job.chat else {"text": text}
     choices = [{"index": index, **told(speaker.said), "finish_reason": finish,
-                "logprobs": speaker.logs(self.job.chat) if self.job.log_probs else None}
+                "logprobs": speaker.logs(speaker.kept(), self.job.chat) if self.job.log_probs else None}
                for index, (speaker, finish) in enumerate(zip(speakers, finishes))]
     return self._base | self._name(False) | {"choices": choices, "usage": self.usage(speakers)}
 
