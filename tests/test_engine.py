@@ -270,19 +270,19 @@ def test_who_fails_spoils_nobody():
 
 
 def test_a_full_queue_and_what_an_engine_was_not_started_for():
-  """Kills: a queue without an end; a sampled request that a greedy engine answers greedily."""
+  """Kills: a queue without an end, or one that is full while seats are free; a sampled request answered greedily."""
   target, _ = models()
   small = Engine(target, None, EngineConfig(seats=1, capacity=128, chunk=CHUNK, sampling="greedy", queue=2))
   with pytest.raises(ValueError, match="greedy"):
     small.submit(Request((1, 2), max_new_tokens=3, temperature=1.0))
   with pytest.raises(ValueError, match="log-probabilities"):
     small.submit(Request((1, 2), max_new_tokens=3, log_probabilities=True))
-  ids = [small.submit(Request((1, 2), max_new_tokens=3)) for _ in range(2)]
-  with pytest.raises(Full, match="2 requests"):
+  ids = [small.submit(Request((1, 2), max_new_tokens=3)) for _ in range(3)]  # one for the seat
+  with pytest.raises(Full, match="3 requests"):
     small.submit(Request((1, 2), max_new_tokens=3))
   small.cancel(ids[1])
   assert sorted(event.id for event in small.run() if event.finish) == ids
-  assert (small.metrics()["occupied"], small.metrics()["finished"]) == (0, 2)  # also who was cancelled while it waited
+  assert (small.metrics()["occupied"], small.metrics()["finished"]) == (0, 3)  # also who was cancelled while it waited
 
 
 @pytest.mark.parametrize("asked, says", [

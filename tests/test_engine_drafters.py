@@ -74,6 +74,14 @@ def test_a_calibration_of_other_drafts_is_refused(monkeypatch):
     served.submit(asked(0))
 
 
+def test_a_calibrated_drafter_that_is_not_asked_is_no_matter():
+  """Kills: a plain engine that refuses every request, as the drafter that it does not use has temperatures."""
+  served = Engine(*models(), EngineConfig(seats=1, capacity=CAPACITY, chunk=CHUNK, policy="plain", sampling="greedy"),
+                  calibration=lambda temperature: [2.0] * 5)
+  (tokens, finish, _), = answers(served, [Request(PROMPTS[0], 3)])
+  assert list(tokens) == greedy(PROMPTS[0])[:3] and finish == "length"
+
+
 def test_a_seat_forgets_how_the_request_before_survived(monkeypatch):
   """Kills: a program chosen for a new request by the drafts of the one that had its seat."""
   served, seen = serving("fixed"), []

@@ -72,6 +72,22 @@ def test_nothing_is_learnt_past_the_first_rejection():
   assert one.intercepts[2] == subject.START[1]
 
 
+def test_certain_drafts_that_are_rejected_do_not_end_it():
+  """As of requests at a temperature of 0.01: all look certain, and half of them are kept. Kills: a step over a
+  curvature that has vanished, to where no draft is ever verified again, and nothing learnt."""
+  found = Estimator(BLOCK)
+  certain = np.full((1, BLOCK, 1), 40.0)
+  survival = lambda: survive(certain, found.weights[None], found.intercepts[None])
+  for number in range(6000):
+    found.observe(certain, np.array([BLOCK]), np.array([BLOCK * (number % 2)]))
+    assert number % 100 or np.abs(found.intercepts).max() < 40
+  assert 0.3 < survival()[0, 0] < 0.7
+  f, kept = rounds(20_000, (0.5,), np.zeros(BLOCK), seed=3)
+  for n in range(len(f)):
+    found.observe(f[n:n + 1], np.array([BLOCK]), kept[n:n + 1])
+  assert abs(found.weights[0] - 0.5) < 0.1 and np.abs(found.intercepts).max() < 0.4
+
+
 @pytest.mark.parametrize("kept", [0, BLOCK])
 def test_extremes_stay_finite(kept):
   """Kills: a division by weights that have vanished; all kept, or nothing, for thousands of rounds."""

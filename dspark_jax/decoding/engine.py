@@ -122,7 +122,7 @@ class EngineConfig:
   chunk: Count = 64
   """tokens of a prompt that are read beside a round"""
   queue: Count = 256
-  """requests that may wait"""
+  """requests that may wait, beside those that free seats are about to take"""
   log_probabilities: bool = False
   """whether requests may ask for them, which costs every round a pass over its logits"""
   confidence_threshold: Share = 0.0
@@ -173,7 +173,8 @@ class Engine:
                             chunk=config.chunk, log_probs=config.log_probabilities)
     if cost is None and measure and config.policy in dispatch.BY_COST:
       cost, self._rows = measure(self._run, self._rows)
-    self.cost, self.compile_costs, self._calibration = cost, self._run.compile_costs, calibration
+    self.cost, self.compile_costs = cost, self._run.compile_costs
+    self._calibration = calibration if drafter else lambda temperature: None
     self._dispatcher = dispatch.Dispatcher(config, cost, self.block, buckets)
     # Of greedy rows and of sampled ones, which survive otherwise.
     self.estimators = [Estimator(self.block, max(FEATURES[config.survival], 1)) for _ in range(2)]
@@ -201,7 +202,7 @@ class Engine:
     """The id of a request that now waits for a seat. ValueError for one that cannot be served; `Full`."""
     self._validate(request)
     with self._lock:
-      if len(self._queue) >= self.config.queue:
+      if len(self._queue) >= self.config.queue + sum(seat.id is None for seat in self._seats):
         raise Full(f"{len(self._queue)} requests are waiting, the most that may: try again later")
       self._next += 1
       self._queue.append((self._next, request))

@@ -31,6 +31,7 @@ UPDATE = 100   # rounds between two steps
 FORGETTING = 0.95  # of earlier curvature stays: what was learnt is of some 20 steps
 DAMPING = 50   # observations that a step is shrunk by
 RIDGE = 1e-3
+FURTHEST = 4.0  # that a step moves the logits of survival of these rounds, on average
 START = (0.5, -0.2)  # weight of the first feature, intercept
 
 
@@ -99,6 +100,7 @@ class Estimator:
     self._g0 += np.tensordot(r, f, 2)
     self._g1 += r.sum(0)
     self._n += seen.sum(0)
+    self._seen = f[seen], np.nonzero(seen)[1]
 
   def update(self) -> None:
     """One Newton step on what was observed since the last one."""
@@ -110,9 +112,12 @@ class Estimator:
       # The intercepts are eliminated: every position has its own.
       left = self._a + RIDGE * np.eye(self.features) - np.einsum("ki,kj->ij", self._b, self._b / c[:, None])
       step = np.linalg.solve(left, self._g0 - self._b.T @ (self._g1 / c)) * total / (total + DAMPING)
-      moved = np.maximum(self.weights + step, 0.0)  # surer drafts are never less likely to be kept
-      step, self.weights = moved - self.weights, moved
-      self.intercepts = self.intercepts + (self._g1 - self._b @ step) / c * self._n / (self._n + DAMPING)
+      step = np.maximum(step, -self.weights)  # surer drafts are never less likely to be kept
+      shift = (self._g1 - self._b @ step) / c * self._n / (self._n + DAMPING)
+      # Where all drafts are as good as certain the curvature vanishes, and the step would go anywhere.
+      f, place = self._seen
+      share = FURTHEST / max(np.abs(f @ step + shift[place]).mean(), FURTHEST) if len(f) else 1.0
+      self.weights, self.intercepts = self.weights + share * step, self.intercepts + share * shift
     self._a, self._b, self._c, self._n = (FORGETTING * x for x in (self._a, self._b, self._c, self._n))
     self._begin()
 
@@ -139,3 +144,4 @@ class Estimator:
     """A gradient at the new weights: that of the old ones says nothing of them."""
     self._g0, self._g1, self._rounds = np.zeros(self.features), np.zeros(self.block), 0
     self._pending: list[tuple[np.ndarray, ...]] = []
+    self._seen = np.zeros((0, self.features)), np.zeros(0, int)  # features of drafts whose fate is known, and positions
