@@ -87,7 +87,7 @@ def open_port(settings: Settings) -> socket.socket:
   """The socket, bound but not listening: a port that is taken is seen before anything is loaded."""
   family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
   listener = socket.socket(family, socket.SOCK_STREAM)
-  # For connections of the server before, which linger; then not, or another server could bind it until this one listens.
+  # For the connections of a server before, which linger; then off, or another could bind it until this one listens.
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     listener.bind((settings.host, settings.port))

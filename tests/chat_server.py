@@ -17,10 +17,10 @@ class Speaker(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     self.reply(*self.server.models)
 
-  def reply(self, code, value, **headers):
+  def reply(self, code, value, headers=()):
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
     self.send_response(code)
-    for name, text in headers.items():
+    for name, text in headers:
       self.send_header(name, text)
     self.send_header("Content-Length", str(len(data)))
     self.end_headers()

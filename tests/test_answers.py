@@ -1,11 +1,8 @@
-"""train.answers: what is asked, who answers, and what becomes of servers that fail, which are real ones here."""
+"""train.answers: who answers, and what becomes of servers that fail, which are real ones here."""
 
-import datetime
 import json
-import sys
 import threading
 import time
-import types
 import zlib
 from pathlib import Path
 
@@ -48,58 +45,6 @@ def asked(out: Path, *urls, **changes) -> dict:
                                        **how))
 
 
-# What is asked
-
-
-def test_replies_are_replaced():
-  """Kills: answers of another model that are learned, or fed back; a system message that is lost; a result of a tool
-  that answers a call which was never made; ShareGPT's words taken for roles."""
-  say = lambda role, text: {"role": role, "content": text}
-  talk = [say("system", "s"), say("user", "a"), say("assistant", "old") | {"weight": 1}, say("user", "b")]
-  got = prompts._conversation({"messages": talk, "id": "x"}, "1", "f")
-  assert got.turns == ((say("system", "s"), say("user", "a")), (say("user", "b"),)) and got.id == "1"
-  shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"}, {"from": "human", "value": "b"}]
-  assert prompts._conversation({"conversations": shared}, "1", "f").turns == ((say("user", "a"),), (say("user", "b"),))
-  tool = [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{}]}, say("tool", "3"),
-          say("user", "b")]
-  schema = [{"type": "function"}]
-  got = prompts._conversation({"messages": tool, "tools": schema, "chat_template_kwargs": {"enable_thinking": True}},
-                              "1", "f")
-  assert got == Conversation("1", ((say("user", "a"),),), schema, True)
-  assert prompts._conversation({"conversations": shared[1:]}, "1", "f").problem == prompts.BEGINS
-  assert prompts._conversation({"messages": talk[:1]}, "1", "f").problem == prompts.NO_USER
-
-
-@pytest.mark.parametrize("line, part", [
-  ({"prompt": " "}, "is no question"), ({"text": "a"}, "is no question"), ({"prompt": "a", "top_k": 3}, "has top_k"),
-  ({"prompt": "a", "messages": []}, "is no question"), ({"messages": []}, "must be a list that is not empty"),
-  ({"messages": [{"role": "king", "content": "a"}]}, "unknown role 'king'"), ({"prompt": "a", "tools": "x"}, "tools"),
-  ({"prompt": "a", "tools": [{"x": float("nan")}]}, "JSON compliant"),
-  ({"prompt": "a", "system": "be kind"}, '"system"')])
-def test_bad_lines(line, part, tmp_path):
-  """Kills: half a file asked before its mistake is seen; a setting of a line that is passed over."""
-  with complains("q.jsonl, line 2", part):
-    answers.read_questions(answers.Settings("x", questions=written(tmp_path / "q.jsonl", {"prompt": "a"}, line)))
-
-
-def test_datasets_of_the_hub(monkeypatch):
-  """Kills: an ImportError for who has no `datasets`; the network's own error; a split that is not the one asked for."""
-  settings = answers.Settings("x", dataset="owner/name", split="s")
-  monkeypatch.setitem(sys.modules, "datasets", None)
-  with complains("owner/name needs the library `datasets`", "--questions"):
-    answers.read_questions(settings)
-  rows = [{"conversations": [{"from": "human", "value": "a"}], "prompt": None}, {"prompt": "b", "conversations": None}]
-  load = lambda name, split: {("owner/name", "s"): rows}[name, split]
-  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-  found = answers.read_questions(settings)
-  assert [(c.id, c.turns[0][0]["content"]) for c in found] == [("1", "a"), ("2", "b")] and found.count == 2
-  with complains("the split 'x' of the dataset owner/name could not be fetched (KeyError)", "the network"):
-    answers.read_questions(answers.Settings("x", dataset="owner/name", split="x"))
-  rows.append({"prompt": "c", "tools": [{"since": datetime.date(2026, 1, 1)}]})  # rows need not be JSON
-  with complains("owner/name, row 3", "date is not JSON"):
-    answers.read_questions(settings)
-
-
 # Replies
 
 
@@ -140,7 +85,8 @@ def test_what_replies_hold():
   for message, how, reason in (
       ({"content": "a", "reasoning_content": "why"}, {}, "thinks, though thinking is off"),
       ({"content": ""}, {"finish": "length"}, "cut before its reply began"), ({"content": None}, {}, "an empty reply"),
-      (broken, {"finish": "tool_calls"}, "no JSON object"), ({"content": "a"}, {"finish": "filter"}, "in filter")):
+      (broken, {"finish": "tool_calls"}, "a tool call that cannot be read"),
+      ({"content": "a"}, {"finish": "filter"}, "in filter")):
     with pytest.raises(replies.Unanswered) as caught:
       read_reply(message, **how)
     assert reason in caught.value.reason
@@ -256,7 +202,7 @@ def tries(server) -> dict[str, int]:
 
 def test_servers_that_fail_at_times(tmp_path):
   """Kills: one 500, lost connection, hang, drip of bytes or page of HTML that ends the run, loses a question, or is
-  taken for an answer; a busy server (429) that is set aside; an answer asked for twice."""
+  taken for an answer; an answer asked for twice."""
   ways = [(500, {"error": {"message": "out of memory"}}), "die", "hang", (200, b"<html>"), (200, {"choices": []}), None,
           (429, {"error": "slow down"}), (502, b"bad gateway"), "dribble"]
 
@@ -295,6 +241,63 @@ def test_a_server_that_dies_is_left_alone_and_tried_again(tmp_path, capsys):
   assert len(mortal.asked) > 9, "it was never asked again"
   assert steady.most <= 3, "it was given the other's requests on top of its own"
   assert len(mortal.asked) + len(steady.asked) == 156 and time.monotonic() - began < 20
+
+
+REFUSES, SLOW_DOWN = (400, {"error": {"message": "max_model_len is 9"}}), (429, {"error": "slow down"})
+
+
+@pytest.mark.parametrize("way, said", [(REFUSES, "400: max_model_len is 9"), (SLOW_DOWN, "429: slow down"),
+                                       ((500, b"crash"), "500: crash")])
+def test_one_server_that_is_set_up_wrong(way, said, tmp_path, capsys):
+  """Kills: a server that answers nothing, at once, and so is always the one with the fewest requests: it gets most
+  questions, which the other would have answered."""
+  questions(tmp_path, 60)
+  with serving(lambda body, number: time.sleep(0.05)) as good, serving(lambda body, number: way) as wrong:
+    result = asked(tmp_path / "a.jsonl", good.url, wrong.url, retries=1)
+  assert result["answers"] == 60 == len(good.asked) and result["failed"] == {} and len(wrong.asked) < 40
+  assert f"{wrong.url}/v1 is left alone for" in (err := capsys.readouterr().err) and said in err
+
+
+def test_what_all_servers_refuse(tmp_path, monkeypatch):
+  """Kills: a question that all refuse and that is asked for ever, or of one twice; one that waits for a server that is
+  gone; any question taken for refused, as the one that would answer it is gone and the other never answers."""
+  refuse = lambda body, number: REFUSES if body["messages"][-1]["content"] == "question 2" else None
+  questions(tmp_path)
+  with serving(refuse) as one:
+    with serving(refuse) as two:
+      assert asked(tmp_path / "a.jsonl", one.url, two.url)["failed"] == {"refused by the server": 1}
+      assert tries(one)["question 2"] == tries(two)["question 2"] == 1
+    assert asked(tmp_path / "b.jsonl", one.url, two.url)["failed"] == {"refused by the server": 1}
+  questions(tmp_path, 60)
+  monkeypatch.setattr(servers, "GIVE_UP", 2)
+  goes = lambda body, number: time.sleep(0.02) if number <= 25 else (503, b"going down")
+  with serving(goes) as good, serving(lambda body, number: REFUSES) as wrong:
+    with complains("no server has answered for 2 seconds", "503: going down", "400: max_model_len"):
+      asked(tmp_path / "c.jsonl", good.url, wrong.url, retries=99)
+  assert len(read(tmp_path / "c.jsonl")) == 25 and not read(tmp_path / "c.failed.jsonl")
+
+
+def test_servers_that_are_busy(tmp_path, monkeypatch):
+  """Kills: a question that is lost where more are asked at once than a server takes; a Retry-After that holds back one
+  question and no other; an end that comes in seconds, where a server is busy at first, or after hours, where it is so
+  for ever."""
+  begun = []
+
+  def full(body, number):
+    begun.append(time.monotonic())
+    if number == 12:
+      return *SLOW_DOWN, [("Retry-After", "1")]
+    return SLOW_DOWN if number <= 8 or server.now > 2 else time.sleep(0.01)
+  questions(tmp_path, 30)
+  monkeypatch.setattr(servers, "GIVE_UP", 60)
+  with serving(full) as server:
+    assert asked(tmp_path / "a.jsonl", server.url, retries=0)["answers"] == 30
+  assert max(after - before for before, after in zip(begun, begun[1:])) > 0.9
+  monkeypatch.setattr(servers, "GIVE_UP", 0.5)
+  with serving(lambda body, number: SLOW_DOWN if number > 3 else None) as server:
+    with complains("no server has answered for", "429: slow down"):
+      asked(tmp_path / "b.jsonl", server.url)
+  assert len(server.asked) < 30 and not (tmp_path / "b.failed.jsonl").exists()
 
 
 def test_a_server_that_needs_a_moment(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import json
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -210,6 +211,25 @@ def test_a_conversation_is_tokenized_once():
   ((tokens, mask),) = chat.encode_conversation(other, SAID)
   assert tokens == ids(other, chat.render(other, SAID))
   assert other.decode([t for t, m in zip(tokens, mask) if m]) == SAID[1]["content"] + "</s>"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_before_the_first_piece_alone(scheme, tmp_path):
+  """Kills: a space that a tokenizer puts before a text, and no piece after it ("first"), put after every control token
+  once a message spells one; one that it puts before every piece, put before none."""
+  words = json.loads((FOLDER / "tok_prepend" / "tokenizer.json").read_text()) | {"normalizer": None}
+  words["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+  (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+  shutil.copy(FOLDER / "tok_prepend" / "tokenizer_config.json", tmp_path)
+  other = chat.load_tokenizer(tmp_path)
+  said = lambda text: [*SAID[:2], SAID[2] | {"content": text}]
+  spelled, plain = (chat.encode_prompt(other, said(text)) for text in ("<s>x</s>", "<u>x</u>"))
+  alike = next(k for k, (a, b) in enumerate(zip(spelled, plain)) if a != b)
+  assert other.decode(plain[:alike]).endswith("<|user|>\n<") and other.decode(spelled).count("<s>x</s>") == 1
+  after = ids(other, "</s>\n<|assistant|>\n")[1:]
+  assert spelled[-len(after):] == plain[-len(after):]
+  learned = lambda text: [t for t, m in zip(*chat.encode_conversation(other, said(text) + SAID[1:2])[0]) if m]
+  assert learned("<s>x</s>") == learned("<u>x</u>")
 
 
 def test_a_reply_stands_as_it_was_generated(tokenizer):

@@ -1,12 +1,21 @@
-"""Files -> documents: what is learned of a conversation, what is left out and why, which file and line is wrong."""
+"""Files -> documents and questions: what is learned of a conversation, or asked, what is left out and why, which file
+and line is wrong."""
 
 import dataclasses
+import datetime
 import json
+import sys
+import types
 
 import pytest
 
-from dspark_jax.data import conversations
+from dspark_jax.data import conversations, prompts
 from dspark_jax.data.conversations import Lost, Source
+from dspark_jax.data.prompts import Conversation
+from folders import complains
+from train import answers
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
 def letters(text, add_special_tokens):
@@ -52,6 +61,10 @@ def write_lines(path, *records):
 def chat(*contents, **more):
   roles = ("user", "assistant") * len(contents)
   return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents)], **more}
+
+
+def calling(calls):
+  return {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}]}
 
 
 def test_reads_every_kind(tmp_path):
@@ -114,6 +127,20 @@ def test_tools_reach_the_template(tmp_path):
   assert [bytes(d.tokens.tolist()[:7]) for d in read([lines]).documents] == [b"ttttthi", b"hia rep"]
 
 
+def test_calls_as_the_api_has_them():
+  """Kills: arguments of a call left as a text, which templates quote; a reply refused that calls and says no more;
+  calls changed that templates can read."""
+  read_as = {"name": "f", "arguments": {"x": 1}}
+  for reply in ({"role": "assistant", "tool_calls": [CALL]},
+                {"role": "assistant", "content": None, "tool_calls": [CALL | {"function": read_as}]},
+                {"from": "gpt", "value": None, "tool_calls": [CALL["function"]]}):
+    (message,) = conversations.messages_of({"messages": [reply]})
+    assert message["tool_calls"][0]["function"] == read_as and message["content"] == ""
+  silent = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+  (message,) = conversations.messages_of({"messages": [silent]})
+  assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
+
+
 @pytest.mark.parametrize("line, message", [
     ("{broken", "Expecting property name"),
     ("[1, 2]", "holds a list, expected an object"),
@@ -122,6 +149,11 @@ def test_tools_reach_the_template(tmp_path):
     ({"messages": []}, "not empty"),
     ({"messages": [{"role": "user"}]}, "a message must have"),
     ({"conversations": [{"from": "human", "value": None}]}, "a message must have"),
+    ({"messages": [{"role": "assistant", "tool_calls": []}]}, "a message must have"),
+    (calling("f()"), "\"tool_calls\" must be a list of calls, got 'f()'"),
+    (calling([{"function": {"arguments": "{}"}}]), "a \"function\" with a \"name\", got {'function'"),
+    (calling([{"name": "f", "arguments": "{x"}]), "\"arguments\" of a call of f is not JSON"),
+    (calling([{"name": "f", "arguments": "[1]"}]), "\"arguments\" of a call of f holds a list, expected an object"),
     (chat("refused", "reply"), "the template refuses"),
     ({"messages": [{"role": "narrator", "content": "w"}]}, "unknown role 'narrator', expected one of system, "),
     (chat("hi", "reply", tools="[]"), "\"tools\" must be a list of objects"),
@@ -169,3 +201,55 @@ def test_errors_name_the_file(tmp_path):
   (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
   with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
     read([tmp_path / "latin.txt"])
+
+
+# What is asked
+
+
+def test_replies_are_replaced():
+  """Kills: answers of another model that are learned, or fed back; a system message that is lost; a result of a tool
+  that answers a call which was never made; ShareGPT's words taken for roles."""
+  say = lambda role, text: {"role": role, "content": text}
+  talk = [say("system", "s"), say("user", "a"), say("assistant", "old") | {"weight": 1}, say("user", "b")]
+  got = prompts._conversation({"messages": talk, "id": "x"}, "1", "f")
+  assert got.turns == ((say("system", "s"), say("user", "a")), (say("user", "b"),)) and got.id == "1"
+  shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"}, {"from": "human", "value": "b"}]
+  assert prompts._conversation({"conversations": shared}, "1", "f").turns == ((say("user", "a"),), (say("user", "b"),))
+  tool = [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, say("tool", "3"),
+          say("user", "b")]
+  schema = [{"type": "function"}]
+  got = prompts._conversation({"messages": tool, "tools": schema, "chat_template_kwargs": {"enable_thinking": True}},
+                              "1", "f")
+  assert got == Conversation("1", ((say("user", "a"),),), schema, True)
+  assert prompts._conversation({"conversations": shared[1:]}, "1", "f").problem == prompts.BEGINS
+  assert prompts._conversation({"messages": talk[:1]}, "1", "f").problem == prompts.NO_USER
+
+
+@pytest.mark.parametrize("line, part", [
+  ({"prompt": " "}, "is no question"), ({"text": "a"}, "is no question"), ({"prompt": "a", "top_k": 3}, "has top_k"),
+  ({"prompt": "a", "messages": []}, "is no question"), ({"messages": []}, "must be a list that is not empty"),
+  ({"messages": [{"role": "king", "content": "a"}]}, "unknown role 'king'"), ({"prompt": "a", "tools": "x"}, "tools"),
+  ({"prompt": "a", "tools": [{"x": float("nan")}]}, "JSON compliant"),
+  ({"prompt": "a", "system": "be kind"}, '"system"')])
+def test_bad_lines(line, part, tmp_path):
+  """Kills: half a file asked before its mistake is seen; a setting of a line that is passed over."""
+  with complains("q.jsonl, line 2", part):
+    answers.read_questions(answers.Settings("x", questions=write_lines(tmp_path / "q.jsonl", {"prompt": "a"}, line)))
+
+
+def test_datasets_of_the_hub(monkeypatch):
+  """Kills: an ImportError for who has no `datasets`; the network's own error; a split that is not the one asked for."""
+  settings = answers.Settings("x", dataset="owner/name", split="s")
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with complains("owner/name needs the library `datasets`", "--questions"):
+    answers.read_questions(settings)
+  rows = [{"conversations": [{"from": "human", "value": "a"}], "prompt": None}, {"prompt": "b", "conversations": None}]
+  load = lambda name, split: {("owner/name", "s"): rows}[name, split]
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+  found = answers.read_questions(settings)
+  assert [(c.id, c.turns[0][0]["content"]) for c in found] == [("1", "a"), ("2", "b")] and found.count == 2
+  with complains("the split 'x' of the dataset owner/name could not be fetched (KeyError)", "the network"):
+    answers.read_questions(answers.Settings("x", dataset="owner/name", split="x"))
+  rows.append({"prompt": "c", "tools": [{"since": datetime.date(2026, 1, 1)}]})  # rows need not be JSON
+  with complains("owner/name, row 3", "date is not JSON"):
+    answers.read_questions(settings)

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 
+from dspark_jax.data.conversations import calls_of
 from dspark_jax.data.prompts import Conversation
 from dspark_jax.programs import shell
 from dspark_jax.text import parsed
@@ -26,19 +27,20 @@ from train.replies import Outcome, Reply, Unanswered, outcome
 KEY = "OPENAI_API_KEY"
 BACKOFF, MOST = 0.5, 30.0   # seconds before the second try, doubled with each, and the longest wait
 FAULTS, ASIDE = 5, 1.0      # after so many in a row a server is left alone for so long, doubled each time
-RESTS = 4                   # times that each has been, before one that never answered is not waited for: 7 seconds
+RESTS = 4                   # times that it has been, before nobody waits for a first, or second, word of it: 7 seconds
 HELLO = 10.0                # seconds at most for a connection, and for the list of models
 GIVE_UP = 600.0             # seconds without an answer of any server
 POLL = 0.25                 # seconds between looks for a free server, where all are busy or set aside
 SHOWN = 200                 # characters of what a server says
+BUSY, REFUSED = 429, (400, 413, 422)
 
 
 class Fault(Exception):
-  """Of a server, not of the question: to be tried again, after `wait` seconds if it said so."""
+  """Of a server, not of the question: to be tried again, after `wait` seconds if it said so. code: of its response."""
 
-  def __init__(self, said: str, wait: float = 0.0, busy: bool = False):
+  def __init__(self, said: str, wait: float = 0.0, code: int = 0):
     super().__init__(said)
-    self.wait, self.busy = wait, busy
+    self.wait, self.code = wait, code
 
 
 class Server:
@@ -164,32 +166,51 @@ class Fleet:
             **({"tools": tools} if tools else {}), **({"return_token_ids": True} if asked.token_ids else {})}
 
   async def _ask(self, body, thinking) -> Reply:
-    """The reply of the first server that gives one."""
-    for attempt in range(self.settings.retries + 1):
-      server = await self._take()
+    """The reply of the first server that gives one. Unanswered where none is left that may."""
+    began, tried, tries = time.monotonic(), {}, 0
+    while tries <= self.settings.retries:
+      server = await self._take(tried)
       try:
         response = await self._send(server, "POST", "/chat/completions", self.settings.timeout, json=body)
         reply = read_reply(self._opened(server, response), thinking)
         self._well(server)
+        for other in _refused(tried):  # wrongly, as it turns out
+          self._fault(other, tried[other])
         return reply
       except Unanswered:
         self._well(server)  # it is the question that is wrong
         raise
       except Fault as fault:
         last = fault
-        self._fault(server, fault)
       finally:
         server.in_flight -= 1
-      if attempt < self.settings.retries:
-        await asyncio.sleep(max(last.wait, min(BACKOFF * 2 ** attempt, MOST) * random.uniform(0.5, 1.5)))
-    raise Unanswered("no answer", f"{self.settings.retries + 1} tries, of which the last: {last}")
+      server.answered |= last.code in (BUSY, *REFUSED)
+      if last.code in REFUSED:
+        tried[server] = last
+        continue
+      self._fault(server, last)
+      if last.code == BUSY and time.monotonic() - began < GIVE_UP:
+        continue  # the server is left alone meanwhile, and the question no worse for it
+      tried[server], tries = last, tries + 1
+      if tries <= self.settings.retries:
+        await asyncio.sleep(max(last.wait, min(BACKOFF * 2 ** (tries - 1), MOST) * random.uniform(0.5, 1.5)))
+    raise Unanswered("no answer", f"{tries} tries, of which the last: {last}")
 
-  async def _take(self) -> Server:
-    """A server with room, the one with the fewest requests; one that failed gets a single request at first."""
+  async def _take(self, tried: dict[Server, Fault]) -> Server:
+    """A server with room, the one with the fewest requests; one that failed gets a single request at first.
+
+    tried: those that gave this question no answer. Others come first; what one refuses, it is not asked again.
+    """
     while True:
-      now = time.monotonic()
+      now, refused = time.monotonic(), _refused(tried)
+      left = [s for s in self.servers if s not in refused]
+      # One server's word is enough where the others are gone, but not one whose refusals they answered.
+      if not left or all(s.rests >= RESTS for s in left) and any(s.faults < FAULTS for s in refused):
+        raise Unanswered("refused by the server", str(tried[refused[0]]))
       room = lambda s: 1 if s.faults >= FAULTS or not s.checked else self.settings.concurrency
-      if ready := [s for s in self.servers if s.until <= now and s.in_flight < room(s)]:
+      free = lambda s: s.until <= now and s.in_flight < room(s)
+      others = [s for s in left if s not in tried and (s.faults < FAULTS or free(s))]
+      if ready := list(filter(free, others or left)):
         server = min(ready, key=lambda s: s.in_flight)
         server.in_flight += 1
         if server.checked:
@@ -228,9 +249,8 @@ class Fleet:
           raise Fault('a list of models without "data"')
         server.checked = True
         return [model["id"] for model in listed]
-      except (Fault, Unanswered) as error:
-        fault = error if isinstance(error, Fault) else Fault(error.detail)
-        server.said = str(fault)
+      except Fault as error:
+        fault, server.said = error, str(error)
     return fault
 
   async def _send(self, server, method, path, seconds, **what) -> httpx2.Response:
@@ -243,7 +263,7 @@ class Fleet:
       raise Fault(self._short(f"{type(error).__name__} {error}")) from error
 
   def _opened(self, server, response) -> dict[str, Any]:
-    """The JSON object of a response. Fault, Unanswered or, for what concerns all questions, ValueError."""
+    """The JSON object of a response. Fault or, for what concerns all questions, ValueError."""
     code = response.status_code
     try:
       body = parsed(response.content, "it")
@@ -260,10 +280,8 @@ class Fleet:
     if "model_not_found" in said or code == 404 and not server.answered:
       raise ValueError(f"{server.name} does not know the model {self.model}, or no chat ({said}): check --target and "
                        f"--servers")
-    if code in (400, 413, 422):
-      raise Unanswered("refused by the server", said)
     wait = response.headers.get("retry-after", "")
-    raise Fault(said, min(float(wait), 2 * MOST) if wait.isdigit() else 0.0, busy=code == 429)
+    raise Fault(said, min(float(wait), 2 * MOST) if wait.isdigit() else 0.0, code)
 
   def _must_serve(self, server, names):
     if names and self.model not in names:
@@ -272,18 +290,22 @@ class Fleet:
 
   def _well(self, server):
     self.last = time.monotonic()
-    server.faults, server.rests, server.until, server.answered = 0, 0, 0.0, True
+    server.faults, server.rests, server.answered = 0, 0, True
 
   def _fault(self, server, fault):
-    server.said = str(fault)
-    server.faults += not fault.busy
-    if server.faults >= FAULTS and server.until <= time.monotonic():
-      self._set_aside(server)
-      shell.say(f"{server.name} is left alone for {server.until - time.monotonic():.0f} seconds ({fault})")
+    server.said, now = str(fault), time.monotonic()
+    if fault.code == BUSY and server.in_flight:  # with others of ours: it is full, and well
+      server.until = max(server.until, now + max(fault.wait, ASIDE))
+      return
+    server.faults += FAULTS if fault.code == BUSY else 1
+    if server.faults >= FAULTS and server.until <= now:
+      self._set_aside(server, fault.wait)
+      if fault.code != BUSY or server.rests > 1:  # once is no news
+        shell.say(f"{server.name} is left alone for {server.until - now:.0f} seconds ({fault})")
 
-  def _set_aside(self, server):
+  def _set_aside(self, server, wait=0.0):
     server.faults = max(server.faults, FAULTS)
-    server.until = time.monotonic() + min(ASIDE * 2 ** server.rests, 2 * MOST)
+    server.until = time.monotonic() + max(wait, min(ASIDE * 2 ** server.rests, 2 * MOST))
     server.rests += 1
 
   def _complaints(self):
@@ -321,7 +343,10 @@ def read_reply(body: dict[str, Any], thinking: bool) -> Reply:
   if finish == "length":
     said["finish_reason"] = finish  # for chat.encode_conversation: the template will write an end that was not said
   if calls:
-    said["tool_calls"], finish = list(map(_call, calls)), "tool_calls"
+    try:
+      said["tool_calls"], finish = calls_of(calls), "tool_calls"
+    except ValueError as error:
+      raise Unanswered("a tool call that cannot be read", str(error)) from error
   prompt, tokens = body.get("prompt_token_ids"), choice.get("token_ids")
   if _ids(prompt) and _ids(tokens):
     return Reply(said, finish, prompt, tokens, len(tokens), said["content"][:SHOWN])
@@ -340,17 +365,9 @@ def _ids(value):
   return isinstance(value, list) and value and all(type(token) is int and 0 <= token < 2 ** 31 for token in value)
 
 
-def _call(call):
-  """A call of a tool as templates read it: arguments are an object, which the API writes as text."""
-  function = call.get("function") if isinstance(call, dict) else None
-  if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-    raise Fault(f"200 with a tool call that names no function ({json.dumps(call)[:SHOWN]})")
-  arguments = function.get("arguments")
-  try:
-    arguments = arguments if isinstance(arguments, dict) else parsed(str(arguments or "{}").encode(), "they")
-  except ValueError as error:
-    raise Unanswered("a tool call whose arguments are no JSON object", str(error)[:SHOWN]) from error
-  return call | {"function": function | {"arguments": arguments}}
+def _refused(tried: dict[Server, Fault]) -> list[Server]:
+  """The servers that refused the question."""
+  return [server for server, fault in tried.items() if fault.code in REFUSED]
 
 
 def _message(body, response) -> str:

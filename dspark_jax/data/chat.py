@@ -384,27 +384,36 @@ def _tokens(tokenizer, text, hidden=()) -> tuple[list[int], list[Span]]:
 
   hidden: parts in which control tokens are text. The text is cut at the others, as tokenizers do themselves.
   """
-  def one(part, **how):
-    out = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **how)
-    return out["input_ids"], out["offset_mapping"]
+  def stretch(begin, end=None, **how):
+    encode = _going_on(tokenizer) if begin else tokenizer
+    out = encode(text[begin:end], add_special_tokens=False, return_offsets_mapping=True, **how)
+    return begin, out["input_ids"], out["offset_mapping"]
 
   def parts() -> Iterator[tuple[int, list[int], list[Span]]]:
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     at = 0
     for found in re.finditer("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text):
       if not any(a <= found.start() < b for a, b in hidden):
-        yield at, *one(text[at:found.start()], split_special_tokens=True)
+        yield stretch(at, found.start(), split_special_tokens=True)
         yield found.start(), [special[found[0]]], [(0, len(found[0]))]
         at = found.end()
-    yield at, *one(text[at:], split_special_tokens=True)
+    yield stretch(at, split_special_tokens=True)
 
   def run():
     if not hidden:
-      return one(text)
+      return stretch(0)[1:]
     found = list(parts())
     return ([token for _, ids, _ in found for token in ids],
             [(at + a, at + b) for at, _, spans in found for a, b in spans])
   return guarded(run, f"the tokenizer{_whose(tokenizer)} cannot read this text")
+
+
+@functools.lru_cache(maxsize=4)  # a tokenizer takes long to build
+def _going_on(tokenizer):
+  """The tokenizer of what stands after a control token: Metaspace's "first" puts a space before a whole text alone."""
+  backend = tokenizer.backend_tokenizer.to_str()
+  never = backend.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+  return tokenizer if never == backend else fast_tokenizer()(tokenizer_object=Tokenizer.from_str(never))
 
 
 def _whose(tokenizer):

@@ -9,9 +9,9 @@ Control tokens that a file's contents spell are what the two encoders make of th
 
 A conversation is {"messages": [{"role": ..., "content": ...}, ...]} or, as ShareGPT has it, {"conversations": [{"from":
 ..., "value": ...}, ...]}; human and gpt are other words for user and assistant. Beside it, "tools" and
-"chat_template_kwargs": {"enable_thinking": ...} go to the chat template. Names and notes are passed over; the keys in
-SETTINGS, which would change what is learned, are refused. The end of a reply with "finish_reason": "length" is not
-learned: the limit cut it.
+"chat_template_kwargs": {"enable_thinking": ...} go to the chat template. A reply may call tools as OpenAI's API has it,
+without a content, and with arguments as a text. Names and notes are passed over; the keys in SETTINGS, which would
+change what is learned, are refused. The end of a reply with "finish_reason": "length" is not learned: the limit cut it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dspark_jax.config import shown
-from dspark_jax.text import opened, read_jsonl, read_text
+from dspark_jax.config import name_shown, shown
+from dspark_jax.text import opened, parsed, read_jsonl, read_text
 
 LOOKED = 32          # lines of a file whose texts are compared with their tokens
 MIN_SUPERVISED = 14  # documents with fewer supervised tokens are dropped, as the reference does
@@ -201,6 +201,9 @@ def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     for ours, theirs in (("role", "from"), ("content", "value")):
       if theirs in message:
         message.setdefault(ours, message.pop(theirs))
+    if calls := message.get("tool_calls"):
+      message["tool_calls"] = calls_of(calls)
+      message["content"] = "" if message.get("content") is None else message["content"]
     if not all(isinstance(message.get(key), str) for key in ("role", "content")):
       raise ValueError(f'a message must have the texts "role" and "content", got {shown(given)}')
     if message["role"] not in ROLES:
@@ -209,6 +212,22 @@ def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     _refuse(message, "a message", ("weight",))
     messages.append(message | {"role": ROLES[message["role"]]})
   return messages
+
+
+def calls_of(calls: Any) -> list[dict[str, Any]]:
+  """Calls of tools as templates read them: arguments are an object; as a text, which the API has, they are quoted."""
+  if not isinstance(calls, list):
+    raise ValueError(f'"tool_calls" must be a list of calls, got {shown(calls)}: write them as OpenAI\'s API does')
+  found = []
+  for call in calls:
+    function = call.get("function") or call if isinstance(call, dict) else None  # some write the function alone
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+      raise ValueError(f'a tool call must have a "function" with a "name", got {shown(call)}: correct or remove it')
+    arguments = function.get("arguments")
+    if not isinstance(arguments, dict):
+      arguments = parsed(str(arguments or "{}").encode(), f'"arguments" of a call of {name_shown(function["name"])}')
+    found.append(call | {"function": function | {"arguments": arguments}})
+  return found
 
 
 def variables_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -85,17 +85,11 @@ def _conversation(record: dict[str, Any], name: str, where: str) -> Conversation
     variables = variables_of(record)
     json.dumps(variables["tools"], allow_nan=False)  # for its errors: NaN, or a row's date, can be sent nowhere
     messages = ([{"role": "user", "content": record["prompt"]}] if given == ["prompt"] else
-                messages_of({given[0]: _with_content(record[given[0]])}))
+                messages_of({given[0]: record[given[0]]}))
   except (TypeError, ValueError) as error:
     raise ValueError(f"{where}: {error}") from error
   turns, problem = _turns(messages)
   return Conversation(name, turns, variables["tools"], variables.get("enable_thinking"), problem)
-
-
-def _with_content(messages: Any) -> Any:
-  """Messages in which one that calls tools has a content, which OpenAI's may leave out."""
-  calls = lambda m: isinstance(m, dict) and m.get("tool_calls") and m.get("content", m.get("value")) is None
-  return [m | {"content": ""} if calls(m) else m for m in messages] if isinstance(messages, list) else messages
 
 
 def _turns(messages: list[dict[str, Any]]) -> tuple[tuple, str | None]:
