@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from flax import nnx
 
 from dspark_jax.checkpoints import atomic, dialects, hf, state
 from dspark_jax.checkpoints.gguf import read_gguf
+from dspark_jax.checkpoints.ids import drafter_id, is_target, target_id  # programs have them from here
 from dspark_jax.config import error_shown, from_json, raise_all, shown, to_json
 from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
@@ -35,7 +35,7 @@ from dspark_jax.text import read_json
 from dspark_jax.types import Array, Drafter, Target
 
 # What tells of what kind a folder is; its weights are fetched when that is known.
-SMALL = ("config.json", state.DRAFTER, state.TARGET, "adapter_config.json", *hf.SIGNS)
+SMALL = ("config.json", state.DRAFTER, state.TARGET, hf.ADAPTER, *hf.SIGNS)
 WORDS = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
 LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
@@ -186,25 +186,6 @@ def _left_out(config, tensors, embedding):
   return config, unused, problems
 
 
-def target_id(target: Target) -> str:
-  """A hash of configuration and some weights: it tells targets apart, whatever their dtype and layer layout."""
-  # Of weights that stay as they are when layers are stacked, rounded to bfloat16 in whatever dtype they were loaded.
-  norm = on_host(target.norm.weight[...].astype(jnp.bfloat16)).tobytes()
-  rows = on_host(target.embed_tokens.weight[:8].astype(jnp.bfloat16)).tobytes()
-  config = json.dumps(to_json(target.config), sort_keys=True).encode()
-  return hashlib.sha256(config + norm + rows).hexdigest()[:16]
-
-
-def drafter_id(drafter: Drafter) -> str:
-  """What tells one drafter from another, or from itself after more training: a hash of configuration and weights."""
-  digest = hashlib.sha256(json.dumps(to_json(drafter.config), sort_keys=True).encode())
-  for name, value in values(drafter).items():
-    digest.update(name.encode() + on_host(value).tobytes())
-  # Parameters alone would not do: with other words, the same weights draft other tokens.
-  digest.update(b"" if drafter.words is None else on_host(drafter.words).tobytes())
-  return digest.hexdigest()[:16]
-
-
 def load_drafter(path: str | os.PathLike, target: Target, *, dtype=None) -> Drafter:
   """A drafter for `target` from our folder, a training run, a DeepSpec or DFlash folder, or a hub id of one of these,
   in `dtype` (default: the target's).
@@ -223,7 +204,7 @@ def made_for(path: str | os.PathLike, target: Target) -> bool:
   """Whether the drafter of `path` is for this target, as far as its configuration tells. ValueError: none there."""
   path = drafter_folder(path)
   if (path / "drafter.json").exists():
-    return read_json(path / "drafter.json").get("target") == target_id(target)
+    return is_target(target, read_json(path / "drafter.json").get("target"))
   return not _fit(_deepspec_config(path)[1], target)
 
 
@@ -276,14 +257,14 @@ def _read_ours(path, target):
       data = data | {"spec": from_json(LAYERS, data["spec"], where)}
   config = from_json(DRAFTERS[kind].Config, data, where)
   problems = _words_problems(config, tensors)
-  if target is not None and sidecar["target"] != target_id(target):
+  if target is not None and not is_target(target, sidecar["target"]):
     problems.append(f"it was made for target {sidecar['target']}, this target is {target_id(target)}: load the target "
                     f"it was trained with")
   return kind, config, tensors, {"draft_words"} if config.draft_vocab_size else set(), problems, sidecar["imported"]
 
 
 def _deepspec_config(path):
-  if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+  if not (path / "config.json").exists() and not (path / hf.ADAPTER).exists():
     raise ValueError(f"{path} {'is no drafter' if path.exists() else 'does not exist'}: expected a folder with "
                      f"drafter.json (ours) or config.json (DeepSpec, DFlash) in it")
   raw, _ = hf.read_config(path)

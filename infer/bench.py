@@ -84,8 +84,11 @@ def main(settings: Settings) -> dict:
   prompts = read_prompts(settings)
   with shell.stderr.status("loading"):
     target = shell.load_target(settings.target, settings.dtype, settings.kernels)
-    drafter = random_drafter(settings, target) if settings.drafter == "random" else dspark_jax.load_drafter(
-        settings.drafter, target, dtype=settings.dtype)
+    if settings.drafter == "random":
+      cast = lambda x: x.astype(settings.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+      drafter = jax.tree.map(cast, random_drafter(settings, target))  # which is made in float32, as training has it
+    else:
+      drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   rows = []
   with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(settings.batches), note="")

@@ -6,6 +6,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 import dspark_jax
@@ -57,6 +58,16 @@ def test_a_target_without_a_tokenizer(capsys, monkeypatch):
   result, err = called(capsys, bench.main, bench.Settings, "--target", QWEN3, *SMALL, "--prompt-tokens", 5)
   assert "random tokens" in err
   assert [[len(p) for p in row["prompts"]] for row in result["batches"]] == [[5], [5, 5]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_random_drafter_is_of_the_asked_dtype(dtype, capsys, monkeypatch):
+  """Kills: a drafter in float32 timed beside a target in bfloat16."""
+  monkeypatch.setattr(bench, "measure", lambda settings, target, drafter, prompts: {
+      "dtypes": sorted({str(x.dtype) for x in jax.tree.leaves((target, drafter))})})
+  monkeypatch.setattr(bench, "table", str)
+  result, _ = called(capsys, bench.main, bench.Settings, "--target", QWEN3, *SMALL, "--dtype", dtype)
+  assert result["batches"] == [{"dtypes": [dtype]}] * 2
 
 
 def test_the_same_work_is_compared(capsys, monkeypatch):

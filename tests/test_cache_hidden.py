@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 import dspark_jax
+from dspark_jax.checkpoints import ids
 from dspark_jax.data.deepspec_cache import Cache
 from dspark_jax.data.features import Memory
 from dspark_jax.data.rows import Rows
 from dspark_jax.data.store import Store
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters import DSpark, Eagle3
+from dspark_jax.training.losses import EAGLE3
 from dspark_jax.types import Batch
 from train import cache_hidden, features, prepare, train
 from train.config import TrainConfig
@@ -118,6 +120,29 @@ def test_steps_of_shorter_rows(where, folder, online, tmp_path):
     train.main(dataclasses.replace(config, lengths=()))
   with complains("lengths are (48,), expected numbers from 1, below row_length, 48"):
     experiment(folder, tmp_path, lengths=(48,))
+
+
+@pytest.mark.slow
+def test_shorter_rows_of_a_recurrent_drafter(folder, tmp_path):
+  """Kills: a loss over all positions of a batch that weighs a step of short rows more."""
+  how = dict(drafter=Eagle3.Settings(taps=(0, 1), block_size=3), loss=EAGLE3)
+  whole, cut = (trained(experiment(folder, tmp_path / str(len(lengths)), lengths=lengths, **how))
+                for lengths in ((), (43, 42)))
+  np.testing.assert_allclose(cut, whole, rtol=1e-6)
+
+
+def test_a_store_of_an_older_version(folder, once, tmp_path):
+  """Kills: a store that is its target's no more, because an id says more of a target than it did; one of any target."""
+  shutil.copytree(once, tmp_path / "s")
+  target, rows = dspark_jax.load_target(folder / "target"), Rows(Path(f"{once}.rows"))
+  manifest = tmp_path / "s" / "manifest.json"
+  known = json.loads(manifest.read_text())
+  manifest.write_text(json.dumps(known | {"target": ids._target_ids(target)[0]}))
+  config = experiment(folder, tmp_path / "out", features=str(tmp_path / "s"))
+  assert features.features_of(config, rows, target).store.manifest.target != known["target"]
+  manifest.write_text(json.dumps(known | {"target": "0" * 16}))
+  with complains("does not fit this run (target 0000000000000000 there"):
+    features.features_of(config, rows, target)
 
 
 def test_programs_refuse(folder, once, capsys, tmp_path):

@@ -7,6 +7,7 @@ a drafter of one, and as many words as go with that.
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -193,6 +194,19 @@ def test_targets_by_their_published_sizes(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(published))
   assert target_config(tmp_path / "config.json") == target_config(tmp_path) == target_config("qwen3-8b")
   assert decoding.spread_taps(36) == (1, 9, 17, 25, 33) and decoding.spread_taps(2) == (0,)
+
+
+def test_a_program_that_the_compiler_refused_does_not_fit():
+  """Kills: a program said to fit by what its compiler, which refused it, rounded to two decimals."""
+  class Lowered:
+    def compile(self, compiler_options):
+      (Path(compiler_options["xla_dump_to"]) / "m_after_optimizations.txt").write_text(
+          "HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+          "  ROOT %n = f32[8]{0} negate(%p)\n}\n")
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: HLO temporaries (15.75G) exceeds available HBM (15.75G)")
+
+  chip = compilers.CHIPS["TPU v5 lite"]
+  assert compiled.summary(compiled.read(Lowered()), chip, floor_bytes=1, useful_flops=1)["fits"] is False
 
 
 @pytest.mark.slow

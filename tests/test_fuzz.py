@@ -93,6 +93,9 @@ def models(folder: Path) -> dict[str, Place]:
   ours = folder / "ours"
   dspark_jax.save_drafter(ours, fresh_drafter(), qwen3())
   dspark_jax.loading.save_temperatures(ours, fresh_drafter(), {"greedy": [1.0] * 4})
+  sidecar = json.loads((ours / "drafter.json").read_text())
+  del sidecar["digest"]  # as older versions wrote it: with one, no change of the configuration is read any further
+  (ours / "drafter.json").write_text(json.dumps(sidecar))
 
   def load_ours(path):
     stored_temperatures(path.parent, dspark_jax.load_drafter(path.parent, qwen3()))
@@ -165,7 +168,7 @@ def records(folder: Path) -> dict[str, Place]:
     "results": (folder / "results.json", results.read),
     "manifest": (packed_rows(folder / "rows", [Document(np.ones(9, np.int32), np.ones(9, bool))], 16).folder /
                  "manifest.json", lambda path: Rows(path.parent)),
-    "run.json": (folder / "run" / "run.json", lambda path: run_folder.resumed(path.parent, run, shrunk=("drafter",)))}
+    "run.json": (folder / "run" / "run.json", lambda path: run_folder.resumed(path.parent, run, **train.SAME))}
   return {name: Place(path, read, (spoil,) * 4 + (spoil_bytes,)) for of, spoil in (
     (of_lines, spoil_lines), (of_files, spoil_json)) for name, (path, read) in of.items()}
 

@@ -37,9 +37,9 @@ def model(tied):
 
 
 def write(path, tensors, *, architecture="llama", leave_out=(), extra=None, kind=Kind.F32, keys=None,
-          layers=LAYERS):
+          layers=LAYERS, order=gguf.GGUFEndian.LITTLE):
   """A GGUF file of `tensors`; names by gguf's own table, so that ours is checked against it."""
-  writer = gguf.GGUFWriter(path, architecture)
+  writer = gguf.GGUFWriter(path, architecture, endianess=order)
   fields = {
     "rope_theta": lambda: writer.add_rope_freq_base(100000.0),
     "head_count": lambda: writer.add_head_count(HEADS),
@@ -115,6 +115,13 @@ def test_refusals(tmp_path):
   del tensors["model.layers.1.mlp.up_proj.weight"]
   with pytest.raises(ValueError, match="lacks the tensors .*blk.1.ffn_up.weight"):
     read_gguf(write(path, tensors))
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0])
+def test_another_byte_order(kind, tmp_path):
+  """Kills: tensors whose bytes are read the wrong way round."""
+  with pytest.raises(NotImplementedError, match="m.gguf is big-endian, expected little-endian, as this machine is"):
+    read_gguf(write(tmp_path / "m.gguf", model(True), kind=kind, order=gguf.GGUFEndian.BIG))
 
 
 @pytest.mark.parametrize("key, neutral, other", [

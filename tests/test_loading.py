@@ -161,6 +161,18 @@ def test_shards(tmp_path):
   assert_same_weights(dspark_jax.load_drafter(tmp_path / "ours", qwen3()), dspark_jax.load_drafter(DSPARK, qwen3()))
 
 
+def test_a_whole_file_beside_an_index(tmp_path):
+  """Kills: shards of before loaded in the place of the model that was saved over them; asking for those when they are
+  gone."""
+  folder = sharded(LLAMA, tmp_path / "t")
+  new = copied(LLAMA, tmp_path / "new", tensors=lambda tensors: {name: x + 1 for name, x in tensors.items()})
+  shutil.copy(new / "model.safetensors", folder)
+  assert_same_weights(dspark_jax.load_target(folder), dspark_jax.load_target(new))
+  for shard in folder.glob("model-*"):
+    shard.unlink()
+  assert_same_weights(dspark_jax.load_target(folder), dspark_jax.load_target(new))
+
+
 def test_tied_and_untied(tmp_path):
   """Kills: a random head where it is tied; the second copy that some exporters store, refused as unknown."""
   tied = dspark_jax.load_target(LLAMA)

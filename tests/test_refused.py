@@ -11,7 +11,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat
-from folders import LLAMA, complains, copied, qwen3, sharded
+from folders import DSPARK, LLAMA, complains, copied, qwen3, sharded
 from test_fuzz import gguf_words
 from test_gguf import model, write
 
@@ -70,6 +70,20 @@ def test_adapters_and_quantised_tensors(tmp_path):
   scale = {"model.layers.0.mlp.up_proj.weight_scale": jnp.ones(1)}
   with complains("a quantised model (tensor model.layers.0.mlp.up_proj.weight_scale)", error=NotImplementedError):
     dspark_jax.load_target(copied(LLAMA, tmp_path / "t", tensors=lambda t: t | scale))
+
+
+@pytest.mark.parametrize("source, load", [
+    (LLAMA, dspark_jax.load_target), (DSPARK, lambda folder: dspark_jax.load_drafter(folder, qwen3()))])
+def test_what_transformers_would_load_instead(source, load, tmp_path):
+  """Kills: a model without the adapter that lies beside it, or with other weights than its configuration names."""
+  folder = copied(source, tmp_path / "a")
+  (folder / "adapter_config.json").write_text("{}")
+  with complains(f"{folder} holds a LoRA adapter: merge it", error=NotImplementedError):
+    load(folder)
+  named = lambda name: copied(source, tmp_path / f"{name}", config=lambda c: c | {"transformers_weights": name})
+  with complains("transformers_weights 'b.safetensors', which is not supported", error=NotImplementedError):
+    load(named("b.safetensors"))
+  load(named(None))
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/dev/zero", "", "\0", "x" * 5000, ".."])

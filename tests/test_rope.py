@@ -92,6 +92,8 @@ SPELLINGS = {
     "old": {"rope_theta": 1e5, "rope_scaling": {"type" if key == "rope_type" else key: x for key, x in KEYS.items()}},
     "both": {"rope_parameters": KEYS | {"rope_theta": 1e5, "beta_fast": None}, "rope_scaling": KEYS | {"beta_slow": 1}},
     "added": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "rope_scaling": KEYS},
+    "outer": {"rope_parameters": KEYS | {"rope_theta": 1e5}, "rope_scaling": {},
+              "original_max_position_embeddings": 64},
     "whole": {"rope_parameters": KEYS | {"rope_theta": 1e5, "beta_fast": 32, "type": "yarn", "truncate": True}}}
 
 
@@ -121,10 +123,14 @@ def test_what_of_yarn_is_refused(change, parts, tmp_path):
     target_config(folder)
 
 
-def test_two_things_said_of_yarn(tmp_path):
-  """Kills: the first of two scalings, without a word of the second."""
-  folder = copied(LLAMA, tmp_path / "t", config=lambda c: SPELLINGS["both"] | WITHOUT(c) | {
-      "rope_parameters": KEYS | {"rope_theta": 1e5}, "rope_scaling": KEYS | {"factor": 8.0}})
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": KEYS | {"factor": 8.0}}, {"rope_scaling": {"rope_type": "default"}},
+    {"original_max_position_embeddings": 32}])
+def test_two_things_said_of_yarn(change, tmp_path):
+  """Kills: the first of two scalings, without a word of the second; the inner of two lengths, where transformers takes
+  the outer one."""
+  folder = copied(LLAMA, tmp_path / "t", config=lambda c: WITHOUT(c) | {
+      "rope_parameters": KEYS | {"rope_theta": 1e5}} | change)
   with complains("say different things of yarn"):
     target_config(folder)
 

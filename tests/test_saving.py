@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.checkpoints import atomic, state
+from dspark_jax.loading import save_temperatures
 from folders import DSPARK, assert_same_weights, complains, copied, cut, files, fresh_drafter, qwen3, spoiled, words
 
 ROOT = Path(dspark_jax.__file__).parents[1]
@@ -236,4 +238,19 @@ def test_a_flipped_bit(what, tmp_path):
     with complains("is not what was saved" if what == "drafter" else "the state of step 1 cannot be restored"):
       load()
     data.write_bytes(before)
+  load()
+
+
+def test_a_flipped_bit_in_a_configuration(tmp_path):
+  """Kills: a drafter with another rope than was saved, in silence; one refused because temperatures were fitted after
+  it was saved, or because an older version stored no digest."""
+  dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())
+  save_temperatures(tmp_path / "d", fresh_drafter(), {"greedy": [1.0] * 4})
+  file, load = tmp_path / "d" / "drafter.json", lambda: dspark_jax.load_drafter(tmp_path / "d", qwen3())
+  load()
+  before = file.read_text()
+  file.write_text(before.replace('"rope_theta": 1', '"rope_theta": 3'))
+  with complains("drafter.json: its config is not what was saved: restore the folder"):
+    load()
+  file.write_text(json.dumps({key: x for key, x in json.loads(before).items() if key != "digest"}))
   load()

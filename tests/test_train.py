@@ -1,5 +1,6 @@
 """train.train as a user runs it: what it leaves, runs that are killed and go on, mistakes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.flax import load_file, save_file
 
 import dspark_jax
 from dspark_jax.data import pipeline
@@ -181,6 +183,40 @@ def test_kill_and_the_run_goes_on(folder, uninterrupted, tmp_path):
   assert_same_weights(dspark_jax.load_drafter(out, llama()), dspark_jax.load_drafter(uninterrupted[0], llama()))
 
 
+def renormed(source: Path, target: Path) -> Path:
+  """A copy of a target with another final norm: another target, by its name or none."""
+  shutil.copytree(source, target)
+  weights = load_file(target / "model.safetensors")
+  save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 2}, target / "model.safetensors")
+  return target
+
+
+def test_a_run_goes_by_what_its_target_is(folder, uninterrupted, monkeypatch, tmp_path):
+  """Kills: a run that cannot go on since its target was moved; one whose steps have two teachers, since other weights
+  were put where the target was."""
+  shutil.copytree(folder / "target", tmp_path / "target")
+  config = experiment(folder, tmp_path / "run", target=str(tmp_path / "target"))
+  monkeypatch.setattr(hosts, "stops", lambda: contextlib.nullcontext(lambda step: step == 5))
+  train.main(config)
+  monkeypatch.undo()
+  shutil.rmtree(tmp_path / "target")
+  other = renormed(folder / "target", tmp_path / "target")
+  with complains("target has changed since"):
+    train.main(config)
+  shutil.rmtree(other)
+  shutil.copytree(folder / "target", tmp_path / "elsewhere")
+  save = dspark_jax.save_drafter
+  monkeypatch.setattr(dspark_jax, "save_drafter", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+  config = dataclasses.replace(config, target=str(tmp_path / "elsewhere"))
+  with pytest.raises(OSError):  # all steps are done, and the drafter in the folder is that of step 5
+    train.main(config)
+  monkeypatch.setattr(dspark_jax, "save_drafter", save)
+  train.main(config)
+  assert losses(tmp_path / "run") == losses(uninterrupted[0])
+  assert_same_weights(dspark_jax.load_drafter(tmp_path / "run", llama()),
+                      dspark_jax.load_drafter(uninterrupted[0], llama()))
+
+
 @pytest.mark.parametrize("change, word", [
     ({"steps": STEPS + 1}, "steps"), ({"seed": 1}, "seed"), ("data", "digest"), ("target", "target")])
 def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
@@ -190,7 +226,7 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
   if change == "data":
     change = {"data": (folder / "data.jsonl",)}
   if change == "target":
-    change = {"target": str(with_tokenizer(LLAMA, folder / "other"))}
+    change = {"target": str(renormed(folder / "target", folder / "other"))}
   holds = "rows of other data" if word == "digest" else "a run with other settings"
   with pytest.raises(ValueError, match=rf"holds {holds} \(.*{word}.*\): give the same "):
     train.main(experiment(folder, out, **change))

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import time
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dspark_jax
+from dspark_jax import metrics as means
 from dspark_jax.data import chat, rows
 from dspark_jax.data.conversations import Document
 from dspark_jax.data.rows import held_out
 from dspark_jax.data.words import top_words
 from dspark_jax.programs import run_folder
 from dspark_jax.training.step import step_flops
-from train import report, train, watch
+from train import features, loop, report, train, watch
 from folders import called, complains, llama, packed_rows
 from test_programs import folder  # noqa: F401 (a fixture)
 from test_train import STEPS, experiment, log_of
@@ -105,6 +109,56 @@ def test_goodput_counts_steps_alone(monkeypatch):
     told = pace.lap([4, 12] * 4, waited=3.0 + 2 * (end - 40) / 20)
     assert (told["goodput"], told["step_seconds"], told["data_wait"]) == pytest.approx((good / end, 2.0, 2 / 16))
     assert told["tflops_per_device"] == 0.5 and told["tokens_per_second_per_device"] == 8
+
+
+class Fed(features.Batches):
+  """Batches of nothing that the host takes so many seconds for."""
+
+  def __init__(self, seconds: float):
+    super().__init__(None, None, SimpleNamespace(at=lambda *_: time.sleep(seconds), ask=lambda *_: None))
+
+  def _begin(self, step):
+    self._ahead = (step, None, None)
+
+  def _next(self):
+    return (self._ahead[0] + 1, None, None)
+
+  def width(self, step):
+    return 48
+
+
+def looped(tmp_path, host: float, device: float, stop=lambda step: False, steps: int = 20):
+  """(steps that a loop made, what it logged) with so many seconds of the host and of the device for each."""
+  @jax.jit
+  def step(x):
+    wait = lambda x: time.sleep(device) or x
+    return x + jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x)
+  config = SimpleNamespace(out=tmp_path, batch=2, log_every=20, save_every=100, diverged_at=1e6, profile_steps=None)
+  batches, saved = Fed(host), SimpleNamespace(save_checkpointables_async=lambda *_, **__: None)
+
+  def advance(state, index):
+    batches(index)
+    x = step(state.x)
+    metrics = {name: means.once(0 * x + 1) for name in ("loss", "grad_norm", "tau")}
+    return SimpleNamespace(step=index + 1, x=x), metrics | {"accept_rate": means.once(0 * x + 1)}
+  advance(state := SimpleNamespace(step=0, x=jnp.float32(0)), 0)[0].x.block_until_ready()
+  pace = watch.Pace(config, lambda width: 1e9, time.monotonic())
+  state, _ = loop.loop(config, advance, state, saved, steps, batches, pace, {}, stop)
+  return state.step, log_of(tmp_path)[-1]
+
+
+def test_a_signal_is_heard_within_two_steps(tmp_path):
+  """Kills: a host that queues all steps up to the next line of the log, and hears of SIGTERM after they ran."""
+  began = time.monotonic()
+  made, _ = looped(tmp_path, 0.0, 0.1, stop=lambda step: time.monotonic() > began + 0.6)
+  assert made < 9
+
+
+@pytest.mark.parametrize("host, device, least, most", [(0.06, 0.1, 0.0, 0.4), (0.1, 0.02, 0.5, 0.9)])
+def test_a_wait_for_data_is_the_devices(host, device, least, most, tmp_path):
+  """Kills: data that are read while the device is at work, counted as a wait; a wait that is counted as work."""
+  _, line = looped(tmp_path, host, device)
+  assert least <= line["data_wait"] < most, line
 
 
 def test_useful_flops_are_of_what_runs(folder, tmp_path):  # noqa: F811

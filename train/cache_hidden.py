@@ -180,14 +180,14 @@ def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, 
                      f"give the --target that it was made with")
   if cache and settings.writers == 1:
     write_documents(cache, documents_path(settings))
-  begun = stores.is_begun(settings.out)
+  begun = stores.Store(settings.out).manifest if stores.is_begun(settings.out) else None
   # With another day a template might make other tokens, and the store could not be finished.
-  date = datetime.date.fromisoformat(stores.Store(settings.out).manifest.date) if begun else None
+  date = datetime.date.fromisoformat(begun.date) if begun else None
   prepared = prepare.Settings(config.target, config.data, rows_folder(settings), row_length=config.row_length,
                               thinking=config.thinking, allow_special=config.allow_special)
   rows = prepare.rows_of(prepared, tokenizer, target.config.vocab_size, date)
   train.drafter_config(config.drafter, target.config)  # what is wrong with the taps
-  planned = plan(settings, config, rows, target)
+  planned = plan(settings, config, rows, target, begun.target if begun else "")
   manifest = planned[0]
   missing = stores.Store.begun(settings.out, *planned).missing() if begun else list(range(manifest.n_shards))
   # Before the store is begun: what is refused here may be tried again with other settings.
@@ -215,12 +215,13 @@ def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, 
               out=settings.out)
 
 
-def plan(settings: Settings, config: TrainConfig, rows: Rows, target) -> tuple[stores.Manifest, np.ndarray]:
-  """(manifest, offsets) of the store that these settings make."""
+def plan(settings: Settings, config: TrainConfig, rows: Rows, target, stored: str
+         ) -> tuple[stores.Manifest, np.ndarray]:
+  """(manifest, offsets) of the store that these settings make. stored: see `of_run`."""
   offsets = np.concatenate([[0], np.cumsum(rows.lengths(np.arange(len(rows))))])
   taps = config.drafter.taps
   return stores.Manifest(
-      **of_run(config, rows, target), date=rows.manifest.date, batch=config.batch, dtype=settings.dtype,
+      **of_run(config, rows, target, stored), date=rows.manifest.date, batch=config.batch, dtype=settings.dtype,
       n_rows=len(rows), n_tokens=int(offsets[-1]), width=target.config.spec.hidden_size,
       feature_width=target.feature_width(taps), offsets=0, shard_tokens=settings.shard_tokens,
       chunk_tokens=settings.chunk_tokens), offsets

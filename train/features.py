@@ -18,15 +18,17 @@ from dspark_jax.data import pipeline
 from dspark_jax.data.features import Features, Memory, Online, Stored
 from dspark_jax.data.rows import Rows, Some, row_indices
 from dspark_jax.data.store import Store
-from dspark_jax.loading import target_id
+from dspark_jax.loading import is_target, target_id
 from dspark_jax.nn.sharding import place_rows, rows_share
 from dspark_jax.types import Batch, TargetOutput
 from train.config import MEMORY, TrainConfig
 
 
-def of_run(config: TrainConfig, rows: Rows, target) -> dict:
-  """What a store and a run must have in common: fields of the store's manifest."""
-  return {"target": target_id(target), "target_dtype": config.target_dtype, "taps": tuple(config.drafter.taps),
+def of_run(config: TrainConfig, rows: Rows, target, stored: str = "") -> dict:
+  """What a store and a run must have in common: fields of the store's manifest. stored: the id of the target there,
+  which an older version may have given it."""
+  same = stored if is_target(target, stored) else target_id(target)
+  return {"target": same, "target_dtype": config.target_dtype, "taps": tuple(config.drafter.taps),
           "tokenizer": rows.manifest.tokenizer, "template": rows.manifest.template,
           "rows": f"{rows.digest} {rows.layout}"}
 
@@ -45,7 +47,7 @@ def features_of(config: TrainConfig, rows: Rows, target) -> Features:
                        f"or store them with train.cache_hidden")
     return Memory(encoder(config, target))
   store = _store(config)
-  store.check(of_run(config, rows, target))
+  store.check(of_run(config, rows, target, store.manifest.target))
   store.check_whole()
   return Stored(store, config.target_dtype)
 
@@ -87,7 +89,8 @@ class Batches:
 
   def __init__(self, config: TrainConfig, data: Some, features: Features):
     self.config, self.data, self.features = config, data, features
-    self.waited = 0.0  # seconds, for all batches so far
+    self.waited = 0.0  # seconds that the device waited, for all batches so far
+    self.done = None   # a future of the time at which it has done all that it was given; None: it waits
     self._feed = self._ahead = None
 
   def rows(self, step: int) -> np.ndarray:
@@ -108,7 +111,9 @@ class Batches:
     encoded = self.features.at(step, indices, batch)
     self._ahead = self._next()
     self.features.ask(*self._ahead)  # read while the device computes
-    self.waited += time.monotonic() - began
+    now = time.monotonic()
+    if self.done is None or self.done.done():  # else it is still at work
+      self.waited += now - max(began, self.done.result() if self.done else began)
     return place_rows(batch), encoded
 
   def width(self, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import time
 from collections.abc import Callable
@@ -20,12 +21,14 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
   """(the state after the remaining steps, the numbers that the program prints). `stop` ends them early, after a save.
 
   advance: (state, index) -> (state, metrics). batches: `samples(index)`, which rows of the data a step has,
-  `width(index)`, how long these are, and `waited`, the seconds spent for them. measures: by name (every so many steps,
-  a function of the state that gives numbers). stop: of hosts.stops.
+  `width(index)`, how long these are, and `waited`, the seconds that the device waited for them since the newest step
+  was `done` (a future of that time). measures: by name (every so many steps, a function of the state that gives
+  numbers). stop: of hosts.stops.
   """
   first, window, result, tokens, began = int(state.step), [], {}, 0, time.perf_counter()
   journal, profile = Journal(config, first), Profile(config)
-  with shell.bar() as bar, contextlib.closing(journal), contextlib.ExitStack() as end:
+  with (shell.bar() as bar, contextlib.closing(journal), contextlib.ExitStack() as end,
+        concurrent.futures.ThreadPoolExecutor(1) as clock):
     end.callback(profile.stop)
     task = bar.add_task("training", total=total_steps, completed=first, note="")
     pace.begin(batches.waited)
@@ -35,6 +38,11 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
       with pace.aside():
         profile.after(index + 1, state)
       window.append(metrics)
+      before, batches.done = batches.done, clock.submit(when_ready, metrics)
+      if before is not None:
+        # One step waits in the queue, so that the device never does; with more of them a signal would be heard late.
+        with hosts.waiting():
+          before.result()
       hosts.beat(index + 1)
       stopped = stop(index + 1)
       finished = stopped or index + 1 == total_steps
@@ -42,7 +50,7 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
       # Also when it saves: a run that goes on from there must not lack a line for the steps before.
       if finished or due or any((index + 1) % every == 0 for every in (config.log_every, config.save_every)):
         with hosts.waiting():
-          window = jax.device_get(window)  # the only place where the host waits for the device
+          window = jax.device_get(window)
         widths = [batches.width(step) for step in range(index + 1 - len(window), index + 1)]
         speed = pace.lap(widths, batches.waited)
         check_finite(config, state, window, index, batches)
@@ -61,6 +69,12 @@ def loop(config: TrainConfig, advance, state, saved, total_steps: int, batches, 
         shell.say(f"stopped by SIGTERM after step {index + 1}; the state is saved")
         break
   return state, result or summarise_saved(config)
+
+
+def when_ready(arrays) -> float:
+  """The time by time.monotonic() at which they are there: now, or once a device has made them."""
+  jax.block_until_ready(arrays)
+  return time.monotonic()
 
 
 def check_finite(config: TrainConfig, state, window: list, index: int, batches) -> None:

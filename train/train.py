@@ -48,7 +48,7 @@ from dspark_jax.data.rows import Rows, Some, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
-from dspark_jax.loading import drafter_from, drafter_id
+from dspark_jax.loading import drafter_from, drafter_id, target_id
 from dspark_jax.nn.sharding import everywhere, made, place, shardings
 from dspark_jax.programs import hosts, run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
@@ -61,6 +61,8 @@ from train.loop import loop, summarise_saved
 from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
 PROGRAM = "train.train"
+# How a run is compared with its record: the target by content, wherever it is.
+SAME = dict(free=("target",), shrunk=("drafter",), newer=("target", "layout"))
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 TIMED = 4   # steps whose median says how long one takes: the first of them may compile
 FEWEST = 8  # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
@@ -92,10 +94,11 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   started = time.monotonic()
   rows = read_data(config, target.config.vocab_size, tokenizer)
   record, stops = describe(config) | {"data": rows.digest}, chat.stop_ids(tokenizer)
+  record |= {"target": target_id(target), "layout": rows.layout}
   started_from = config.start_from and drafter_from(config.start_from, drafter_config(config.drafter, target.config))
   record["config"]["start_from"] = started_from and drafter_id(started_from)  # not where it is: it may be moved
   hosts.check_same("run", record)
-  run = hosts.agree(lambda: run_folder.resumed(config.out, record, shrunk=("drafter",))
+  run = hosts.agree(lambda: run_folder.resumed(config.out, record, **SAME)
                     if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
@@ -103,8 +106,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
   static = step_config(config)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
-  if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
-                              and (config.out / "drafter").exists())):
+  # Not by the drafter in the folder: one that SIGTERM stopped has left one, too.
+  if hosts.agree(lambda: bool(run and run.get("finished") and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
@@ -141,6 +144,8 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
                          measured(config, static, target, apart, stops), stop)
       saved.close()
       dspark_jax.save_drafter(config.out / "drafter", state.drafter, target)
+      if int(state.step) == run["total_steps"]:
+        hosts.agree(lambda: run_folder.write_record(config.out, run | {"finished": True}))
   return dict(steps=int(state.step), **last, checkpoint=str(config.out))
 
 
@@ -181,7 +186,7 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
     if not run_folder.is_begun(config.out):
       return prepare.rows_of(settings, tokenizer, vocab_size, stored_date(config), replace=True)
     run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
-    run_folder.resumed(config.out, describe(config), shrunk=("drafter",))
+    run_folder.resumed(config.out, describe(config), **SAME)
     return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
   return Rows(hosts.agree(lambda: str(prepared().folder)))
 

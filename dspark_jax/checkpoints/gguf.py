@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 import os
+import sys
 from typing import Any
 
 import gguf
@@ -106,10 +107,14 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], Tensors]:
   """(config, tensors) of a llama GGUF file; a tensor is dequantised when asked for, by its Hugging Face name.
 
   q and k rows come out for half rotation. NotImplementedError: another architecture, keys that may change what it
-  computes (RoPE scaling, soft-caps, experts; unknown keys of llama, too), tensors that a plain llama does not have.
-  ValueError: damaged file, missing metadata, missing tensors, more layers than tensors.
+  computes (RoPE scaling, soft-caps, experts; unknown keys of llama, too), tensors that a plain llama does not have,
+  another byte order than this machine's. ValueError: damaged file, missing metadata, missing tensors, more layers than
+  tensors.
   """
   reader = open_gguf(path)
+  if reader.byte_order == "S":  # in which gguf reads the tables, and takes tensors for this machine's
+    raise NotImplementedError(f"{path} is {reader.endianess.name.lower()}-endian, expected {sys.byteorder}-endian, as "
+                              f"this machine is: convert it with gguf-convert-endian (of the package gguf)")
   metadata = read_metadata(reader)
   stored = {tensor.name: tensor for tensor in reader.tensors}
   refuse_unsupported(path, metadata, stored)

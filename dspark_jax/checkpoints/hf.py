@@ -28,7 +28,7 @@ from dspark_jax.text import read_json
 SIGNS = {"modules.json": "an embedding model (of sentence-transformers): it writes no text",
          "config_sentence_transformers.json": "an embedding model (of sentence-transformers): it writes no text",
          **dict.fromkeys(("hf_quant_config.json", "quantize_config.json", "quant_config.json"), "a quantised model")}
-ADAPTER = "a LoRA adapter: merge it into its base model"
+ADAPTER = "adapter_config.json"
 ENDS = {"ForSequenceClassification": "a reward model or classifier", "RewardModel": "a reward model",
         "ForTokenClassification": "a reward model or classifier", "ForQuestionAnswering": "a classifier",
         "Model": "an embedding model, without a head over words"}
@@ -48,16 +48,20 @@ class Kind:
   architectures: tuple[str, ...] = ()
   quantization_config: dict[str, Any] | None = None
   compression_config: dict[str, Any] | None = None
+  transformers_weights: Any = None
 
 
 def read_config(folder: Path) -> tuple[dict, Kind]:
   """(config.json, the kind of model it tells of) of a folder. NotImplementedError names what else a folder holds."""
   folder = Path(folder)
-  if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-    raise NotImplementedError(f"{folder} holds {ADAPTER}")
+  if (folder / ADAPTER).exists():  # also beside a whole model, which transformers would load the adapter into
+    raise NotImplementedError(f"{folder} holds a LoRA adapter: merge it into its base model, or take {ADAPTER} away")
   config = read_json(folder / "config.json")
   kind, problems = read_known(Kind, config)
   raise_all(f"{folder / 'config.json'}", problems)
+  if kind.transformers_weights is not None:
+    raise NotImplementedError(f"{folder / 'config.json'} has transformers_weights {shown(kind.transformers_weights)}, "
+                              f"which is not supported: store the weights as model.safetensors, and remove the key")
   found = [f"{what} ({file})" for file, what in SIGNS.items() if (folder / file).exists()]
   if found:
     raise NotImplementedError(f"{folder} holds {found[0]}: only language models as they were trained are loaded")
@@ -79,8 +83,10 @@ class Tensors(Mapping):
 
   def __init__(self, folder: Path):
     index, one = folder / "model.safetensors.index.json", "model.safetensors"
-    table = read_json(index).get("weight_map") if index.exists() else None
-    if index.exists() and not (isinstance(table, dict) and all(isinstance(f, str) for f in table.values())):
+    # As transformers has it: beside a whole file lies the index of what was in the folder before.
+    in_shards = index.exists() and not (folder / one).is_file()
+    table = read_json(index).get("weight_map") if in_shards else None
+    if in_shards and not (isinstance(table, dict) and all(isinstance(f, str) for f in table.values())):
       raise ValueError(f"{index} has no weight_map from tensors to files: download it again")
     files = sorted(set(table.values())) if table else [one]
     # Of a file beside the index, that is one: a name could lead anywhere, and a device has no end.
@@ -88,8 +94,6 @@ class Tensors(Mapping):
     raise_all(f"{index}", [f"weight_map names {shown(f)}, expected the name of a file beside it: download it again"
                            for f in files if not plain(f)])
     missing = [f for f in files if not (folder / f).is_file()]
-    if missing == [one] and (folder / "adapter_config.json").exists():
-      raise NotImplementedError(f"{folder} holds {ADAPTER}")
     if missing == [one] and (pickles := [p.name for p in sorted(folder.glob("*.bin"))]):
       raise ValueError(f"{folder} has its weights in {', '.join(pickles)} only, which loading would execute as code: "
                        f"convert them to safetensors")

@@ -41,13 +41,16 @@ CHUNK = 2 ** 20  # bytes
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
   """Writes a drafter folder; it appears whole or not at all. Of several processes all must call it."""
   # As host arrays: a stored device layout would have to exist on the machine that loads them.
-  _save(Path(folder), DRAFTER, sidecar, on_host(weights))
+  _save(Path(folder), DRAFTER, sidecar | {"digest": _digest(sidecar["config"])}, on_host(weights))
 
 
 def read_drafter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
   """(sidecar, weights by stored name, on the host) of a drafter folder. ValueError when it is not whole."""
   folder = Path(folder)
   sidecar = _sidecar(folder / DRAFTER, ("drafter", "config", "target", "imported"))
+  if "digest" in sidecar and sidecar["digest"] != _digest(sidecar["config"]):  # older versions stored none
+    raise ValueError(f"{folder / DRAFTER}: its config is not what was saved: restore the folder, or save the drafter "
+                     f"again")
   try:
     weights = ocp.load((folder / "weights").absolute())
   except Exception as error:  # Orbax has no common error; every cause has the same remedy

@@ -38,6 +38,7 @@ class Compiled:
   code: float
   module: hlo.Module
   operations: list[hlo.Operation]
+  refused: bool = False  # for lack of memory: what was needed is then known to two decimals, which may seem to fit
 
   @property
   def peak(self) -> float:
@@ -71,7 +72,8 @@ def read(lowered: jax.stages.Lowered) -> Compiled:
                     stats.temp_size_in_bytes, stats.generated_code_size_in_bytes, module, operations)
   # The compiler calls them temporaries, but arguments are among them.
   needed = float(short[1]) * 1024 ** ("KMGT".index(short[2]) + 1)
-  return Compiled(module.argument_bytes, 0, max(needed - module.argument_bytes, 0), 0, module, operations)
+  return Compiled(module.argument_bytes, 0, max(needed - module.argument_bytes, 0), 0, module, operations,
+                  refused=True)
 
 
 def summary(compiled: Compiled, chip: Chip, *, floor_bytes: float, useful_flops: float) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def summary(compiled: Compiled, chip: Chip, *, floor_bytes: float, useful_flops:
   return dict(
       bytes=total("bytes"), floor_bytes=floor_bytes, over_floor=total("bytes") / floor_bytes,
       argument_bytes=compiled.arguments, output_bytes=compiled.outputs, temporary_bytes=compiled.temporaries,
-      peak_bytes=compiled.peak, fits=compiled.peak <= chip.memory, cycles=total("cycles"),
+      peak_bytes=compiled.peak, fits=not compiled.refused and compiled.peak <= chip.memory, cycles=total("cycles"),
       compiled_flops=total("flops"), useful_flops=useful_flops, useful_share=useful_flops / max(total("flops"), 1),
       collectives=dict(collectives), predicted_seconds=seconds,
       roofline_seconds=max(floor_bytes / chip.bandwidth, useful_flops / chip.flops),

@@ -136,7 +136,7 @@ def merged(out: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), gr
       # Only what is asked for now: a setting of an older version, gone since, is no reason to refuse its run.
       fixed = {key: value for key, value in part.items() if key not in free}
       differ += _differences({key: known[name].get(key) for key in fixed}, fixed, shrunk)
-    elif known[name] != part:
+    elif known.get(name, part) != part:
       differ.append(f"{name} has changed since")
   if differ:
     raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on "
@@ -144,10 +144,11 @@ def merged(out: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), gr
   return both
 
 
-def resumed(out: Path, record: dict[str, Any], *, shrunk=()) -> dict[str, Any]:
-  """The record of the run in `out`, which must be the one that `record` describes. shrunk: see `merged`."""
-  known = read_record(out, record["program"], {name: type(part) for name, part in record.items()})
-  return merged(out, known, record, shrunk=shrunk)
+def resumed(out: Path, record: dict[str, Any], *, newer=(), **how) -> dict[str, Any]:
+  """The record of the run in `out`, which must be the one that `record` describes. newer: parts that older records
+  lack. how: see `merged`."""
+  known = read_record(out, record["program"], {name: type(part) for name, part in record.items() if name not in newer})
+  return merged(out, known, record, **how)
 
 
 def _differences(was: dict, now: dict, shrunk=(), where: str = "") -> Iterator[str]:

@@ -38,6 +38,7 @@ class BlockKeys:
   rope_theta: Theta | None = None
   rope_parameters: Rope = Rope()
   rope_scaling: Rope = Rope()
+  original_max_position_embeddings: Count | None = None
   partial_rotary_factor: One = 1
   attention_bias: Literal[False] = False
   mlp_bias: Literal[False] = False
@@ -116,9 +117,14 @@ def _scaling(hf, keys):
       problems += [f"{name}: {problem}" for problem in wrong]
     elif not kinds and isinstance(hf.get(name), dict) and hf[name].get("factor") not in (None, 1):
       problems.append(f"{name} has a factor and no rope_type: expected rope_type yarn beside it, or no factor")
-  if len(found) > 1:
+  # transformers takes rope_scaling, whatever it says, and the length from outside of both.
+  if len(found) > 1 or [*found.values()] == ["rope_parameters"] and hf.get("rope_scaling"):
     problems.append("rope_parameters and rope_scaling say different things of yarn: expected one of them")
-  return next(iter(found), None), problems
+  outer, scaling = keys.original_max_position_embeddings, next(iter(found), None)
+  if scaling and outer not in (None, scaling.original_max_position_embeddings):
+    problems.append(f"original_max_position_embeddings {outer} and {found[scaling]} say different things of yarn: "
+                    f"expected one of them")
+  return scaling, problems
 
 
 def block_keys(spec: BlockSpec) -> dict[str, Any]:

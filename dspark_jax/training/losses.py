@@ -80,11 +80,15 @@ def draft_loss(drafter: Drafter, target: Target, outputs: DraftOutputs, *, block
   return loss, jax.lax.stop_gradient(metrics)
 
 
-def term_weights(drafter: Drafter, blocks: Blocks, config: LossConfig) -> dict[str, Array]:
-  """The denominator of each term, f32[]; known before any model runs, so that microbatches can share it."""
+def term_weights(drafter: Drafter, blocks: Blocks, config: LossConfig, row_length: int = 0
+                 ) -> dict[str, Array]:
+  """The denominator of each term, f32[]; known before any model runs, so that microbatches can share it. row_length:
+  of whole rows, where those of the batch may have been cut behind their last token."""
   decay, (_, known) = position_decay(blocks, config), draft_columns(drafter, blocks)
   if config.per == "positions":
-    return dict.fromkeys(("ce", "tv", "confidence", "soft"), jnp.float32(blocks.keep.size))
+    rows, count = blocks.keep.shape
+    count = row_length if row_length and drafter.every_position else count
+    return dict.fromkeys(("ce", "tv", "confidence", "soft"), jnp.float32(rows * count))
   return {"ce": (decay * known).sum()} | dict.fromkeys(("tv", "confidence", "soft"), decay.sum())
 
 

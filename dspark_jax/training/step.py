@@ -156,7 +156,7 @@ def batch_loss(drafter: Drafter, target: Target, batch: Batch, key: Array, confi
                ) -> tuple[Array, dict[str, Mean]]:
   """(loss f32[], metrics) of a whole batch without a gradient, as `train_step` would see it; the key draws anchors."""
   blocks = blocks_of(drafter, batch, key, config)
-  weights = term_weights(drafter, blocks, config.loss)
+  weights = term_weights(drafter, blocks, config.loss, config.row_length)
   return in_parts(lambda part: part_loss(values(drafter), drafter, target, part, weights, config),
                   (batch, None, blocks), config.microbatches)
 
@@ -189,7 +189,7 @@ def gradients(drafter, params, target, batch, encoded, blocks, config):
 
   The denominators come from the blocks of all parts: a mean of means would weigh short parts too much.
   """
-  weights = term_weights(drafter, blocks, config.loss)
+  weights = term_weights(drafter, blocks, config.loss, config.row_length)
   loss_of = lambda params, part: part_loss(params, drafter, target, part, weights, config)
 
   def one(part):
