@@ -183,8 +183,9 @@ def describe(settings: Settings, target, drafter, prompts: list[Prompt], how: di
   rows = [[prompt.tokens, {name: plain(values[row]) for name, values in how.items()}]
           for row, prompt in enumerate(prompts)]
   return {"program": "infer.generate", "data": run_folder.digest(json.dumps(rows).encode()),
-          "config": {"target": target_id(target), "drafter": drafter and drafter_id(drafter), "dtype": settings.dtype,
-                     "stop": list(settings.stop), "logprobs": settings.logprobs} | (
+          "config": {"target": target_id(target, run_folder.recorded(settings.out, "config", "target")),
+                     "drafter": drafter and drafter_id(drafter), "dtype": settings.dtype, "stop": list(settings.stop),
+                     "logprobs": settings.logprobs} | (
                          # Named where it is new: a file that an older version began goes on.
                          {} if settings.verification == "token" else {"verification": settings.verification})}
 

@@ -5,6 +5,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -441,3 +442,9 @@ def test_turns_by_our_own_sessions(tmp_path, capsys):
   new = len(talked["tokens"]) - len(second)
   assert 0 < new <= 6 and talked["loss_mask"] == alone["loss_mask"] + [0] * (
       len(second) - len(alone["tokens"])) + [1] * new
+
+
+def test_a_server_that_is_long_dead():
+  """Kills: a pause that doubles for days, until it is no number."""
+  servers.Fleet._set_aside(None, dead := SimpleNamespace(faults=0, rests=2000, until=0.0))
+  assert 0 < dead.until - time.monotonic() <= 60

@@ -87,7 +87,7 @@ def test_a_stored_drafter_stays_readable(kind, tmp_path):
   assert sidecar["config"] == SIDECARS[kind]
   file.write_text(json.dumps({"format": 1, "drafter": sidecar["drafter"], "config": SIDECARS[kind], "target": FORMER_ID,
                               "imported": None}))
-  assert made_for(tmp_path, target)
+  assert made_for(tmp_path, target) and target_id(target, FORMER_ID) == FORMER_ID != TARGET_ID == target_id(target, "x")
   again = dspark_jax.load_drafter(tmp_path, target)
   assert again.config == drafter.config
   assert_same_weights(again, drafter)
@@ -277,12 +277,15 @@ def test_a_run_of_before_goes_on(kind, tmp_path):
   def known(drafter):
     run = record | {"config": record["config"] | {"drafter": drafter}, "total_steps": 4}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    return run_folder.resumed(tmp_path, record | {"target": "t", "layout": "l"}, **train.SAME)
+    return train.begun(tmp_path, record | {"target": "t", "layout": "l"})
 
   assert known(before)["total_steps"] == known(record["config"]["drafter"])["total_steps"] == 4
   for change in (dict(block_size=4), dict(kind="other"), dict(from_target=False), dict(taps=[0])):
     with complains("holds a run with other settings (drafter."):
       known(before | change)
+  known(before)  # where its target lies is all that it says of it
+  with complains("holds a run with other settings (target was t, is other)"):
+    train.begun(tmp_path, record | {"config": record["config"] | {"target": "other"}, "target": "t", "layout": "l"})
   for damaged in (None, []):
     with complains("holds a run with other settings (drafter was"):
       known(damaged)

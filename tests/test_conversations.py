@@ -208,14 +208,16 @@ def test_errors_name_the_file(tmp_path):
 
 def test_replies_are_replaced():
   """Kills: answers of another model that are learned, or fed back; a system message that is lost; a result of a tool
-  that answers a call which was never made; ShareGPT's words taken for roles."""
+  that answers a call which was never made; ShareGPT's words taken for roles; a question refused for the form of a
+  call that is dropped, or for a column that says nothing."""
   say = lambda role, text: {"role": role, "content": text}
   talk = [say("system", "s"), say("user", "a"), say("assistant", "old") | {"weight": 1}, say("user", "b")]
   got = prompts._conversation({"messages": talk, "id": "x"}, "1", "f")
   assert got.turns == ((say("system", "s"), say("user", "a")), (say("user", "b"),)) and got.id == "1"
   shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"}, {"from": "human", "value": "b"}]
   assert prompts._conversation({"conversations": shared}, "1", "f").turns == ((say("user", "a"),), (say("user", "b"),))
-  tool = [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, say("tool", "3"),
+  assert prompts._conversation({"prompt": "a", "system": "", "tools": None, "response_format": {}}, "1", "f").turns
+  tool = [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": "f(2)"}, say("tool", "3"),
           say("user", "b")]
   schema = [{"type": "function"}]
   got = prompts._conversation({"messages": tool, "tools": schema, "chat_template_kwargs": {"enable_thinking": True}},

@@ -168,7 +168,7 @@ def records(folder: Path) -> dict[str, Place]:
     "results": (folder / "results.json", results.read),
     "manifest": (packed_rows(folder / "rows", [Document(np.ones(9, np.int32), np.ones(9, bool))], 16).folder /
                  "manifest.json", lambda path: Rows(path.parent)),
-    "run.json": (folder / "run" / "run.json", lambda path: run_folder.resumed(path.parent, run, **train.SAME))}
+    "run.json": (folder / "run" / "run.json", lambda path: train.begun(path.parent, run))}
   return {name: Place(path, read, (spoil,) * 4 + (spoil_bytes,)) for of, spoil in (
     (of_lines, spoil_lines), (of_files, spoil_json)) for name, (path, read) in of.items()}
 

@@ -18,7 +18,7 @@ from dspark_jax.data import pipeline
 from dspark_jax.data.features import Features, Memory, Online, Stored
 from dspark_jax.data.rows import Rows, Some, row_indices
 from dspark_jax.data.store import Store
-from dspark_jax.loading import is_target, target_id
+from dspark_jax.loading import target_id
 from dspark_jax.nn.sharding import place_rows, rows_share
 from dspark_jax.types import Batch, TargetOutput
 from train.config import MEMORY, TrainConfig
@@ -27,8 +27,7 @@ from train.config import MEMORY, TrainConfig
 def of_run(config: TrainConfig, rows: Rows, target, stored: str = "") -> dict:
   """What a store and a run must have in common: fields of the store's manifest. stored: the id of the target there,
   which an older version may have given it."""
-  same = stored if is_target(target, stored) else target_id(target)
-  return {"target": same, "target_dtype": config.target_dtype, "taps": tuple(config.drafter.taps),
+  return {"target": target_id(target, stored), "target_dtype": config.target_dtype, "taps": tuple(config.drafter.taps),
           "tokenizer": rows.manifest.tokenizer, "template": rows.manifest.template,
           "rows": f"{rows.digest} {rows.layout}"}
 

@@ -209,7 +209,7 @@ class Fleet:
         raise Unanswered("refused by the server", str(tried[refused[0]]))
       room = lambda s: 1 if s.faults >= FAULTS or not s.checked else self.settings.concurrency
       free = lambda s: s.until <= now and s.in_flight < room(s)
-      others = [s for s in left if s not in tried and (s.faults < FAULTS or free(s))]
+      others = [s for s in left if s not in tried and (s.faults < FAULTS and s.until <= now or free(s))]
       if ready := list(filter(free, others or left)):
         server = min(ready, key=lambda s: s.in_flight)
         server.in_flight += 1
@@ -305,7 +305,7 @@ class Fleet:
 
   def _set_aside(self, server, wait=0.0):
     server.faults = max(server.faults, FAULTS)
-    server.until = time.monotonic() + max(wait, min(ASIDE * 2 ** server.rests, 2 * MOST))
+    server.until = time.monotonic() + max(wait, min(ASIDE * 2 ** min(server.rests, 10), 2 * MOST))
     server.rests += 1
 
   def _complaints(self):

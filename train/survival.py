@@ -73,7 +73,7 @@ def main(settings: Settings) -> dict:
     target, tokenizer = shell.load(settings.target, settings.dtype, settings.kernels)
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
     prompts = calibrate.choose(settings, tokenizer, questions)
-    record = calibrate.describe(settings, target, drafter, questions) | {"program": "train.survival"}
+    record = calibrate.describe(settings, target, drafter, questions, out) | {"program": "train.survival"}
     record["config"]["verification"] = settings.verification
     run_folder.claim(out, record)
     found = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
@@ -174,11 +174,13 @@ def predict(mode: str, name: str, fits: list[Prompt], block: int, features: np.n
     rounds = calibrate.Rounds(confidence(f), np.arange(block) < kept[:, None], verified)
     temperatures = jnp.asarray(calibrate.fit(mode, rounds), jnp.float32)
     return np.asarray(calibration.calibrate(jnp.asarray(confidence(features)), temperatures), np.float64)
-  count = PREDICTORS.index(name)
-  state = Estimator(block, count)
-  for one, admitted, accepted in zip(f[..., :count], verified, kept):
+  # What the engine learns from; of a drafter with a head the last feature is its logit.
+  more = slice(1, None if name == "both" else 1)
+  read = lambda x: np.concatenate([np.asarray(estimator.basis(x[..., 0])), x[..., more]], axis=-1)
+  state = Estimator(block, read(f).shape[-1])
+  for one, admitted, accepted in zip(read(f), verified, kept):
     state.observe(one[None], np.array([admitted]), np.array([accepted]))
-  return 1 / (1 + np.exp(-(features[..., :count] @ state.weights + state.intercepts)))
+  return 1 / (1 + np.exp(-(read(features) @ state.weights + state.intercepts)))
 
 
 def measure(predicted: np.ndarray, kept: np.ndarray, verified: np.ndarray) -> dict:

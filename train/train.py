@@ -35,6 +35,7 @@ import functools
 import math
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,6 @@ from train.loop import loop, summarise_saved
 from train.watch import LOG, Drafted, HeldOut, Pace, useful_flops
 
 PROGRAM = "train.train"
-# How a run is compared with its record: the target by content, wherever it is.
-SAME = dict(free=("target",), shrunk=("drafter",), newer=("target", "layout"))
 SAID_BYTES = 2 ** 31  # of the target's outputs that are kept from fitting a lens to training
 TIMED = 4   # steps whose median says how long one takes: the first of them may compile
 FEWEST = 8  # steps of a run by the clock, even when no time is left: one that logs, saves and can be loaded
@@ -94,20 +93,21 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   started = time.monotonic()
   rows = read_data(config, target.config.vocab_size, tokenizer)
   record, stops = describe(config) | {"data": rows.digest}, chat.stop_ids(tokenizer)
-  record |= {"target": target_id(target), "layout": rows.layout}
+  stored = hosts.agree(lambda: run_folder.recorded(config.out, "target"))
+  record |= {"target": target_id(target, stored), "layout": rows.layout}
   started_from = config.start_from and drafter_from(config.start_from, drafter_config(config.drafter, target.config))
   record["config"]["start_from"] = started_from and drafter_id(started_from)  # not where it is: it may be moved
   hosts.check_same("run", record)
-  run = hosts.agree(lambda: run_folder.resumed(config.out, record, **SAME)
-                    if run_folder.is_begun(config.out) else None)
+  run = hosts.agree(lambda: begun(config.out, record) if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
   static = step_config(config)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
-  # Not by the drafter in the folder: one that SIGTERM stopped has left one, too.
-  if hosts.agree(lambda: bool(run and run.get("finished") and (config.out / "drafter").exists())):
+  # By the drafter alone where older records do not say: a run that SIGTERM stopped has left one, too.
+  if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
+                              and run.get("finished", True) and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))
@@ -186,7 +186,7 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
     if not run_folder.is_begun(config.out):
       return prepare.rows_of(settings, tokenizer, vocab_size, stored_date(config), replace=True)
     run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
-    run_folder.resumed(config.out, describe(config), **SAME)
+    begun(config.out, describe(config))
     return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
   return Rows(hosts.agree(lambda: str(prepared().folder)))
 
@@ -245,9 +245,17 @@ def describe(config: TrainConfig) -> dict:
   return {"program": PROGRAM, "config": settings}
 
 
+def begun(out: Path, record: dict) -> dict:
+  """The record of the run in `out`. ValueError where that is another than `record` describes."""
+  # The target by what it is, wherever it lies; where an older record does not say, by where it lies.
+  moved = ("target",) if run_folder.recorded(out, "target") else ()
+  return run_folder.resumed(out, record, free=moved, shrunk=("drafter",), newer=("target", "layout"))
+
+
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
   """Writes the record of a run that begins."""
-  run = {**record, "total_steps": total_steps, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
+  run = {**record, "total_steps": total_steps, "finished": False,
+         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
   run_folder.write_record(config.out, run)
   return run
 

@@ -14,10 +14,14 @@ from dspark_jax.nn.sharding import on_host
 from dspark_jax.types import Array, Drafter, Target
 
 
-def target_id(target: Target) -> str:
+def target_id(target: Target, stored: str | None = None) -> str:
   """A hash of configuration and a few numbers of every weight: it tells targets apart, also where an adapter was merged
-  into some matrices alone, whatever their dtype, layer layout and mesh. Of several processes all must call it."""
-  return _target_ids(target)[-1]
+  into some matrices alone, whatever their dtype, layer layout and mesh. Of several processes all must call it.
+
+  stored: what a file names its target by; it is given back where a former version named this target so.
+  """
+  ids = _target_ids(target)
+  return stored if stored in ids else ids[-1]
 
 
 def is_target(target: Target, stored: str) -> bool:

@@ -23,6 +23,7 @@ LINE_SETTINGS = {
     "max_new_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "logit_bias", "frequency_penalty",
     "presence_penalty", "repetition_penalty", "response_format", "messages", "system", "system_prompt", "tools",
     "tool_choice", "functions", "chat_template", "chat_template_kwargs", "enable_thinking", "reasoning_effort"}
+EMPTY = (None, "", [], {})  # of a column that every line of a data set has
 SEED = 980406  # the reference's: of the same file it takes the same samples
 
 
@@ -68,7 +69,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _turns(record, where):
-  if wrong := sorted(key for key in LINE_SETTINGS if record.get(key) is not None):
+  if wrong := sorted(key for key in LINE_SETTINGS if record.get(key) not in EMPTY):
     raise ValueError(f"{where} has {', '.join(wrong)}, but all samples are asked under the settings of the command: "
                      f"remove it")
   turns = record.get("turns")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_jax.data.benchmarks import LINE_SETTINGS
+from dspark_jax.data.benchmarks import EMPTY, LINE_SETTINGS
 from dspark_jax.data.conversations import SETTINGS, messages_of, variables_of
 from dspark_jax.data.questions import Question
 from dspark_jax.text import read_jsonl
@@ -73,7 +73,7 @@ def read_dataset(name: str, split: str) -> Iterator[Conversation]:
 
 def _conversation(record: dict[str, Any], name: str, where: str) -> Conversation:
   given = [kind for kind in KINDS if record.get(kind) is not None]
-  if wrong := sorted(key for key in REFUSED if record.get(key) is not None):
+  if wrong := sorted(key for key in REFUSED if record.get(key) not in EMPTY):
     raise ValueError(f"{where} has {', '.join(wrong)}, but all questions are asked under the settings of the command: "
                      f"remove it")
   if len(given) != 1:
@@ -85,11 +85,19 @@ def _conversation(record: dict[str, Any], name: str, where: str) -> Conversation
     variables = variables_of(record)
     json.dumps(variables["tools"], allow_nan=False)  # for its errors: NaN, or a row's date, can be sent nowhere
     messages = ([{"role": "user", "content": record["prompt"]}] if given == ["prompt"] else
-                messages_of({given[0]: record[given[0]]}))
+                messages_of({given[0]: _without_calls(record[given[0]])}))
   except (TypeError, ValueError) as error:
     raise ValueError(f"{where}: {error}") from error
   turns, problem = _turns(messages)
   return Conversation(name, turns, variables["tools"], variables.get("enable_thinking"), problem)
+
+
+def _without_calls(messages: Any) -> Any:
+  """Messages without the tools that they call: of replies nothing is asked, whatever is in them."""
+  if not isinstance(messages, list):
+    return messages
+  said = lambda m: {"content": "", **{key: x for key, x in m.items() if key != "tool_calls" and x is not None}}
+  return [said(m) if isinstance(m, dict) and m.get("tool_calls") else m for m in messages]
 
 
 def _turns(messages: list[dict[str, Any]]) -> tuple[tuple, str | None]:

@@ -11,8 +11,8 @@ Every UPDATE rounds one damped Newton step is taken: the gradient of these round
 of which FORGETTING stays each time (recursive least squares with forgetting, for a logistic loss). Over the curvature
 of the same rounds alone it would go nearly all the way to what the last hundred happened to say.
 
-A second feature may be the confidence head's own logit. One state per kind of sampling and rule of verification: other
-drafts survive.
+With f go two more features (`basis`): a drafter's logit is not the target's. The last may be the confidence head's own
+logit. One state per kind of sampling and rule of verification: other drafts survive.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FORGETTING = 0.95  # of earlier curvature stays: what was learnt is of some 20 s
 DAMPING = 50   # observations that a step is shrunk by
 RIDGE = 1e-3
 FURTHEST = 4.0  # that a step moves the logits of survival of these rounds, on average
-START = (0.5, -0.2)  # weight of the first feature, intercept
+START = (0.5, -0.2)  # weight of the first feature, intercept; of the others 0
+BASIS = 3  # features of `basis`
 
 
 def feature(logits: Array, temperature: Array) -> Array:
@@ -47,6 +48,17 @@ def feature(logits: Array, temperature: Array) -> Array:
   words = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 2)
   rest = jnp.sum(jnp.where(words == argmax(logits)[..., None], 0.0, jnp.exp(scaled)), axis=-1)
   return jnp.clip(-jnp.log(rest), -LIMIT, LIMIT)
+
+
+def basis(feature: Array) -> Array:
+  """What the logistic regression reads in place of f: f32[B,G,BASIS], from f32[B,G].
+
+  f, the part of it below 0, and f behind the first position: the logit of survival falls faster below 0 than it rises
+  above, and is flattest at the first draft. Of one weight for all, the calibration error of the first position stayed
+  at 4.0 % (by chance 1.0) on the demo's drafter, however much was seen; of these it is 2.0 %.
+  """
+  later = jax.lax.broadcasted_iota(jnp.int32, feature.shape, feature.ndim - 1) > 0
+  return jnp.stack([feature, jnp.minimum(feature, 0.0), jnp.where(later, feature, 0.0)], axis=-1)
 
 
 def survive(features: Array, weights: Array, intercepts: Array) -> Array:
@@ -67,7 +79,7 @@ def logit(confidence: Array) -> Array:
 
 @dataclasses.dataclass(eq=False)
 class Estimator:
-  """The state of one kind of sampling, on the host. features: F, 1 or 2."""
+  """The state of one kind of sampling, on the host. features: F."""
   block: int
   features: int = 1
 
@@ -120,25 +132,6 @@ class Estimator:
       self.weights, self.intercepts = self.weights + share * step, self.intercepts + share * shift
     self._a, self._b, self._c, self._n = (FORGETTING * x for x in (self._a, self._b, self._c, self._n))
     self._begin()
-
-  def to_json(self) -> dict:
-    """What it has learnt."""
-    return {"weights": self.weights.tolist(), "intercepts": self.intercepts.tolist()}
-
-  @classmethod
-  def from_json(cls, data: dict) -> Estimator:
-    """An estimator that has learnt this. ValueError for something else."""
-    try:
-      weights, intercepts = (np.asarray(data[name], np.float64) for name in ("weights", "intercepts"))
-      right = weights.ndim == intercepts.ndim == 1 and len(weights) in (1, 2) and np.isfinite([*weights,
-                                                                                               *intercepts]).all()
-    except (KeyError, TypeError, ValueError):
-      right = False
-    if not right:
-      raise ValueError(f"the estimator's state is {str(data):.80}, expected weights of 1 or 2 features and intercepts")
-    found = cls(len(intercepts), len(weights))
-    found.weights, found.intercepts = weights, intercepts
-    return found
 
   def _begin(self):
     """A gradient at the new weights: that of the old ones says nothing of them."""

@@ -28,7 +28,8 @@ from dspark_jax.sampling import make_sampling
 from dspark_jax.types import Array, Proposal
 
 STOP_IDS = 8  # of a request, at most
-FEATURES = {"head": 0, "estimator": 1, "both": 2}  # where survival comes from, and how many features are learnt from
+# Where survival comes from, and how many features are learnt from.
+FEATURES = {"head": 0, "estimator": estimator.BASIS, "both": estimator.BASIS + 1}
 SMALL = 2 ** 28  # bytes of temporaries that any program may have
 
 
@@ -89,8 +90,10 @@ def draft(models: Models, rows: Rows, knobs: Knobs, *, policy: str, survival: st
   if survival == "head":
     confidence = calibrate(proposal.confidence, rows.settings.calibration)
   else:
-    read = [estimator.feature(proposal.logits, temperature), estimator.logit(proposal.confidence)]
-    features, kind = jnp.stack(read[:FEATURES[survival]], axis=-1), (temperature > 0).astype(jnp.int32)
+    features = estimator.basis(estimator.feature(proposal.logits, temperature))
+    if survival == "both":
+      features = jnp.concatenate([features, estimator.logit(proposal.confidence)[..., None]], axis=-1)
+    kind = (temperature > 0).astype(jnp.int32)
     confidence = estimator.survive(features, knobs.weights[kind], knobs.intercepts[kind])
   likely = scheduler.survival(confidence)
   chosen = {"threshold": policies.Threshold, "early-stop": lambda: policies.EarlyStop(knobs.sps)}

@@ -113,6 +113,14 @@ def read_record(out: Path, program: str, parts: dict[str, type]) -> dict[str, An
   return known
 
 
+def recorded(out: Path | None, *names: str) -> Any:
+  """What the record of `out` has under these names, one inside the other; None where it has nothing or is not there."""
+  found = read_json(record_path(out)) if out is not None and record_path(out).exists() else None
+  for name in names:
+    found = found.get(name) if isinstance(found, dict) else None
+  return found
+
+
 def write_record(out: Path, record: dict[str, Any]) -> None:
   """Writes the record whole or not at all: half of one would make the run look like somebody else's."""
   shell.write_json(record_path(out), record)
