@@ -18,6 +18,7 @@ place of each reliability diagram.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -109,6 +110,7 @@ class Models:
   drafter: object | None
   tokenizer: object
   stops: tuple[int, ...]
+  date: datetime.date | None = None  # that its chat template is told; None: today's
   temperatures: dict = dataclasses.field(default_factory=dict)  # of the confidences: f[G] by mode, where fitted
 
   @property
@@ -129,12 +131,13 @@ def main(settings: Settings) -> dict:
 def decode(settings: Settings, cases: list[Case], datasets: dict[str, list[Sample]]) -> dict:
   """Decodes what is missing in the folder, writes the results, and returns what the program prints."""
   run, found = open_run(settings, datasets), []
+  date = datetime.date.fromisoformat(run["date"])
   with shell.bar() as bar:
     task = bar.add_task("samples", total=sum(len(datasets[case.dataset]) for case in cases), note="loading")
     tell = lambda done, note: bar.update(task, advance=done, note=note)
-    others = [set(load(settings, name)) for name in settings.targets[1:]]  # a mistake is seen now, not after hours
+    others = [set(load(settings, name, date)) for name in settings.targets[1:]]  # mistakes show now, not after hours
     for name in settings.targets:
-      loaded = load(settings, name)
+      loaded = load(settings, name, date)
       orphans = {_label(path) for path in settings.drafters}.difference(loaded, *others)
       if orphans and name == settings.targets[0]:
         raise ValueError(f"{', '.join(sorted(orphans))} was made for none of the targets {', '.join(settings.targets)}")
@@ -147,7 +150,8 @@ def decode(settings: Settings, cases: list[Case], datasets: dict[str, list[Sampl
           found.append(result(case, models, evaluate(settings, case, models, samples, tell)))
         elif case.target == _label(name):
           tell(len(samples), f"{case.key} does not exist")
-  whole = to_json(results.Results(run["settings"], run["versions"], tuple(found)))
+  told = run["settings"] | {"verification": settings.verification}  # of token the record says None
+  whole = to_json(results.Results(told, run["versions"], tuple(found)))
   shell.write_json(settings.out / "results.json", whole)
   shell.write(settings.out / "results.md", results.markdown(results.COLUMNS, [row.cells() for row in found]))
   shell.say(results.table(found))
@@ -206,10 +210,10 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
   plain.pop("out")   # a folder may be moved
   plain.pop("mesh")  # texts are the same on any, but for rounding
   plain.pop("kernels")
-  if settings.verification == "token":
-    plain.pop("verification")  # as older versions, which knew no other, recorded it
+  # None, as in records of older versions, which knew no other; not left out: what is not there is not compared.
+  plain["verification"] = None if settings.verification == "token" else settings.verification
   digest = lambda samples: run_folder.digest(json.dumps([[s.id, s.turns] for s in samples]).encode())
-  run = {"program": PROGRAM, "settings": plain,
+  run = {"program": PROGRAM, "settings": plain, "date": str(run_folder.date_of(settings.out)),
          "samples": {name: digest(samples) for name, samples in datasets.items()}}
   if run_folder.is_begun(settings.out):
     parts = dict.fromkeys(("settings", "samples", "models", "versions"), dict)
@@ -223,7 +227,9 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
 
 def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]) -> None:
   """Notes in run.json what the models are. ValueError when they were others: some of the samples are the old ones'."""
-  new = {name: loading.target_id(next(iter(loaded.values())).target)}
+  some = next(iter(loaded.values()))
+  new = {name: loading.target_id(some.target, run["models"].get(name))}
+  new |= {f"{name}/{part}": value for part, value in run_folder.encoding(some.tokenizer).items()}
   # The temperatures, too: thresholds act on calibrated confidences, and those are what the samples hold.
   new |= {f"{name}--{label}": [loading.drafter_id(models.drafter), models.temperatures]
           for label, models in loaded.items() if models.drafter}
@@ -247,7 +253,7 @@ def read_decoded(path: Path, samples: list[Sample], models: Models) -> dict[str,
   return results.read_decoded(path, check)
 
 
-def load(settings: Settings, name: str) -> dict[str, Models]:
+def load(settings: Settings, name: str, date: datetime.date) -> dict[str, Models]:
   """By drafter label, the target with each drafter: all at once, so that a mistake is seen before hours of decoding.
   With several targets, a drafter goes with the one that it was made for."""
   tokenizer = chat.load_tokenizer(loading.locate_target(name))
@@ -257,7 +263,7 @@ def load(settings: Settings, name: str) -> dict[str, Models]:
     if len(settings.targets) > 1 and path != PLAIN and not loading.made_for(path, target):
       continue
     drafter = None if path == PLAIN else dspark_jax.load_drafter(path, target, dtype=settings.dtype)
-    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer))
+    models = loaded[_label(path)] = Models(target, drafter, tokenizer, chat.stop_ids(tokenizer), date)
     if drafter and not drafter.has_confidence and 0 not in settings.thresholds:
       raise ValueError(f"{path} has no confidence head, so no threshold but 0 means anything for it: add 0 to "
                        f"--thresholds")
@@ -313,7 +319,7 @@ def encode(models: Models, questions: list[str], answers: list[list[int]]) -> li
     if answer is not None:
       text = models.tokenizer.decode(answer, skip_special_tokens=True)
       messages.append({"role": "assistant", "content": text, "tokens": answer})
-  return chat.encode_prompt(models.tokenizer, messages)
+  return chat.encode_prompt(models.tokenizer, messages, date=models.date)
 
 
 def ask(settings: Settings, case: Case, models: Models, samples: list[Sample]) -> list[Decoded]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import datetime
 import json
 import time
 from pathlib import Path
@@ -133,7 +134,8 @@ class Line:
 def main(settings: Settings) -> dict:
   check(settings)
   tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
-  prompts = read_prompts(settings, tokenizer)
+  date = run_folder.date_of(settings.out) if settings.out else None
+  prompts = read_prompts(settings, tokenizer, date)
   if not prompts:
     raise ValueError("there are no prompts: expected at least one")
   with run_folder.owned(settings.out) if settings.out else contextlib.nullcontext():
@@ -146,7 +148,8 @@ def main(settings: Settings) -> dict:
       score.check(target, max(len(prompt.tokens) + new for prompt, new in zip(prompts, how["max_new_tokens"])))
     known = {}
     if settings.out:
-      run_folder.claim(settings.out, describe(settings, target, drafter, prompts, how))
+      record = describe(settings, target, drafter, prompts, how) | {"date": str(date)}
+      run_folder.claim(settings.out, record, newer=("date",))
       read = lambda record: from_json(Line, record, "no finished prompt")
       known = {line.index: line for line in run_folder.read_lines(settings.out, read)}
     return decode(settings, tokenizer, target, drafter, prompts, how, known)
@@ -185,9 +188,9 @@ def describe(settings: Settings, target, drafter, prompts: list[Prompt], how: di
   return {"program": "infer.generate", "data": run_folder.digest(json.dumps(rows).encode()),
           "config": {"target": target_id(target, run_folder.recorded(settings.out, "config", "target")),
                      "drafter": drafter and drafter_id(drafter), "dtype": settings.dtype, "stop": list(settings.stop),
-                     "logprobs": settings.logprobs} | (
-                         # Named where it is new: a file that an older version began goes on.
-                         {} if settings.verification == "token" else {"verification": settings.verification})}
+                     "logprobs": settings.logprobs,
+                     # None, as in records of older versions, which knew no other.
+                     "verification": None if settings.verification == "token" else settings.verification}}
 
 
 def decode(settings: Settings, tokenizer, target, drafter, prompts: list[Prompt], how: dict[str, list],
@@ -256,8 +259,9 @@ def calibration(settings: Settings, drafter, temperature: float):
   return None
 
 
-def read_prompts(settings: Settings, tokenizer) -> list[Prompt]:
-  """The prompts. ValueError names the file and line of what is none."""
+def read_prompts(settings: Settings, tokenizer, date: datetime.date | None = None) -> list[Prompt]:
+  """The prompts. date: that a chat template is told, by default today's. ValueError names the file and line of what is
+  none."""
   if settings.prompt_tokens:
     ids = read_json(settings.prompt_tokens, list)
     if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in ids):
@@ -268,19 +272,19 @@ def read_prompts(settings: Settings, tokenizer) -> list[Prompt]:
   if settings.prompt is not None:
     if not settings.prompt.strip():
       raise ValueError("the prompt is empty: expected some text")
-    return [Prompt(encode(settings, tokenizer, {"prompt": settings.prompt}))]
+    return [Prompt(encode(settings, tokenizer, {"prompt": settings.prompt}, date))]
   prompts = []
   for number, record in read_jsonl(settings.prompts):
     where = f"{settings.prompts}, line {number}"
     asked = check_line(record, where)
     try:
-      prompts.append(Prompt(encode(settings, tokenizer, record), asked, where))
+      prompts.append(Prompt(encode(settings, tokenizer, record, date), asked, where))
     except ValueError as error:  # of the template, which does not know where messages come from
       raise ValueError(f"{where}: {error}") from error
   return prompts
 
 
-def encode(settings: Settings, tokenizer, record: dict) -> list[int]:
+def encode(settings: Settings, tokenizer, record: dict, date: datetime.date | None = None) -> list[int]:
   """Tokens of a line that was checked."""
   text = record.get("prompt")
   if text is not None and not tokenizer.chat_template:
@@ -290,7 +294,7 @@ def encode(settings: Settings, tokenizer, record: dict) -> list[int]:
     return chat.encode_text(tokenizer, text, allow_special=settings.allow_special)
   messages = record["messages"] if text is None else [{"role": "user", "content": text}]
   return chat.encode_prompt(tokenizer, messages, tools=record.get("tools"), enable_thinking=settings.thinking,
-                            allow_special=settings.allow_special)
+                            allow_special=settings.allow_special, date=date)
 
 
 def check_line(record: dict, where: str) -> Asked:

@@ -1,10 +1,12 @@
 """Small folders for the tests of loading and of the programs: golden models, and copies of them changed on purpose."""
 
 import contextlib
+import datetime
 import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from dspark_jax.data import chat, rows
 from dspark_jax.data.rows import Rows
 from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.nn.parameters import parameters
-from dspark_jax.programs import shell
+from dspark_jax.programs import run_folder, shell
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.text import read_json
@@ -158,6 +160,15 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
   chat.fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML,
                         additional_special_tokens=special[1:3]).save_pretrained(folder)
   return folder
+
+
+def today(monkeypatch, day: int) -> None:
+  """That day of July 2026, for runs; what a template is not told it asks the clock."""
+  class Day(datetime.date):
+    @classmethod
+    def today(cls):
+      return cls(2026, 7, day)
+  monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(date=Day))
 
 
 @contextlib.contextmanager

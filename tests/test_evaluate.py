@@ -170,7 +170,7 @@ def test_results(folder, whole, capsys):
   prints something else than it wrote."""
   results = read(whole / "results.json")
   assert set(results) == {"settings", "versions", "results"} and results["settings"]["thresholds"] == [0, 0.5]
-  assert results["versions"]["jax"] == jax.__version__
+  assert results["versions"]["jax"] == jax.__version__ and results["settings"]["verification"] == "token"
   rows = results["results"]
   assert [(r["drafter"], r["mode"], r["threshold"]) for r in rows] == [
       (DSPARK.name, mode, t) for mode in ("greedy", "T=1") for t in (0, 0.5)]

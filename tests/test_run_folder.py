@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -346,6 +347,17 @@ def test_the_demo_goes_on(targets, monkeypatch, tmp_path):
   run_folder.write_record(tmp_path / "demo", {"program": "infer.evaluate"})
   with complains("run.json is of 'infer.evaluate', not of train.train: choose another --out"):
     demo.main(settings)
+
+
+def test_acceptance_of_the_demo(monkeypatch):
+  """Kills: drafts behind a stop token, which nobody verified, counted as rejected; a rate of none verified."""
+  out = SimpleNamespace(tokens=[7] * 8, n_accept=[4, 2], n_verify=[4, 2], n_commit=[5, 2], confidence=None)
+  batch = SimpleNamespace(run=lambda: [out])
+  monkeypatch.setattr(demo, "Session", lambda *_: SimpleNamespace(prepare=lambda *_, **__: [batch]))
+  monkeypatch.setattr(demo, "chat", SimpleNamespace(encode_prompt=lambda *_: [7], stop_ids=lambda _: ()))
+  found = lambda size: demo.compare(demo.Settings(held_out=1), None, SimpleNamespace(block_size=size), None)
+  assert found(4)["acceptance"] == [1, 1, 1, 1] and found(5)["acceptance"][4] is None and found(4)["rounds"] == 2
+  json.dumps(found(5))
 
 
 def test_the_demo_is_of_one_device(tmp_path):

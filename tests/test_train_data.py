@@ -1,12 +1,10 @@
 """What train.train makes of a data file: which replies it learns, what it tells of the others, the day of a run."""
 
 import dataclasses
-import datetime
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +12,9 @@ import pytest
 from dspark_jax.data import chat
 from dspark_jax.data.conversations import Lost
 from dspark_jax.drafters import DSpark
-from dspark_jax.programs import run_folder
 from train import train
 from train.config import TrainConfig
-from folders import CHATML, LLAMA, complains, llama, with_tokenizer
+from folders import CHATML, LLAMA, complains, llama, today, with_tokenizer
 
 LONG = "a long enough answer that has more than fourteen tokens in it, surely it does by now."
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {
@@ -108,14 +105,6 @@ def test_ids_of_another_tokenizer(thinker, tmp_path):
   data = lines(tmp_path / "a.jsonl", talk("q", LONG), {"tokens": [5] * 19 + [49152], "loss_mask": [1] * 20})
   with complains("a.jsonl, line 2: token 49152 is beyond the target's vocabulary, which has 49152"):
     learned(thinker, data)
-
-
-def today(monkeypatch, day: int):
-  class Day(datetime.date):
-    @classmethod
-    def today(cls):
-      return cls(2026, 7, day)
-  monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(date=Day))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ temperatures, ece and auroc (before and after), observations (fit and report), a
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,7 @@ from dspark_jax.sampling import make_sampling
 MIN_OBSERVATIONS = 50  # of a position in the half that fits; with fewer it keeps temperature 1
 # The first and the second of every two prompts: a user's file may be in some order, which both halves should see.
 HALVES = {"fit": 0, "report": 1}
+NEWER = ("date", "tokenizer", "template")  # parts of the record that older versions did not write
 EXPECTED = "expected a run of train.train, or what infer.convert makes of a DeepSpec drafter"
 
 
@@ -133,8 +135,9 @@ def calibrate(settings: Settings, modes: dict[str, float], questions: list[tuple
     raise ValueError(f"{settings.drafter} has no confidence head, so there is nothing to calibrate: train a DSpark "
                      f"drafter with confidence 'markov' or 'hidden'")
   stored_temperatures(settings.drafter, drafter)  # what is damaged should not come out after an hour
-  prompts = choose(settings, tokenizer, questions)
-  run_folder.claim(out, describe(settings, target, drafter, questions))
+  date = run_folder.date_of(out)
+  prompts = choose(settings, tokenizer, questions, date)
+  run_folder.claim(out, describe(settings, target, drafter, tokenizer, questions, out, date), newer=NEWER)
   decoded = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
   results = {mode: fit_and_report(mode, rows, drafter.block_size) for mode, rows in decoded.items()}
   shell.write_json(out / "calibration.json", dict(target=settings.target, drafter=str(settings.drafter), modes={
@@ -182,11 +185,12 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
   return [(name, text) for text, name in first.items()]
 
 
-def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int]]]:
-  """(id, token ids) of the first prompts that are short enough. They fit and report in turn."""
+def choose(settings: Settings, tokenizer, questions, date: datetime.date) -> list[tuple[str, list[int]]]:
+  """(id, token ids) of the first prompts that are short enough. They fit and report in turn. date: that the chat
+  template is told."""
   prompts = []
   for name, text in questions:
-    ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    ids = chat.encode_prompt(tokenizer, [{"role": "user", "content": text}], date=date)
     if len(ids) <= settings.max_prompt_tokens:
       prompts.append((name, ids))
     if len(prompts) == settings.samples:
@@ -201,13 +205,15 @@ def choose(settings: Settings, tokenizer, questions) -> list[tuple[str, list[int
   return prompts
 
 
-def describe(settings: Settings, target, drafter, questions) -> dict:
+def describe(settings: Settings, target, drafter, tokenizer, questions, out: Path, date: datetime.date) -> dict:
   """What the rounds depend on."""
   # Neither the batch nor the number of samples: a prompt's rounds depend on its own seed, and more may be asked for.
   config = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "seed", "dtype")}
   return {"program": "train.calibrate",
-          "config": config | {"target": target_id(target), "drafter": drafter_id(drafter)},
-          "data": run_folder.digest(json.dumps(questions).encode())}
+          "config": config | {"target": target_id(target, run_folder.recorded(out, "config", "target")),
+                              "drafter": drafter_id(drafter)},
+          "data": run_folder.digest(json.dumps(questions).encode()),
+          "date": str(date)} | run_folder.encoding(tokenizer)
 
 
 def collect(settings: Settings, modes: dict[str, float], target, drafter, prompts, stops,

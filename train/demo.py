@@ -23,6 +23,7 @@ from rich.table import Table
 import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.data.questions import split, stdlib_questions
+from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
 from dspark_jax.programs import run_folder, shell
@@ -98,14 +99,13 @@ def compare(settings: Settings, target, drafter, tokenizer) -> dict:
         text[name].append(out)
       bar.update(task, advance=1, note="")
   plain, fast = Generation.of(text["plain"]), Generation.of(text["speculative"])
-  count, kept = sum(map(len, plain.tokens)), np.concatenate(fast.n_accept)
-  # Position k is reached where k drafts were kept, so the rates are of neighbours in this list.
-  reached = [int((kept >= k).sum()) for k in range(drafter.block_size + 1)]
-  return dict(identical=plain.tokens == fast.tokens, tokens=count, rounds=len(kept),
+  count = sum(map(len, plain.tokens))
+  kept, reached, _ = acceptance.positions(*map(np.concatenate, (fast.n_accept, fast.n_verify)), drafter.block_size)
+  return dict(identical=plain.tokens == fast.tokens, tokens=count, rounds=fast.rounds,
               plain_tokens_per_second=count / seconds["plain"],
               speculative_tokens_per_second=count / seconds["speculative"],
               speedup=seconds["plain"] / seconds["speculative"], accepted_length=fast.accepted_length,
-              acceptance=[b / a if a else None for a, b in zip(reached, reached[1:])])
+              acceptance=[float(k / n) if n else None for k, n in zip(kept, reached)])
 
 
 def table(result: dict) -> Table:

@@ -72,10 +72,11 @@ def main(settings: Settings) -> dict:
   with run_folder.owned(out):
     target, tokenizer = shell.load(settings.target, settings.dtype, settings.kernels)
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
-    prompts = calibrate.choose(settings, tokenizer, questions)
-    record = calibrate.describe(settings, target, drafter, questions, out) | {"program": "train.survival"}
-    record["config"]["verification"] = settings.verification
-    run_folder.claim(out, record)
+    date = run_folder.date_of(out)
+    prompts = calibrate.choose(settings, tokenizer, questions, date)
+    record = calibrate.describe(settings, target, drafter, tokenizer, questions, out, date)
+    record["program"], record["config"]["verification"] = "train.survival", settings.verification
+    run_folder.claim(out, record, newer=calibrate.NEWER)
     found = collect(settings, modes, target, drafter, prompts, chat.stop_ids(tokenizer), out)
     result = {mode: compare(mode, rows, drafter.block_size, drafter.has_confidence) for mode, rows in found.items()}
     shell.write_json(out / "survival.json", result)

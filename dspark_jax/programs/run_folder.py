@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dspark_jax.data import chat
 from dspark_jax.programs import hosts, shell
 from dspark_jax.text import parsed, read_json
 
@@ -78,10 +79,10 @@ def is_begun(out: Path) -> bool:
   return False
 
 
-def claim(out: Path, record: dict[str, Any]) -> None:
-  """Records what the work in `out` depends on. ValueError when that is another run's."""
+def claim(out: Path, record: dict[str, Any], *, newer=()) -> None:
+  """Records what the work in `out` depends on. newer: see `resumed`. ValueError when that is another run's."""
   if is_begun(out):
-    resumed(out, record)
+    resumed(out, record, newer=newer)
   else:
     write_record(out, record)
 
@@ -98,6 +99,11 @@ def date_of(out: Path) -> datetime.date:
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path} has the date {str(told)[:40]!r}, expected YYYY-MM-DD: restore it, or choose another "
                      f"--out") from error
+
+
+def encoding(tokenizer) -> dict[str, str]:
+  """Of a record: what makes prompts of messages, beside the day."""
+  return {"tokenizer": chat.fingerprint(tokenizer), "template": digest(json.dumps(tokenizer.chat_template).encode())}
 
 
 def read_record(out: Path, program: str, parts: dict[str, type]) -> dict[str, Any]:
