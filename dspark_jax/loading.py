@@ -37,6 +37,7 @@ from dspark_jax.types import Array, Drafter, Target
 # What tells of what kind a folder is; its weights are fetched when that is known.
 SMALL = ("config.json", state.DRAFTER, state.TARGET, hf.ADAPTER, *hf.SIGNS)
 WORDS = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer
+DTYPES = ("float32", "bfloat16", "float16")  # of weights in use
 # What describes the layers of a drafter in our own folder: it does not say which family they are of.
 LAYERS = typing.Union[tuple(family.spec for family in TARGETS.values())]
 
@@ -136,9 +137,20 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
   the configuration ties it to the embedding. ValueError lists every missing, unknown and misshapen tensor; nothing in a
   file is executed.
   """
-  target = _read_target(locate_target(path), dtype and jnp.dtype(dtype), scanned)[0]
+  dtype = _dtype(dtype)  # before weights are fetched
+  target = _read_target(locate_target(path), dtype, scanned)[0]
   target.use(kernels)
   return target
+
+
+def _dtype(dtype):
+  """A dtype that models can be used in, or None. ValueError: integers, for one, would make zeros of weights."""
+  if dtype is None:
+    return None
+  with contextlib.suppress(TypeError, ValueError):  # what is no dtype is told as what is another
+    if str(found := jnp.dtype(dtype)) in DTYPES:
+      return found
+  raise ValueError(f"dtype is {shown(dtype)}, expected one that models can be used in: give {', '.join(DTYPES)}")
 
 
 def _read_target(path, dtype, scanned):
@@ -193,7 +205,7 @@ def load_drafter(path: str | os.PathLike, target: Target, *, dtype=None) -> Draf
   ValueError when it was made for another target, for every missing, unknown and misshapen tensor at once, and where the
   target's kernels, by which it drafts too, do not suit its heads.
   """
-  drafter = _read_drafter(Path(path), target, jnp.dtype(dtype or target.norm.weight.dtype))[0]
+  drafter = _read_drafter(Path(path), target, _dtype(target.norm.weight.dtype if dtype is None else dtype))[0]
   spec = drafter.config.spec
   with _of(f"drafter {path}"):
     target.kernels.check(kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, layout=target.cache_layout)
@@ -298,11 +310,15 @@ def _words_problems(config, tensors):
   words = tensors.get("draft_words")
   if words is None or words.shape != (config.draft_vocab_size,):
     return [f"draft_words is {'missing' if words is None else list(words.shape)}, expected [{config.draft_vocab_size}]"]
-  ids = np.asarray(words)
-  # Training looks labels up by bisection; a word twice would be twice as likely as the sampler thinks.
-  if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
-    return [f"draft_words must be ascending token ids below {config.vocab_size}: the drafter is damaged, save it again"]
+  if not _are_words(np.asarray(words), config.vocab_size):
+    return [f"draft_words must be ascending token ids below {config.vocab_size}: the drafter is damaged, make it again"]
   return []
+
+
+def _are_words(ids, vocab_size):
+  # Training looks labels up by bisection; a word twice would be twice as likely as the sampler thinks.
+  return (ids.ndim == 1 and ids.size > 0 and ids.dtype.kind in "iu" and (ids[1:] > ids[:-1]).all() and ids[0] >= 0
+          and ids[-1] < vocab_size)
 
 
 def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, imported: dict | None = None,
@@ -310,7 +326,8 @@ def save_drafter(path: str | os.PathLike, drafter: Drafter, target: Target, *, i
   """Writes our own drafter folder (Orbax and a JSON sidecar), whole or not at all."""
   weights = values(drafter)
   if drafter.words is not None:
-    weights["draft_words"] = drafter.words
+    weights["draft_words"] = on_host(drafter.words)
+  raise_all(f"drafter {path}", _words_problems(drafter.config, weights))
   state.save_drafter(Path(path), {"drafter": kind_of(drafter), "config": to_json(drafter.config),
                                   "target": target_id(target), "imported": imported, **_kept(temperatures)}, weights)
 
@@ -376,8 +393,8 @@ def import_target(source: str | os.PathLike, destination: str | os.PathLike, *, 
 
   Of a GGUF file, whose tokenizer lies in its metadata, one is written where `gguf_tokenizer` can read it.
   """
-  path = locate_target(source)
-  target, raw = _read_target(path, dtype and jnp.dtype(dtype), scanned=False)
+  dtype, path = _dtype(dtype), locate_target(source)
+  target, raw = _read_target(path, dtype, scanned=False)
   stored, weights = TARGETS[target.config.family].stored, {}
   for name, value in values(target).items():
     value = np.asarray(value)
@@ -420,9 +437,12 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
 
 def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:
   """A freshly initialised drafter of the kind that the configuration is of; words: ascending i32[W] when the draft
-  vocabulary is reduced."""
+  vocabulary is reduced. ValueError for others."""
   build = next(cls for cls in DRAFTERS.values() if type(config) is cls.Config)
   if words is not None:
+    if not _are_words(np.asarray(words), config.vocab_size):
+      raise ValueError(f"words is {shown(words)}, expected token ids of 0..{config.vocab_size - 1}, ascending: give "
+                       f"each of the draft vocabulary once, or leave words out for all")
     config = dataclasses.replace(config, draft_vocab_size=len(words))
   drafter = made(lambda: build(config, rngs=nnx.Rngs(seed)))
   if words is not None:

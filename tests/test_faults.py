@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -326,3 +327,22 @@ def test_draft_words_at_fault(change, part, tmp_path):
   save_ours(tmp_path / "d", drafter, weights=weights)
   with complains(part):
     dspark_jax.load_drafter(tmp_path / "d", qwen3())
+
+
+@pytest.mark.parametrize("wrong", [[5, 3, 9], [3, 3, 9], np.uint8([5, 3, 9]), [-1, 5], [3, VOCABULARY], [3.5, 5.0], [],
+                                   [[3, 5]], 3, [False, True]], ids=str)
+def test_words_that_are_none(wrong):
+  """Kills: words that are trained with and saved, and refused when they are loaded; one that is drawn twice as often;
+  a fraction that is cut off."""
+  with complains("words is ", f"expected token ids of 0..{VOCABULARY - 1}, ascending"):
+    fresh_drafter(words=wrong)
+  assert fresh_drafter(words=(0, VOCABULARY - 1)).words.tolist() == [0, VOCABULARY - 1]
+
+
+def test_words_are_checked_as_they_are_saved(tmp_path):
+  """Kills: a drafter whose words were replaced after it was made, saved so that nothing can load it."""
+  drafter = fresh_drafter(words=words())
+  drafter.draft_words.set_value(words()[::-1])
+  with complains(f"drafter {tmp_path / 'd'}: draft_words must be ascending"):
+    dspark_jax.save_drafter(tmp_path / "d", drafter, qwen3())
+  assert not (tmp_path / "d").exists()

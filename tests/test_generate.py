@@ -319,9 +319,52 @@ def test_nan_after_the_first_token():
   ([[1]] * 2, dict(seeds=[1]), "there are 1 seeds for 2 prompts"),
   ([[1], [1] * 9], dict(max_new_tokens=[15, 8]), "a prompt of 9 tokens and 8 new ones do not fit"),
   ([[1]] * 2, dict(max_new_tokens=[4, 0]), "max_new_tokens is 0, expected at least 1"),
+  ([[1]] * 2, dict(max_new_tokens=[4, 8.0]), "max_new_tokens of prompt 1 is 8.0, expected an integer"),
+  ([[1], [1.7, 2.2]], {}, r"prompt 1 is \[1.7, 2.2\], expected a list of integers"),
+  ([[True, False]], {}, r"prompt 0 is \[True, False\], expected a list of integers"),
+  ([1, 2, 3], {}, "prompt 0 is 1, expected a list of integers: give token ids, a list for each prompt"),
+  ([[[1], [2, 3]]], {}, r"prompt 0 is \[\[1\], \[2, 3\]\], expected a list of integers"),
+  (["12"], {}, "prompt 0 is '12', expected a list of integers"),
+  ([[1, 2 ** 70]], {}, "prompt 0 is .*, expected a list of integers"),
+  ([[1]], dict(seed=0.2), "seed is 0.2, expected an integer"),
+  ([[1]] * 2, dict(seeds=[0, 0.9]), "the seed of prompt 1 is 0.9, expected an integer"),
+  ([[1]] * 2, dict(seeds=7), "seeds is 7, expected a list with one for each prompt"),
+  ([[1]] * 2, dict(seed=np.uint32(2 ** 32 - 1)), "seed is 4294967296, expected 0 to 4294967295"),
+  ([[1]] * 2, dict(seeds=[-1, 2]), "seed is -1"),
+  ([[1]], dict(stop_token_ids=(5.5,)), r"stop_token_ids of prompt 0 is \(5.5,\), expected a list of integers"),
+  ([[1]] * 2, dict(stop_token_ids=[[5], [True]]), r"stop_token_ids of prompt 1 is \[True\]"),
+  ([[1]], dict(stop_token_ids="5"), r"stop_token_ids of prompt 0 is \['5'\]"),
 ])
 def test_mistakes_of_the_caller(prompts, settings, message):
-  """Kills: an id or a position clamped in silence."""
+  """Kills: an id or a position clamped, or a fraction cut off, in silence; a TypeError without a sentence."""
   short = small_target("llama", max_position_embeddings=16)
   with pytest.raises(ValueError, match=message):
     Session(short).prepare(prompts, **dict(max_new_tokens=4) | settings)
+
+
+@pytest.mark.parametrize("stops, wanted", [
+  (5, [[5], [5]]), (np.int64(5), [[5], [5]]), (None, [[], []]), ({7, 5}, [[5, 7], [5, 7]]), ((), [[], []]),
+  (np.array([5, 7]), [[5, 7], [5, 7]]), ([None, {9, 8}], [[], [8, 9]]), ([5, (6, 7)], [[5], [6, 7]])])
+def test_forms_of_stop_ids(stops, wanted):
+  """Kills: a TypeError for one id, for none or for a set; the ids of one prompt that stop the others."""
+  (batch,) = Session(target()).prepare([[1]] * 2, max_new_tokens=4, stop_token_ids=stops)
+  assert [[token for token in row if token >= 0] for row in batch.args[2].settings.stop_ids.tolist()] == wanted
+
+
+def test_integers_of_all_kinds():
+  """Kills: prompts or seeds that are taken as lists of Python's integers alone; seeds that wrap at a small dtype."""
+  prompts, seeds = [[1, 2], [3]], [255, 256]
+  forms = [(prompts, dict(seed=255)), (prompts, dict(seed=np.uint8(255))), (prompts, dict(seeds=np.uint16(seeds))),
+           ([np.uint8(prompt) for prompt in prompts], dict(seed=jnp.uint32(255))),
+           ([(1, 2), range(3, 4)], dict(seeds=seeds))]
+  for given, settings in forms:
+    (batch,) = Session(target()).prepare(given, max_new_tokens=np.int16(4), **settings)
+    requests = batch.args[2]
+    assert requests.prompts[:, :2].tolist() == [[1, 2], [3, 0]] and requests.lengths.tolist() == [2, 1]
+    assert requests.seeds.tolist() == seeds and requests.prompts.dtype == np.int32
+
+
+def test_64_bits_are_refused():
+  """Kills: a TypeError of a loop's carry from deep inside, where JAX was told to compute in 64 bits."""
+  with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is on, .*: turn it off"):
+    generate(target(), None, [[1]], max_new_tokens=2)

@@ -1,6 +1,7 @@
 """Models in and out: Hugging Face targets, DeepSpec and DFlash drafters, own folders. Nothing is lost on the way."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -243,6 +244,18 @@ def test_dtypes(tmp_path):
   for name, variable in parameters(back).items():
     assert variable.dtype == jnp.float32, name
     np.testing.assert_array_equal(variable[...], parameters(low)[name][...].astype(jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "float64", "complex64", "float8_e4m3fn", ">f4", "fp32", "", 7])
+def test_dtypes_that_are_none(dtype, tmp_path):
+  """Kills: a drafter of zeros, which accepts nothing and says nothing; numpy's TypeError; the default for an empty
+  name."""
+  load = lambda **how: dspark_jax.load_drafter(DSPARK, qwen3(), **how)
+  convert = lambda **how: dspark_jax.import_target(QWEN3, tmp_path / "t", **how)
+  for load in (functools.partial(dspark_jax.load_target, QWEN3), load, convert):
+    with complains(f"dtype is {dtype!r}, expected one that models can be used in: give float32, bfloat16, float16"):
+      load(dtype=dtype)
+  assert not (tmp_path / "t").exists()
 
 
 def test_scanned_is_stacked():

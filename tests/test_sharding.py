@@ -65,6 +65,18 @@ def test_devices_that_do_not_fit(config):
     config.build()
 
 
+@pytest.mark.parametrize("sizes, names", [((1,), ("x",)), ((2, 4), ("data", "model"))])
+def test_meshes_of_other_axes(sizes, names):
+  """Kills: KeyError 'data' from deep inside, for a mesh that a user has made."""
+  uses = [lambda: place(target_of()), lambda: made(target_of.__wrapped__), lambda: local(8, "rows"),
+          lambda: place_rows(np.ones(8)), lambda: generate(target_of(), None, [[1]], max_new_tokens=2),
+          lambda: generate(target_of(), None, [[1]], max_new_tokens=2, budget=None)]
+  with jax.set_mesh(jax.make_mesh(sizes, names)):
+    for use in uses:
+      with pytest.raises(ValueError, match=rf"has the axes \({names[0]!r},.*, expected data, fsdp and tensor: make it"):
+        use()
+
+
 def test_one_device_is_left_alone():
   """Kills: a constraint, and with it another program, where there is no mesh."""
   x = jnp.ones((4, 6))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.config import shown
 from dspark_jax.decoding import policy as policies
 from dspark_jax.decoding.generate import Generation, Log, Requests, Text, collect, decode
 from dspark_jax.decoding.round import Policy, Settings
@@ -77,14 +78,9 @@ class Session:
 
     Settings as for `generate`. ValueError for whatever is wrong with prompts or settings.
     """
-    rows = len(prompts)
+    prompts = _prompts(self.target, prompts)
     limits = _limits(self.target, prompts, max_new_tokens)
-    seeds = [seed + row for row in range(rows)] if seeds is None else seeds
-    if len(seeds) != rows:
-      raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts: give one for each")
-    for value in seeds:
-      check(seed=value)
-    seeds = np.asarray(seeds, np.uint32)
+    seeds = _seeds(seed, seeds, len(prompts))
     settings = _settings(self.target, self.drafter, limits, policy, **settings)
     if policy is None:
       policy = policies.Threshold() if self.drafter and self.drafter.has_confidence else policies.All()
@@ -164,18 +160,25 @@ def generate(target: Target, drafter: Drafter | None, prompts: Sequence[Sequence
   return Generation.of(texts)
 
 
-def _limits(target, prompts, max_new_tokens):
-  """New tokens per prompt, i32[B]. ValueError for a prompt that the target cannot read, or that leaves no room."""
+def _prompts(target, prompts):
+  """Every prompt as i[N]. ValueError for one that the target cannot read."""
   if not len(prompts):
     raise ValueError("there are no prompts: expected at least one list of token ids")
-  limits = [operator.index(limit) for limit in _each("max_new_tokens", max_new_tokens, len(prompts))]
-  check(max_new_tokens=min(limits))
+  prompts = [_token_ids(f"prompt {row}", prompt) for row, prompt in enumerate(prompts)]
   for row, prompt in enumerate(prompts):
     if not len(prompt):
       raise ValueError(f"prompt {row} is empty: expected at least one token; give it a start token or some text")
-    if min(prompt) < 0 or max(prompt) >= target.vocab_size:
-      raise ValueError(f"prompt {row} has token ids {min(prompt)}..{max(prompt)}, the target's vocabulary is "
+    if prompt.min() < 0 or prompt.max() >= target.vocab_size:
+      raise ValueError(f"prompt {row} has token ids {prompt.min()}..{prompt.max()}, the target's vocabulary is "
                        f"0..{target.vocab_size - 1}: was it made with another tokenizer?")
+  return prompts
+
+
+def _limits(target, prompts, max_new_tokens):
+  """New tokens per prompt, i32[B]. ValueError where a prompt leaves no room for them."""
+  limits = [_integer(f"max_new_tokens of prompt {row}", limit)
+            for row, limit in enumerate(_each("max_new_tokens", max_new_tokens, len(prompts)))]
+  check(max_new_tokens=min(limits))
   row = max(range(len(prompts)), key=lambda row: len(prompts[row]) + limits[row])
   if len(prompts[row]) + limits[row] > target.max_positions:
     raise ValueError(f"a prompt of {len(prompts[row])} tokens and {limits[row]} new ones do not fit the target's "
@@ -183,10 +186,27 @@ def _limits(target, prompts, max_new_tokens):
   return np.asarray(limits, np.int32)
 
 
+def _seeds(seed, seeds, rows):
+  """u32[B]"""
+  if seeds is None:
+    first = _integer("seed", seed)  # Python's: numpy's would wrap round
+    seeds = range(first, first + rows)
+  elif not _is_list(seeds):
+    raise ValueError(f"seeds is {shown(seeds)}, expected a list with one for each prompt: for one number, give seed")
+  if len(seeds) != rows:
+    raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts: give one for each")
+  seeds = [_integer(f"the seed of prompt {row}", value) for row, value in enumerate(seeds)]
+  for value in (min(seeds), max(seeds)):
+    check(seed=value)
+  return np.asarray(seeds, np.uint32)
+
+
 def check(*, max_new_tokens: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
           confidence_threshold: float = 0.0, survival_threshold: float = 0.0, budget_gb: float = 1.0,
           verification: str = "token") -> None:
-  """ValueError for a setting of decoding that can be seen to be wrong before a model is loaded."""
+  """ValueError for a setting of decoding, or of JAX, that can be seen to be wrong before a model is loaded."""
+  if jax.config.jax_enable_x64:
+    raise ValueError("jax_enable_x64 is on, and decoding keeps its numbers in 32 bits: turn it off")
   check_rule(verification)
   make_sampling(temperature, top_k, top_p)
   if max_new_tokens < 1:
@@ -207,14 +227,7 @@ def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_
   rows, block = len(limits), drafter.block_size if drafter else 0
   each = lambda name, value: _each(name, value, rows)
   sampling = make_sampling(each("temperature", temperature), each("top_k", top_k), each("top_p", top_p))
-  stops = stop_token_ids if any(map(_is_list, stop_token_ids)) else [stop_token_ids] * rows
-  stops = each("stop_token_ids", stops)
-  stop_ids = np.full((rows, _round_up(max(1, *map(len, stops)), 4)), -1, np.int32)
-  for row, ids in enumerate(stops):
-    if wrong := [token for token in ids if not 0 <= token < target.vocab_size]:
-      raise ValueError(f"stop_token_ids has {wrong[0]}, the target's vocabulary is 0..{target.vocab_size - 1}: was it "
-                       f"made with another tokenizer?")
-    stop_ids[row, :len(ids)] = ids
+  stop_ids = _stop_ids(stop_token_ids, rows, target.vocab_size)
   thresholds = [_thresholds(drafter, policy, name, each(name, value)) for name, value in (
       ("confidence_threshold", confidence_threshold), ("survival_threshold", survival_threshold))]
   one = calibration is None or not any(table is None or _is_list(table) for table in calibration)
@@ -227,6 +240,23 @@ def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_
                   np.asarray(thresholds, np.float32).T, verification)
 
 
+def _stop_ids(stop_token_ids, rows, vocab_size):
+  """i32[B,S], filled up with -1, of one id, a list or a set of them, or None for none: for all rows, or of each."""
+  apart = _is_list(stop_token_ids) and any(ids is None or isinstance(ids, Set) or _is_list(ids)
+                                           for ids in stop_token_ids)
+  stops = []
+  for row, ids in enumerate(_each("stop_token_ids", stop_token_ids if apart else [stop_token_ids] * rows, rows)):
+    ids = [] if ids is None else list(ids) if isinstance(ids, Set) else ids if _is_list(ids) else [ids]
+    stops.append(np.sort(_token_ids(f"stop_token_ids of prompt {row}", ids)))
+    if wrong := [token for token in stops[-1] if not 0 <= token < vocab_size]:
+      raise ValueError(f"stop_token_ids has {wrong[0]}, the target's vocabulary is 0..{vocab_size - 1}: was it made "
+                       f"with another tokenizer?")
+  found = np.full((rows, _round_up(max(1, *map(len, stops)), 4)), -1, np.int32)
+  for row, ids in enumerate(stops):
+    found[row, :len(ids)] = ids
+  return found
+
+
 def _thresholds(drafter, policy, name, values):
   for value in values:
     check(**{name: value})
@@ -237,6 +267,24 @@ def _thresholds(drafter, policy, name, values):
       raise ValueError(f"{name} is {value}, but the policy is {type(policy).__name__}: a threshold is a policy of its "
                        f"own, leave one of the two out")
   return values
+
+
+def _token_ids(name, value):
+  """value as i[N]"""
+  try:
+    ids = np.asarray(value)
+  except ValueError:  # lists of several lengths
+    ids = np.asarray(None)
+  if ids.ndim != 1 or ids.size and ids.dtype.kind not in "iu":  # rounded down they would be other tokens
+    raise ValueError(f"{name} is {shown(value)}, expected a list of integers: give token ids, a list for each prompt")
+  return ids
+
+
+def _integer(name, value):
+  try:
+    return operator.index(value)
+  except TypeError as error:
+    raise ValueError(f"{name} is {shown(value)}, expected an integer: give Python's or numpy's") from error
 
 
 def _each(name, value, rows):

@@ -180,8 +180,8 @@ def rows_share() -> tuple[int, int]:
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return 0, 1
-  groups = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in ROWS], [0, 1]).reshape(
-      math.prod(mesh.shape[name] for name in ROWS), -1)
+  parts = _devices(mesh, ROWS)
+  groups = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in ROWS], [0, 1]).reshape(parts, -1)
   mine = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
   count, rest = divmod(len(groups), len(mine))
   if rest or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
@@ -230,5 +230,8 @@ def _spec(shape, axes, mesh, table):
 
 
 def _devices(mesh, at):
+  if not set(NAMES) <= set(mesh.axis_names):
+    raise ValueError(f"the current mesh has the axes {mesh.axis_names}, expected data, fsdp and tensor: make it by "
+                     f"MeshConfig(...).build()")
   names = (at,) if isinstance(at, str) else at or ()
   return math.prod(mesh.shape[name] for name in names)
