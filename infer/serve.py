@@ -77,6 +77,9 @@ def main(settings: Settings) -> dict:
     import uvicorn  # noqa: F401
   except ImportError as error:
     raise ValueError(f"a server needs the extra serve ({error}): pip install -e '.[serve]'") from error
+  if settings.drafter == "none" and settings.policy in ("fixed", "threshold", "early-stop"):
+    raise ValueError(f"the policy is {settings.policy}, which verifies drafts, and there is no drafter: give one, or "
+                     f"leave the policy out")
   listener = open_port(settings)
   with contextlib.closing(listener):
     engine, tokenizer = start_engine(settings)

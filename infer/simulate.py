@@ -184,8 +184,8 @@ def main(settings: Settings) -> dict:
   shell.at_least(settings, draws=1, seed=0)
   if settings.context is not None:
     shell.at_least(settings, context=1)
-  if not settings.concurrencies or min(settings.concurrencies) < 1:
-    raise ValueError(f"concurrencies are {settings.concurrencies}, expected numbers of at least 1")
+  if not settings.concurrencies or not all(1 <= count <= 65536 for count in settings.concurrencies):
+    raise ValueError(f"concurrencies are {settings.concurrencies}, expected numbers of 1 to 65536")
   if not 0 <= settings.packing <= 1 or not settings.concentration > 0:
     raise ValueError(f"packing is {settings.packing} and concentration {settings.concentration}, expected 0..1 and "
                      f"more than 0")

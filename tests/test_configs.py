@@ -211,7 +211,7 @@ def test_how_long_a_run_is():
   with complains("memory_gb is nan"):
     of(memory_gb=float("nan"))
   for how in (dict(epochs=1e9, rows=1000), dict(steps=2 ** 31)):
-    with complains("more than an int32 counts"):
+    with complains("than an int32 counts"):
       of(**how)
 
 

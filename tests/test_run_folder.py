@@ -173,6 +173,23 @@ def test_the_record_of_a_file(lines, tmp_path):
     run_folder.claim(lines, {"program": "p", "config": CONFIG | {"seed": 1}})
 
 
+@pytest.mark.parametrize("name, work", [
+  ("a.jsonl", "a.jsonl"), ("a.jsonl", "a.failed.jsonl"), ("run", "run/rounds-x.jsonl"), ("run", None),
+  ("a.jsonl", None)])
+def test_a_mistake_that_is_seen_late_leaves_no_record(name, work, tmp_path):
+  """Kills: a corrected command that is refused for the settings of the one that was a mistake; work without a record,
+  or the record of a run that was there before."""
+  out, seen = tmp_path / name, lambda: run_folder.record_path(tmp_path / name).exists()
+  for known in (False, True):
+    with pytest.raises(ValueError, match="too long"), run_folder.owned(out):
+      run_folder.claim(out, {"program": "p", "config": {}})
+      if work:
+        (tmp_path / work).write_text("{}\n")
+      raise ValueError("too long")
+    assert seen() == (known or work is not None)
+    run_folder.write_record(out, {"program": "p", "config": {}})
+
+
 def test_records_are_json(tmp_path):
   """Kills: NaN in a record, which the next reader refuses; a half-written one beside the old."""
   run_folder.write_record(tmp_path, {"config": {}})

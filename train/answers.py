@@ -97,6 +97,8 @@ class Settings:
 def main(settings: Settings) -> dict:
   check(settings)
   conversations = read_questions(settings)
+  if not conversations.count:
+    raise ValueError(f"{settings.questions or settings.dataset} holds no question, expected at least one")
   with run_folder.owned(settings.out):
     if settings.servers:
       return answer_by_servers(settings, conversations)

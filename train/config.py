@@ -23,6 +23,7 @@ from dspark_jax.training.step import OptimizerConfig
 # The settings of one kind of drafter; on the command line the word drafter:KIND chooses it.
 AnyDrafter = Union[tuple(Annotated[drafter.Settings, tyro.conf.subcommand(kind)] for kind, drafter in DRAFTERS.items())]
 Dtype = Literal["float32", "bfloat16"]
+MOST = 2 ** 24  # of whatever is counted: far beyond it numbers are no int32, and before that no memory
 MEMORY = "memory"  # where features may be, beside a store
 
 
@@ -93,7 +94,14 @@ class TrainConfig:
   def __post_init__(self):
     counts = ("batch", "row_length", "anchors", "microbatches", "save_every", "log_every", "lens_rows")
     problems = wrong_choices(self)
-    problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in counts if getattr(self, name) < 1]
+    problems += [f"{name} is {getattr(self, name)}, expected 1 to {MOST:,}" for name in counts
+                 if not 1 <= getattr(self, name) <= MOST]
+    if not 0 <= self.seed < 2 ** 32:
+      problems.append(f"seed is {self.seed}, expected 0 to {2 ** 32 - 1}")
+    if not self.diverged_at > 0:
+      problems.append(f"diverged_at is {self.diverged_at}, expected more than 0")
+    if self.steps and self.steps >= 2 ** 31:
+      problems.append(f"steps are {self.steps}, expected fewer than an int32 counts")
     for name in ("steps", "epochs", "minutes"):
       value = getattr(self, name)
       if value is not None and not 0 < value < math.inf:
@@ -169,8 +177,10 @@ def read_config(path: str, kind: type = TrainConfig):
     raise ValueError(f"config {path} does not exist: expected a Python file that defines `config`")
   try:
     found = runpy.run_path(path).get("config")
-  except TypeError as error:  # a field that a kind of drafter does not have; Python's sentence names both
-    raise ValueError(f"config {path}: {error}") from error
+  except ValueError:
+    raise  # what the settings themselves say
+  except Exception as error:  # it is a program, of which anything may be wrong; Python's sentence says what
+    raise ValueError(f"config {path}: {type(error).__name__}: {error}: correct the file") from error
   if not isinstance(found, kind):
     raise ValueError(f"config {path} does not define `config` as a train.config.{kind.__name__}")
   return found

@@ -47,6 +47,7 @@ from dspark_jax.text import read_json
 
 PROGRAM = "train.prepare"
 PARTS = "parts"
+LONGEST = 2 ** 24  # tokens of a row, which is an int32 for some way yet
 DAMAGED = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile  # a part, by a machine that went down
 
 
@@ -70,6 +71,8 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, row_length=1, processes=0)
+  if settings.row_length > LONGEST:
+    raise ValueError(f"row_length is {settings.row_length}, expected at most {LONGEST:,}")
   if not settings.data:
     raise ValueError("no data: give one or more files with --data")
   tokenizer = chat.load_tokenizer(locate_tokenizer(settings.target))

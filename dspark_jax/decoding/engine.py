@@ -161,7 +161,7 @@ class Engine:
     if config.survival == "auto":
       config = dataclasses.replace(config, survival="estimator")
     self.target, self.drafter, self.config = target, drafter, config
-    dispatch.check(config, drafter, cost, measured=measure is not None)
+    dispatch.check(config, drafter, cost, measured=measure is not None, positions=target.max_positions)
     buckets = () if config.policy in ("plain", "fixed") else config.buckets or (
         tuple(cost.packed) if cost else dispatch.default_buckets(config.seats, self.block))
     if self.room(1) < 1:

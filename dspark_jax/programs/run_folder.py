@@ -38,7 +38,8 @@ def owned(out: Path) -> Iterator[None]:
   """Keeps other runs away from `out` for as long as this block, or its process, lives.
 
   ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too.
-  Of several processes of one run the first owns it for all.
+  Of several processes of one run the first owns it for all. A mistake that is seen before there is any work leaves no
+  record, which would refuse the corrected command.
   """
   if not hosts.first():
     yield
@@ -56,9 +57,14 @@ def owned(out: Path) -> Iterator[None]:
   except Timeout as error:
     raise ValueError(f"{out} is in use by {lock.read_text() or 'another process'}: wait until it ends, or choose "
                      f"another --out") from error
+  begins = not record.exists()
   try:
     lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     yield
+  except (ValueError, NotImplementedError):
+    if begins and not _work(out):
+      record.unlink(missing_ok=True)
+    raise
   finally:
     lock.unlink(missing_ok=True)  # before it is released: who opened this file meanwhile sees that it is gone
     held.release()
@@ -71,12 +77,18 @@ def is_begun(out: Path) -> bool:
   """Whether there is a record of the run that `out` is of. ValueError when there is none, but a run's work."""
   if record_path(out).exists():
     return True
-  is_file = out.is_file() and out.stat().st_size
-  held = [out.name] if is_file else sorted(path.name for pattern in WORK for path in out.glob(pattern))
-  if held:
-    raise ValueError(f"{out.parent if is_file else out} holds {', '.join(held[:5])} but no {record_path(out).name} "
-                     f"that says where from: choose another --out, or move the old work away")
+  if held := _work(out):
+    where, names = record_path(out), ", ".join(path.name for path in held[:5])
+    raise ValueError(f"{where.parent} holds {names} but no {where.name} that says where from: choose another --out, or "
+                     f"move the old work away")
   return False
+
+
+def _work(out):
+  """What a run left beside its record: a file's lines, or those that failed, or what is in a folder."""
+  if out.suffix == ".jsonl":
+    return [path for path in sorted(out.parent.glob(f"{out.stem}.*jsonl")) if path.stat().st_size]
+  return sorted(path for pattern in WORK for path in out.glob(pattern))
 
 
 def claim(out: Path, record: dict[str, Any], *, newer=()) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
 import json
+import os
 import secrets
 import sys
 import traceback
@@ -50,11 +52,13 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
       stderr.quiet = not hosts.first()
       with joint_mesh(getattr(asked, "mesh", ONE_DEVICE)) if mesh else contextlib.nullcontext():
         result = main(asked)
+  except BrokenPipeError:
+    _nobody_reads()
   except (ValueError, NotImplementedError, OSError, hosts.Apart) as error:
-    code = hosts.AGAIN if isinstance(error, hosts.Apart) else 2
+    code, sentence = hosts.AGAIN if isinstance(error, hosts.Apart) else 2, _sentence(error)
     stderr.quiet = False
-    stderr.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-    hosts.leave(str(error), code)
+    stderr.print(f"error: {sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    hosts.leave(sentence, code)
     sys.exit(code)
   except KeyboardInterrupt:
     hosts.leave("interrupted", 130)
@@ -67,7 +71,38 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
       hosts.leave(f"{type(error).__name__}: {error}".partition("\n")[0], 1)
     raise
   if hosts.first():
-    print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong
+    _print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong
+
+
+def _print(result):
+  try:
+    print(result, flush=True)
+  except BrokenPipeError:
+    _nobody_reads()
+  except OSError as error:
+    stderr.print(f"error: the work is done, but its result cannot be written to stdout ({error.strerror}): give the "
+                 f"same command again", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    _leave_stdout(2)
+
+
+def _nobody_reads():
+  _leave_stdout(141)  # 128 + SIGPIPE, as a shell has it
+
+
+def _leave_stdout(code):
+  """Ends the program; Python would try once more to write what is left."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+  """What a mistake is told by: its own words, or the system's with the file and what to do."""
+  if not isinstance(error, OSError) or error.strerror is None:
+    return str(error)
+  full, closed = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+  remedy = ("free some space, then give the same command again" if error.errno in full else
+            "give another path, or the right to it" if error.errno in closed else "check the path")
+  return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"
 
 
 def joint_mesh(mesh: MeshConfig) -> contextlib.AbstractContextManager:
@@ -109,8 +144,19 @@ def check_decoding(settings: Any) -> None:
                    if field.name in known})
 
 
+def check_kernels(kernels: Kernels) -> None:
+  """ValueError for a kernel by name that this machine's devices do not run, which a compiler would find out late."""
+  here = {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
+  for setting, name in (("decode", kernels.decode), ("train", kernels.train)):
+    where = {"pallas": "tpu", "splash": "tpu", "triton": "gpu"}.get(name, here)
+    if where != here and not kernels.interpret:
+      raise ValueError(f"kernels.{setting} is {name}, which runs on a {where}, and this is a {here}: give auto or "
+                       f"reference")
+
+
 def load(target: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) -> tuple[Target, Any]:
   """(a target, its tokenizer). The tokenizer is loaded first: its absence is seen at once, weights take minutes."""
+  check_kernels(kernels)
   with stderr.status(f"loading {target}"):
     tokenizer = chat.load_tokenizer(locate_target(target))
     return load_target(target, dtype, kernels), tokenizer
@@ -118,6 +164,7 @@ def load(target: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) ->
 
 def load_target(name: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) -> Target:
   """A target; says how it will be run."""
+  check_kernels(kernels)
   target = dspark_jax.load_target(name, dtype=dtype, kernels=kernels)
   mesh = jax.sharding.get_mesh()
   where = f"one of {len(jax.devices())} devices" if mesh.empty else ", ".join(f"{k} {n}" for k, n in mesh.shape.items())
