@@ -176,6 +176,7 @@ def check(settings: Settings) -> list[Case]:
   for name in settings.drafters:
     if name != PLAIN and _label(name) == PLAIN:
       raise ValueError(f"the drafter {name} would be called {PLAIN}, which means plain decoding: rename its folder")
+    shell.check_drafter(name, PLAIN)
   return list_cases(settings)
 
 
@@ -227,6 +228,8 @@ def open_run(settings: Settings, datasets: dict[str, list[Sample]]) -> dict:
 
 def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]) -> None:
   """Notes in run.json what the models are. ValueError when they were others: some of the samples are the old ones'."""
+  if not loaded:  # of several targets, one that none of the drafters was made for
+    return
   some = next(iter(loaded.values()))
   new = {name: loading.target_id(some.target, run["models"].get(name))}
   new |= {f"{name}/{part}": value for part, value in run_folder.encoding(some.tokenizer).items()}

@@ -133,6 +133,7 @@ class Line:
 
 def main(settings: Settings) -> dict:
   check(settings)
+  shell.check_drafter(settings.drafter, "none")
   tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
   date = run_folder.date_of(settings.out) if settings.out else None
   prompts = read_prompts(settings, tokenizer, date)

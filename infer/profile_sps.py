@@ -101,6 +101,7 @@ def check_engine(settings: Settings, drafter: Drafter | None = None) -> None:
 
 def measured_cost(settings: Settings) -> Cost:
   """By running."""
+  shell.check_drafter(settings.drafter, "none")
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = None
   if settings.drafter != "none":

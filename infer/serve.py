@@ -118,6 +118,7 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   """(the engine, compiled and with its costs known; the tokenizer)."""
   config = EngineConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(EngineConfig)})
   cost = read_cost(settings)
+  shell.check_drafter(settings.drafter, "none")
   tokenizer = chat.load_tokenizer(locate_target(settings.target))
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = stored = None

@@ -12,7 +12,7 @@ from dspark_jax.decoding.engine import EngineConfig
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.programs import shell
 from folders import complains
-from infer import serve
+from infer import bench, concurrency, evaluate, generate, serve
 from train import answers, prepare
 from train.config import TrainConfig, read_config
 
@@ -54,6 +54,22 @@ def test_kernels_of_other_machines(kernels, part):
   with complains(part, "this is a cpu"):
     shell.load("not there", "float32", kernels)
   shell.check_kernels(Kernels(kernels.decode, kernels.train, interpret=True))
+
+
+def test_drafters_that_are_not_there(tmp_path):
+  """Kills: a slip in a drafter's path that is seen once a target of many gigabytes was read."""
+  (tmp_path / "rows").mkdir()
+  for name, part in (("nope", "nope does not exist: expected a folder with"), ("rows", "rows is no drafter")):
+    path = str(tmp_path / name)
+    with complains(part, "or none"):
+      shell.check_drafter(path, "none")
+    for program, settings in (
+        (generate, generate.Settings("t", path, prompt="a")), (bench, bench.Settings("t", path)),
+        (serve, serve.Settings(target="t", drafter=path)), (concurrency, concurrency.Settings("t", path)),
+        (evaluate, evaluate.Settings(targets=("t",), drafters=(path,), out=tmp_path / "out"))):
+      with complains(part):
+        program.main(settings)
+  shell.check_drafter("none", "none")
 
 
 def test_questions_of_nothing(tmp_path):

@@ -74,6 +74,8 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
   check_early(config)
+  if config.start_from:
+    shell.check_drafter(config.start_from)
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 

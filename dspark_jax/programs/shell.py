@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dspark_jax
 from dspark_jax.data import chat
 from dspark_jax.decoding import session
-from dspark_jax.loading import locate_target
+from dspark_jax.loading import drafter_folder, locate_target
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import hosts
@@ -152,6 +152,20 @@ def check_kernels(kernels: Kernels) -> None:
     if where != here and not kernels.interpret:
       raise ValueError(f"kernels.{setting} is {name}, which runs on a {where}, and this is a {here}: give auto or "
                        f"reference")
+
+
+def check_drafter(drafter: str | Path, *words: str) -> None:
+  """ValueError for a drafter that is not there, which loading it would find out after the target, in minutes.
+
+  words: what may be said in place of one.
+  """
+  if str(drafter) in words:
+    return
+  folder = drafter_folder(drafter)
+  if not any((folder / name).exists() for name in ("drafter.json", "config.json", "adapter_config.json")):
+    raise ValueError(f"{drafter} {'is no drafter' if folder.exists() else 'does not exist'}: expected a folder with "
+                     f"drafter.json (ours) or config.json (DeepSpec, DFlash) in it, or a training run"
+                     f"{''.join(f', or {word}' for word in words)}")
 
 
 def load(target: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) -> tuple[Target, Any]:
