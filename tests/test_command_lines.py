@@ -85,8 +85,9 @@ def test_sizes_that_are_none(tmp_path):
   drafts that is served without any."""
   with complains("row_length is 1099511627776, expected at most"):
     prepare.main(prepare.Settings("t", (tmp_path / "x",), tmp_path / "rows", row_length=2 ** 40))
-  with complains("capacity is 1000000, expected at most 8258", "8192 positions"):
+  with complains("capacity is 1000000, expected at most 16384", "8192 positions"):
     dispatch.check(EngineConfig(capacity=10 ** 6, policy="plain"), None, None, measured=False, positions=8192)
+  dispatch.check(EngineConfig(policy="plain"), None, None, measured=False, positions=512)
   with complains("the policy is fixed", "there is no drafter"):
     serve.main(serve.Settings(target="t", drafter="none", policy="fixed"))
 

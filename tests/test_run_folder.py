@@ -174,19 +174,20 @@ def test_the_record_of_a_file(lines, tmp_path):
 
 
 @pytest.mark.parametrize("name, work", [
-  ("a.jsonl", "a.jsonl"), ("a.jsonl", "a.failed.jsonl"), ("run", "run/rounds-x.jsonl"), ("run", None),
-  ("a.jsonl", None)])
+  ("a.jsonl", "a.jsonl"), ("a.jsonl", "a.failed.jsonl"), ("a[1].jsonl", "a[1].jsonl"), ("run", "run/rounds-x.jsonl"),
+  ("run", "run/parts/1.npz"), ("run", None), ("a.jsonl", None), ("a.jsonl", "a.other.jsonl")])
 def test_a_mistake_that_is_seen_late_leaves_no_record(name, work, tmp_path):
   """Kills: a corrected command that is refused for the settings of the one that was a mistake; work without a record,
-  or the record of a run that was there before."""
+  or the record of a run that was there before; another file of such a name taken for work."""
   out, seen = tmp_path / name, lambda: run_folder.record_path(tmp_path / name).exists()
   for known in (False, True):
     with pytest.raises(ValueError, match="too long"), run_folder.owned(out):
       run_folder.claim(out, {"program": "p", "config": {}})
       if work:
+        (tmp_path / work).parent.mkdir(exist_ok=True)
         (tmp_path / work).write_text("{}\n")
       raise ValueError("too long")
-    assert seen() == (known or work is not None)
+    assert seen() == (known or work not in (None, "a.other.jsonl"))
     run_folder.write_record(out, {"program": "p", "config": {}})
 
 

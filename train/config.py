@@ -92,10 +92,12 @@ class TrainConfig:
   loss: LossConfig = LossConfig()
 
   def __post_init__(self):
-    counts = ("batch", "row_length", "anchors", "microbatches", "save_every", "log_every", "lens_rows")
+    counts = ("batch", "row_length", "anchors", "microbatches", "lens_rows")
     problems = wrong_choices(self)
     problems += [f"{name} is {getattr(self, name)}, expected 1 to {MOST:,}" for name in counts
                  if not 1 <= getattr(self, name) <= MOST]
+    problems += [f"{name} is {getattr(self, name)}, expected at least 1" for name in ("save_every", "log_every")
+                 if getattr(self, name) < 1]
     if not 0 <= self.seed < 2 ** 32:
       problems.append(f"seed is {self.seed}, expected 0 to {2 ** 32 - 1}")
     if not self.diverged_at > 0:

@@ -107,9 +107,9 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
   static = step_config(config)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
-  # By the drafter alone where older records do not say: a run that SIGTERM stopped has left one, too.
-  if hosts.agree(lambda: bool(run and not fresh and saved.latest.step == run["total_steps"]
-                              and run.get("finished", True) and (config.out / "drafter").exists())):
+  # Not by the drafter alone: a run that SIGTERM stopped has left one, too. Older records do not say.
+  ended = lambda: run.get("finished", not fresh and saved.latest.step == run["total_steps"])
+  if hosts.agree(lambda: bool(run and ended() and (config.out / "drafter").exists())):
     saved.close()
     shell.say(f"all {run['total_steps']} steps are done")
     return dict(steps=run["total_steps"], **summarise_saved(config), checkpoint=str(config.out))

@@ -97,7 +97,8 @@ def _without_calls(messages: Any) -> Any:
   if not isinstance(messages, list):
     return messages
   said = lambda m: {"content": "", **{key: x for key, x in m.items() if key != "tool_calls" and x is not None}}
-  return [said(m) if isinstance(m, dict) and m.get("tool_calls") else m for m in messages]
+  calls = lambda m: isinstance(m, dict) and m.get("role", m.get("from")) in ("assistant", "gpt") and m.get("tool_calls")
+  return [said(m) if calls(m) else m for m in messages]
 
 
 def _turns(messages: list[dict[str, Any]]) -> tuple[tuple, str | None]:

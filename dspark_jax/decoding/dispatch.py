@@ -39,10 +39,9 @@ def check(config: Any, drafter: Drafter | None, cost: Cost | None, *, measured: 
           ) -> None:
   """ValueError when an engine cannot be, or choose, so. config: EngineConfig. measured: whether a missing table will
   be. positions: of the target, where it is known."""
-  scratch = config.chunk + 2 * (1 + (drafter.block_size if drafter else 0))
-  if positions is not None and config.capacity > (most := positions + scratch):
+  if positions is not None and config.capacity > (most := max(2 * positions, type(config).capacity)):
     raise ValueError(f"capacity is {config.capacity}, expected at most {most}: the target has {positions} positions, "
-                     f"and a seat no use for more than a chunk and two blocks beyond")
+                     f"beyond which no text of a seat goes")
   if drafter and config.survival != "estimator" and not drafter.has_confidence:
     raise ValueError(f"survival is {config.survival!r}, but there is no confidence head in the drafter: use estimator")
   if config.policy in BY_COST and cost is None and not measured:

@@ -62,7 +62,8 @@ def owned(out: Path) -> Iterator[None]:
     lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     yield
   except (ValueError, NotImplementedError):
-    if begins and not _work(out):
+    beside = _work(out) if out.suffix == ".jsonl" else set(out.iterdir()) - {record, lock}
+    if begins and not beside:
       record.unlink(missing_ok=True)
     raise
   finally:
@@ -87,16 +88,13 @@ def is_begun(out: Path) -> bool:
 def _work(out):
   """What a run left beside its record: a file's lines, or those that failed, or what is in a folder."""
   if out.suffix == ".jsonl":
-    return [path for path in sorted(out.parent.glob(f"{out.stem}.*jsonl")) if path.stat().st_size]
+    return [path for path in (out, out.with_name(f"{out.stem}.failed.jsonl")) if path.is_file() and path.stat().st_size]
   return sorted(path for pattern in WORK for path in out.glob(pattern))
 
 
 def claim(out: Path, record: dict[str, Any], *, newer=()) -> None:
   """Records what the work in `out` depends on. newer: see `resumed`. ValueError when that is another run's."""
-  if is_begun(out):
-    resumed(out, record, newer=newer)
-  else:
-    write_record(out, record)
+  write_record(out, resumed(out, record, newer=newer) if is_begun(out) else record)
 
 
 def date_of(out: Path) -> datetime.date:

@@ -52,8 +52,6 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
       stderr.quiet = not hosts.first()
       with joint_mesh(getattr(asked, "mesh", ONE_DEVICE)) if mesh else contextlib.nullcontext():
         result = main(asked)
-  except BrokenPipeError:
-    _nobody_reads()
   except (ValueError, NotImplementedError, OSError, hosts.Apart) as error:
     code, sentence = hosts.AGAIN if isinstance(error, hosts.Apart) else 2, _sentence(error)
     stderr.quiet = False
@@ -78,15 +76,11 @@ def _print(result):
   try:
     print(result, flush=True)
   except BrokenPipeError:
-    _nobody_reads()
+    _leave_stdout(141)  # 128 + SIGPIPE, as a shell has it
   except OSError as error:
     stderr.print(f"error: the work is done, but its result cannot be written to stdout ({error.strerror}): give the "
                  f"same command again", style="bold red", markup=False, highlight=False, soft_wrap=True)
     _leave_stdout(2)
-
-
-def _nobody_reads():
-  _leave_stdout(141)  # 128 + SIGPIPE, as a shell has it
 
 
 def _leave_stdout(code):
@@ -100,6 +94,8 @@ def _sentence(error: Exception) -> str:
   if not isinstance(error, OSError) or error.strerror is None:
     return str(error)
   full, closed = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+  if error.filename is None and error.errno not in full:  # no file's
+    return str(error)
   remedy = ("free some space, then give the same command again" if error.errno in full else
             "give another path, or the right to it" if error.errno in closed else "check the path")
   return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"
