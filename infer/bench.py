@@ -81,8 +81,8 @@ def main(settings: Settings) -> dict:
   if settings.transformers and 1 not in settings.batches:
     raise ValueError(f"batches are {', '.join(map(str, settings.batches))}, expected 1 among them with --transformers, "
                      f"which is timed at batch 1")
-  shell.check_drafter(settings.drafter, "random")
   prompts = read_prompts(settings)
+  shell.check_drafter(settings.drafter, "random")
   with shell.stderr.status("loading"):
     target = shell.load_target(settings.target, settings.dtype, settings.kernels)
     if settings.drafter == "random":

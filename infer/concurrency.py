@@ -74,8 +74,8 @@ def main(settings: Settings) -> dict:
     raise ValueError(f"concurrency is {settings.concurrency}, expected one or more numbers of at least 1")
   asked = bench.Settings(settings.target, settings.drafter, prompts=settings.prompts,
                          prompt_tokens=settings.prompt_tokens)
-  shell.check_drafter(settings.drafter)
   prompts = bench.read_prompts(asked)
+  shell.check_drafter(settings.drafter)
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
   rows = []

@@ -124,6 +124,8 @@ class Models:
 
 def main(settings: Settings) -> dict:
   cases, datasets = check(settings), read_samples(settings)
+  for name in settings.drafters:
+    shell.check_drafter(name, PLAIN)
   with run_folder.owned(settings.out):
     return decode(settings, cases, datasets)
 
@@ -176,7 +178,6 @@ def check(settings: Settings) -> list[Case]:
   for name in settings.drafters:
     if name != PLAIN and _label(name) == PLAIN:
       raise ValueError(f"the drafter {name} would be called {PLAIN}, which means plain decoding: rename its folder")
-    shell.check_drafter(name, PLAIN)
   return list_cases(settings)
 
 

@@ -12,8 +12,8 @@ from dspark_jax.decoding.engine import EngineConfig
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.programs import shell
 from folders import complains
-from infer import bench, concurrency, evaluate, generate, serve
-from train import answers, prepare
+from infer import evaluate, generate, serve
+from train import answers, calibrate, prepare
 from train.config import TrainConfig, read_config
 
 PRINTS = """
@@ -64,8 +64,7 @@ def test_drafters_that_are_not_there(tmp_path):
     with complains(part, "or none"):
       shell.check_drafter(path, "none")
     for program, settings in (
-        (generate, generate.Settings("t", path, prompt="a")), (bench, bench.Settings("t", path)),
-        (serve, serve.Settings(target="t", drafter=path)), (concurrency, concurrency.Settings("t", path)),
+        (generate, generate.Settings("t", path, prompt="a")), (serve, serve.Settings(target="t", drafter=path)),
         (evaluate, evaluate.Settings(targets=("t",), drafters=(path,), out=tmp_path / "out"))):
       with complains(part):
         program.main(settings)
@@ -88,6 +87,8 @@ def test_sizes_that_are_none(tmp_path):
   with complains("capacity is 1000000, expected at most 16384", "8192 positions"):
     dispatch.check(EngineConfig(capacity=10 ** 6, policy="plain"), None, None, measured=False, positions=8192)
   dispatch.check(EngineConfig(policy="plain"), None, None, measured=False, positions=512)
+  with complains("seed is 4294967290, expected 0 to 4294967040 with 256 samples"):
+    calibrate.check(calibrate.Settings("t", tmp_path, seed=4294967290, samples=256))
   with complains("the policy is fixed", "there is no drafter"):
     serve.main(serve.Settings(target="t", drafter="none", policy="fixed"))
 

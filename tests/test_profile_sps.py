@@ -107,6 +107,7 @@ def test_the_documented_commands_fit_each_other():
 def test_what_no_engine_has_is_refused_before_it_is_measured(change, part, monkeypatch):
   """Kills: minutes of compiling and measuring before a table is refused."""
   monkeypatch.setattr(profile_sps.shell, "load_target", lambda *_: None)
+  monkeypatch.setattr(profile_sps.shell, "check_drafter", lambda *_: None)
   monkeypatch.setattr(profile_sps.dspark_jax, "load_drafter", lambda *_, **__: types.SimpleNamespace(block_size=3))
   with complains(part):
     profile_sps.main(profile_sps.Settings("smollm2", "runs/demo", **change))

@@ -400,7 +400,8 @@ def test_what_starting_says(monkeypatch, capsys):
   time and memory nobody sees."""
   stored = SimpleNamespace(by_mode={"greedy": 1}, for_mode=lambda mode: [1.0])
   for place, name, made in ((chat, "load_tokenizer", None), (serve, "locate_target", None),
-                            (serve.shell, "load_target", None), (serve, "stored_temperatures", stored),
+                            (serve.shell, "load_target", None), (serve.shell, "check_drafter", None),
+                            (serve, "stored_temperatures", stored),
                             (serve.dspark_jax, "load_drafter", SimpleNamespace(block_size=7))):
     monkeypatch.setattr(place, name, lambda *_, made=made, **__: made)
   monkeypatch.setattr(serve, "Engine", lambda target, drafter, config, **more: SimpleNamespace(

@@ -158,6 +158,9 @@ def check(settings: Settings) -> dict[str, float]:
   """Sampling temperature by mode. ValueError for settings that cannot work, before anything is loaded."""
   shell.at_least(settings, samples=2, batch=1, max_new_tokens=2, max_prompt_tokens=1)
   raise_all("settings", wrong_choices(settings))
+  if not 0 <= settings.seed <= 2 ** 32 - settings.samples:  # each prompt has the next one
+    raise ValueError(f"seed is {settings.seed}, expected 0 to {2 ** 32 - settings.samples} with {settings.samples} "
+                     f"samples")
   for temperature in settings.temperatures:
     make_sampling(temperature)  # for its ValueError
   modes = {calibration.mode_name(t): t for t in settings.temperatures}  # 1 and 1.0 are one mode, and one file
