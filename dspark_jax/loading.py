@@ -145,11 +145,9 @@ def load_target(path: str | os.PathLike, *, dtype="float32", scanned: bool | Non
 
 def _dtype(dtype):
   """A dtype that models can be used in, or None. ValueError: integers, for one, would make zeros of weights."""
-  if dtype is None:
-    return None
   with contextlib.suppress(TypeError, ValueError):  # what is no dtype is told as what is another
-    if str(found := jnp.dtype(dtype)) in DTYPES:
-      return found
+    if dtype is None or str(jnp.dtype(dtype)) in DTYPES:
+      return None if dtype is None else jnp.dtype(dtype)
   raise ValueError(f"dtype is {shown(dtype)}, expected one that models can be used in: give {', '.join(DTYPES)}")
 
 

@@ -52,7 +52,7 @@ def test_an_experiment_that_is_no_program(text, part, tmp_path):
 def test_kernels_of_other_machines(kernels, part):
   """Kills: a compiler's sentence, after a model was loaded, for a kernel that this machine cannot run."""
   with complains(part, "this is a cpu"):
-    shell.load("not there", "float32", kernels)
+    shell.load_target("not there", "float32", kernels)
   shell.check_kernels(Kernels(kernels.decode, kernels.train, interpret=True))
 
 

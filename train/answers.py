@@ -157,8 +157,7 @@ def answer(settings: Settings, target, tokenizer, questions: Questions) -> dict:
   """Asks what is not answered yet, a batch at a time, and appends every batch whole. The caller owns the file."""
   date = run_folder.date_of(settings.out)
   named = target_id(target, run_folder.recorded(settings.out, "config", "target"))
-  record = describe(settings, named, questions, date=str(date), tokenizer=chat.fingerprint(tokenizer),
-                    template=run_folder.digest(json.dumps(tokenizer.chat_template).encode()))
+  record = describe(settings, named, questions, date=str(date), **run_folder.encoding(tokenizer))
   record["config"]["dtype"] = settings.dtype
   run_folder.claim(settings.out, record)
   with Progress(settings, questions) as progress:

@@ -142,9 +142,8 @@ def prepare(settings: Settings, tokenizer, vocab_size: int, date: datetime.date 
 
 def what_counts(settings: Settings, tokenizer, vocab_size: int, date: str) -> dict:
   """What the rows depend on beside the data, as their manifest has it."""
-  template = run_folder.digest(json.dumps(tokenizer.chat_template).encode())
-  return dict(tokenizer=chat.fingerprint(tokenizer), template=template, vocab_size=vocab_size, date=date,
-              row_length=settings.row_length, thinking=settings.thinking, allow_special=settings.allow_special)
+  return dict(**run_folder.encoding(tokenizer), vocab_size=vocab_size, date=date, row_length=settings.row_length,
+              thinking=settings.thinking, allow_special=settings.allow_special)
 
 
 def differences(rows: Rows, how: dict) -> list[str]:

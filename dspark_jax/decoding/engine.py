@@ -318,10 +318,9 @@ class Engine:
       sampling = make_sampling(request.temperature, request.top_k, request.top_p).replace(mode=self.config.sampling)
       stops = np.full((1, STOP_IDS), -1, np.int32)
       stops[0, :len(request.stop_token_ids)] = request.stop_token_ids
-      table = self._temperatures(request)
       thresholds = np.float32([[self.config.confidence_threshold, self.config.survival_threshold]])
-      one = Settings(sampling, stops, np.asarray([request.max_new_tokens], np.int32), table, thresholds,
-                     self.config.verification)
+      one = Settings(sampling, stops, np.asarray([request.max_new_tokens], np.int32), self._temperatures(request),
+                     thresholds, self.config.verification)
       self._rows = self._run(how, self._rows, np.int32(seat.index), one, np.uint32(request.seed),
                              np.int32(source.index), np.int32(n))
       seat.id, seat.request, seat.tokens, seat.read, seat.sent = id, request, list(request.prompt), n, 0

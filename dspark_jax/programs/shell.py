@@ -166,7 +166,6 @@ def check_drafter(drafter: str | Path, *words: str) -> None:
 
 def load(target: str, dtype: str, kernels: Kernels = Kernels("auto", "auto")) -> tuple[Target, Any]:
   """(a target, its tokenizer). The tokenizer is loaded first: its absence is seen at once, weights take minutes."""
-  check_kernels(kernels)
   with stderr.status(f"loading {target}"):
     tokenizer = chat.load_tokenizer(locate_target(target))
     return load_target(target, dtype, kernels), tokenizer
