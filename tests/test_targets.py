@@ -346,7 +346,7 @@ def test_block_attention_is_dense_attention(blocks_at_a_time, dense, monkeypatch
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, layers.SMALL_ROWS, layers.SMALL_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 9, 65, layers.SMALL_ROWS, layers.SMALL_ROWS + 1])
 def test_linear_small_rows(rows, dtype, platform, monkeypatch):
   """Kills: the weight-first product for few rows, or the padded one for a single row, with another value, dtype or
   gradient than x @ weight.T."""
