@@ -139,7 +139,19 @@ def argmax(logits: Array) -> Array:
   # Of words that lie on several devices no chunks are made: they would be exchanged, padded, to be cut anew.
   if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
     return _first_max(logits)
-  return jax.lax.platform_dependent(logits, cpu=_argmax_of_chunks, default=_first_max)
+  return jax.lax.platform_dependent(logits, cpu=_argmax_of_chunks, default=_first_max_in_one_pass)
+
+
+def largest(x: Array) -> tuple[Array, Array]:
+  """(maximum f[...], NaN where there is one; where it is first, i32[...]) of x f[...,V], in one pass."""
+  def larger(a, b):
+    (x, i), (y, j) = a, b
+    before = (x > y) | (x != x) | (x == y) & (i < j)
+    return jnp.where(before, x, y), jnp.where(before, i, j)
+
+  index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  return tuple(jax.lax.reduce((x, index), (jnp.array(-jnp.inf, x.dtype), jnp.int32(x.shape[-1])), larger,
+                              (x.ndim - 1,)))
 
 
 def split_keys(keys: Array, n: int) -> Array:
@@ -265,6 +277,13 @@ def _argmax_of_chunks(logits):
   chunks = _chunks(logits, -jnp.inf)
   chunk = _first_max(jnp.max(chunks, axis=-1))
   return _join(chunk, _first_max(_pick(chunks, chunk)), chunks, logits)
+
+
+def _first_max_in_one_pass(x):
+  """`_first_max` where x need not lie in memory for it: on a TPU, logits that a product makes do not (Qwen3-8B, 32
+  rows: 19 MB, written once and read twice for every draft)."""
+  best, first = largest(x)
+  return jnp.where(best > -jnp.inf, first, x.shape[-1])
 
 
 def _first_max(x):

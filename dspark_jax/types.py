@@ -83,6 +83,7 @@ class Head(Protocol):
   """A projection to words, as a pytree: made once before a loop, so that what it gathers is gathered once."""
 
   def __call__(self, hidden: Array) -> Array: ...  # f[...,D] -> f32[...,W]
+  def best(self, hidden: Array) -> Array: ...  # f[...,D] -> i32[...]  `sampling.argmax` of that
 
 
 @flax.struct.dataclass

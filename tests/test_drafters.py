@@ -14,7 +14,7 @@ from dspark_jax import config
 from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.drafters import DRAFTERS, dspark, heads
 from dspark_jax.nn.parameters import parameters
-from dspark_jax.sampling import make_sampling
+from dspark_jax.sampling import make_sampling, probabilities
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.text import read_json
@@ -417,3 +417,15 @@ def test_golden_default_taps(case):
   for i, expected in enumerate(outputs["default_ids/target_layer_ids"]):
     layers, n = (int(inputs[f"default_ids/{key}"][i]) for key in ("num_target_layers", "num_draft_layers"))
     assert dialects.default_taps(layers, n) == tuple(expected[:n])
+
+
+def test_greedy_drafts_of_bfloat16_keep_half_precision():
+  """Kills: base logits as coarse as the hidden states, 0.125 at 20, by which greedy drafts would be taken among ties; a
+  rounding of what is drawn from, which then is not what the target verifies by."""
+  base = jnp.zeros((1, 1, 8)).at[0, 0, 2].set(20.0).at[0, 0, 5].set(20.03)
+  propose_from = lambda temperature: heads.propose(
+      None, None, None, jnp.zeros((1, 1, 4), jnp.bfloat16), base, jnp.zeros(1, jnp.int32), None, KEYS(1),
+      make_sampling(temperature))
+  greedy = propose_from(0.0)
+  assert greedy.tokens.tolist() == [[5]] and greedy.logits.dtype == jnp.float32
+  np.testing.assert_array_equal(propose_from(1.0).probs[0, 0], probabilities(base[:, 0], make_sampling(1.0))[0])

@@ -407,3 +407,18 @@ def test_rope_is_float32_in_bfloat16_models():
   turned = (start[:, :4] + 1j * start[:, 4:]) * np.exp(1j * angle)
   assert rope_table(np.zeros((1, 1), np.int32), 8, 1e4)[0].dtype == jnp.float32
   close(far, np.concatenate([turned.real, turned.imag], -1), atol=0.03)
+
+
+def test_best_words_of_tiles(monkeypatch):
+  """Kills: ties of two tiles that go to the later one, places counted within a tile, a NaN that other tiles hide; all
+  logits at once where they were to be made a tile at a time."""
+  compile_as("tpu", monkeypatch)
+  monkeypatch.setattr(layers, "TILE", 1024)  # of 8 rows: 128 words
+  logits = np.random.default_rng(0).integers(0, 4, (8, 300)).astype(np.float32)
+  head, rows = layers.WordHead(jnp.asarray(logits.T)), jnp.eye(8)
+  np.testing.assert_array_equal(head.best(rows), logits.argmax(-1))
+  np.testing.assert_array_equal(head.best(jnp.full((1, 8, 8), jnp.nan)), np.full((1, 8), 300))
+  broken = head.replace(weight=head.weight.at[140].set(jnp.nan))  # in the second of three
+  np.testing.assert_array_equal(broken.best(rows), np.full(8, 300))
+  assert "f32[8,300]" not in str(jax.make_jaxpr(head.best)(rows))
+  assert "f32[8,300]" in str(jax.make_jaxpr(head)(rows))

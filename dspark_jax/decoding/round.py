@@ -128,11 +128,14 @@ def settle(models: Models, rows: Rows, proposal: Proposal, confidence: Array, le
   """
   keys, _, accept_keys, bonus_keys = _keys(rows)
   live, settings = ~rows.done, rows.settings
+  greedy = settings.sampling.mode == "greedy"
   inputs = jnp.concatenate([rows.anchor[:, None], proposal.tokens], axis=1)
   held = jnp.where(live, lengths + 1, 0)
-  out, logits, rows_of, read, cache = _run(models, inputs, rows.cache, held, bucket, chunk)
-  if settings.sampling.mode == "greedy":  # of packed logits, none are spread over the rows
-    verdict = verify_greedy(rows_of(sp.argmax(logits)), proposal, lengths)
+  out, words, rows_of, read, cache = _run(models, inputs, rows.cache, held, bucket, chunk)
+  logits = None if greedy and not log_probs else models.head(words)
+  best = None if not greedy else models.head.best(words) if logits is None else sp.argmax(logits)
+  if greedy:  # of packed logits, none are spread over the rows
+    verdict = verify_greedy(rows_of(best), proposal, lengths)
   else:
     verdict = verify(rows_of(logits), proposal, settings.sampling, accept_keys=accept_keys, bonus_keys=bonus_keys,
                      lengths=lengths, rule=settings.verification)
@@ -157,7 +160,7 @@ def settle(models: Models, rows: Rows, proposal: Proposal, confidence: Array, le
       keys=jnp.where(live, keys, rows.keys), count=count, done=rows.done | failed | ended, failed=rows.failed | failed)
   report = Report(tokens, n_new, kept, jnp.where(stopped, kept, lengths), confidence, live, after.done, after.failed,
                   _log_probs(rows_of(logits), tokens) if log_probs else None)
-  return (after, report) if chunk is None else _read(models, after, report, chunk, *read)
+  return (after, report) if chunk is None else _read(models, after, report, chunk, read, logits, best)
 
 
 def _keys(rows):
@@ -166,11 +169,12 @@ def _keys(rows):
 
 
 def _run(models, inputs, cache, held, bucket, chunk):
-  """(what the target says of rows [B,T,...], their logits f32[N,V] or f32[B,T,V], what makes rows [B,T,...] of such,
-  of a chunk (what it says [1,C,...], logits f32[1,V] after its last token), the cache)."""
+  """(what the target says of rows [B,T,...]; the hidden states f[N,D] or f[B,T,D] whose words are asked for, with a
+  chunk f[N+1,D], the last after its last token; what makes rows [B,T,...] of what is like them; what the target says of
+  a chunk [1,C,...]; the cache)."""
   if bucket is None and chunk is None:
     out, cache = models.target(inputs, cache, models.taps)
-    return out, models.head(out.hidden), lambda x: x, None, cache
+    return out, out.hidden, lambda x: x, None, cache
   steps = inputs.shape[1]
   chosen = None if bucket is None else Chosen.of(held, bucket, steps)
   packing = Packing(chosen, None, steps)
@@ -178,20 +182,22 @@ def _run(models, inputs, cache, held, bucket, chunk):
     packing = Packing(chosen, chunk.seat, steps, chunk.tokens.shape[0])
   out, cache = models.target(packing.join(inputs, None if chunk is None else chunk.tokens), cache, models.taps, packing)
   hidden, features = packing.split(out.hidden), packing.split(out.features)
-  words = hidden[0] if chunk is None else jnp.concatenate([hidden[0], hidden[1][chunk.n - 1][None]])
-  logits, n = models.head(words), hidden[0].shape[0]
-  read = TargetOutput(hidden[1][None], features[1][None]), logits[n:]
-  return TargetOutput(*map(packing.rows, (hidden[0], features[0]))), logits[:n], packing.rows, read, cache
+  words, n = hidden[0], hidden[0].shape[0]
+  if chunk is not None:
+    words = jnp.concatenate([words, hidden[1][chunk.n - 1][None]])
+  return (TargetOutput(*map(packing.rows, (hidden[0], features[0]))), words, lambda x: packing.rows(x[:n]),
+          TargetOutput(hidden[1][None], features[1][None]), cache)
 
 
-def _read(models, rows, report, chunk, out, logits):
-  """(rows, report) with a chunk read, and its row begun where that was the last of its prompt."""
+def _read(models, rows, report, chunk, out, logits, best):
+  """(rows, report) with a chunk read, and its row begun where that was the last of its prompt. logits, best: their last
+  is of the token after it."""
   seat, one = chunk.seat, lambda x: x[chunk.seat][None]
   sampling, last = rows.settings.sampling, chunk.following < 0
   sampling = sampling.replace(temperature=one(sampling.temperature), top_k=one(sampling.top_k),
                               top_p=one(sampling.top_p))
   keys, first_keys = sp.split_keys(one(rows.keys), 2)
-  first = choose(logits, sampling, first_keys)
+  first = choose(logits[-1:], sampling, first_keys) if best is None else best[-1:]
   cache = models.target.commit(rows.cache, jnp.zeros_like(rows.count).at[seat].set(chunk.n))
   draft = rows.draft
   if models.drafter:
@@ -206,7 +212,7 @@ def _read(models, rows, report, chunk, out, logits):
                       count=put(rows.count, 1), done=put(rows.done, failed | ended), failed=put(rows.failed, failed))
   log_probs = report.log_probs
   if log_probs is not None:
-    log_probs = log_probs.at[seat, 0].set(_log_probs(logits, first[:, None][:, :1])[0, 0])
+    log_probs = log_probs.at[seat, 0].set(_log_probs(logits[-1:], first[:, None])[0, 0])
   return rows, report.replace(tokens=report.tokens.at[seat, 0].set(first[0]), n_new=put(report.n_new, 1),
                               done=rows.done, failed=rows.failed, log_probs=log_probs)
 

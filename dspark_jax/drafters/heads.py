@@ -108,7 +108,7 @@ def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Arra
     """Draft position k: (state, previous token, rest) and (k, hidden) -> the next carry and what k gives."""
     state, previous, rest = carry
     k, h = position
-    logits = jax.lax.dynamic_index_in_dim(rest, k, keepdims=False)
+    logits = jax.lax.dynamic_index_in_dim(rest, k, keepdims=False).astype(jnp.float32)
     embedding = None
     if head is not None:
       embedding = head.markov_w1(previous)
@@ -120,6 +120,10 @@ def propose(head: MarkovHead | None, bias: Head | None, confidence, hidden: Arra
     survive = jnp.ones(h.shape[0]) if confidence is None else jax.nn.sigmoid(confidence(h, embedding))
     return (state, token, rest), (token, logits, survive)
 
+  if sampling.mode == "greedy" and hidden.dtype == jnp.bfloat16:
+    # The largest of what a round needs beyond its caches, all of it until the last draft. A float16 is still 8 times
+    # finer than the hidden states that it is made of; what is drawn from, and verified by, is not rounded.
+    base = base.astype(jnp.float16)
   along = (jnp.arange(base.shape[1], dtype=jnp.int32), jnp.swapaxes(hidden, 0, 1))
   state = None if head is None else head.first(head.markov_w1(anchor))
   # Probabilities take the place of the base logits that they are made of: beside them, TPUs would hold both while the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Annotated, Any
 
 import flax.struct
@@ -17,9 +18,11 @@ from dspark_jax.nn.cache import Full, Layout
 from dspark_jax.nn.packing import PackedPlace, through
 from dspark_jax.nn.rope import Theta, Yarn, rope_table, rotate
 from dspark_jax.nn.sharding import ROWS, constrain, local
+from dspark_jax.sampling import argmax, largest
 from dspark_jax.types import Array
 
 SMALL_ROWS = 256  # up to so many, platforms take products in orders of their own
+TILE = 2 ** 23       # logits of which a TPU makes an argmax at a time: 34 MB
 
 
 def _few_rows_on_cpu(weight, x):
@@ -129,6 +132,27 @@ class WordHead:
     else:
       logits = linear(self.weight, hidden, jnp.float32, axes=self.axes)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+  def best(self, hidden: Array) -> Array:
+    """`sampling.argmax` of the logits, i32[...]: where many rows would need much memory at once, of some words at a
+    time."""
+    words, rows = self.weight.shape[0], local(hidden.shape[0], "rows") * math.prod(hidden.shape[1:-1])
+    tiles = -(-rows * words // TILE)
+    if tiles < 2 or jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+      return argmax(self(hidden))
+    width = -(-words // tiles // 128) * 128  # whole lanes
+    return jax.lax.platform_dependent(self, hidden, tpu=functools.partial(WordHead._best_of_tiles, width=width),
+                                      default=lambda head, hidden: argmax(head(hidden)))
+
+  def _best_of_tiles(self, hidden, width):
+    words, each = self.weight.shape[0], hidden.shape[:-1]
+    best, most = jnp.full(each, words, jnp.int32), jnp.full(each, -jnp.inf)
+    for first in range(0, words, width):
+      top, index = largest(self.replace(weight=self.weight[first:first + width])(hidden))
+      best = jnp.where(top > most, first + index, best)
+      # One after the other: else all logits are there at once again. A NaN stays.
+      best, most, hidden = jax.lax.optimization_barrier((best, jnp.maximum(most, top), hidden))
+    return jnp.where(most > -jnp.inf, best, words)
 
   def copies(self, count: int) -> WordHead:
     """The same head with a weight [count,W,D], of which every device that has rows of its own has one: what gradients
