@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import dspark_jax
-from dspark_jax.nn.sharding import MeshConfig, rows_share
 from dspark_jax.programs import hosts
 from folders import LLAMA, complains, llama, slow_but, thorough_but, with_tokenizer
 
@@ -49,7 +48,8 @@ def free_port() -> int:
     return made.getsockname()[1]
 
 
-def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, alone: int | None = None):
+def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, alone: int | None = None,
+            program=("-m", "train.train")):
   """The processes of a training, or the one of them that is named."""
   config = folder / f"{out}.py"
   config.write_text(CONFIG.format(target=str(folder / "target"), out=str(folder / out), data=str(folder / "data.jsonl"),
@@ -58,7 +58,7 @@ def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, a
       "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes), "PYTHONPATH": str(ROOT)}
   joined = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.processes", str(processes), "--hosts.silence",
             "8"] if processes > 1 else []
-  command = [sys.executable, "-m", "train.train", "--config", str(config), "--mesh.data", "2", "--mesh.fsdp", "-1",
+  command = [sys.executable, *program, "--config", str(config), "--mesh.data", "2", "--mesh.fsdp", "-1",
              *joined, *map(str, more)]
   one = lambda i: subprocess.Popen([*command, *(["--hosts.process", str(i)] if joined else [])], cwd=ROOT, text=True,
                                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -117,26 +117,6 @@ def test_what_launchers_say(told, count, monkeypatch):
   else:
     with complains("infer.generate runs in one process", "start it once"):
       hosts.refuse("infer.generate")
-
-
-class OtherDevice:
-  def __init__(self, process):
-    self.process_index = process
-
-
-@pytest.mark.parametrize("sizes, process, share", [
-    ((4, 1, 2), 0, (0, 2)), ((4, 1, 2), 1, (1, 2)), ((2, 2, 2), 1, (1, 2)), ((1, 1, 8), 1, (0, 1)),
-    ((2, 1, 4), 1, (1, 2))])
-def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
-  """Kills: rows by the number of the process where `tensor` reaches over several, which then read different ones."""
-  with jax.set_mesh(MeshConfig(*sizes).build()):
-    monkeypatch.setattr(jax, "process_index", lambda: process)
-    real = jax.sharding.get_mesh()
-    class Spread:
-      empty, axis_names, shape = False, real.axis_names, real.shape
-      devices = np.array([OtherDevice(i // 4) for i in range(8)]).reshape(real.devices.shape)
-    monkeypatch.setattr(jax.sharding, "get_mesh", lambda: Spread)
-    assert rows_share() == share
 
 
 MEMBER = """
@@ -314,6 +294,34 @@ def test_sigterm_to_one_stops_all(told, folder, undisturbed):
   assert code == 0, err
   for step, numbers in losses(out).items():
     np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))
+
+
+IN_TURN = """
+import runpy
+import jax
+make = jax.make_mesh
+def in_turn(sizes, names, **how):
+  devices = make(sizes, names, **how).devices.reshape(2, -1).T
+  return jax.sharding.Mesh(devices.reshape(sizes), names, axis_types=how["axis_types"])
+jax.make_mesh = in_turn
+runpy.run_module("train.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_hosts_that_are_no_neighbours_in_the_mesh(folder):
+  """Kills: a training that a pod's mesh refuses, or that puts a host's rows where its devices would be in order: other
+  batches, other held-out rows."""
+  more = ["--eval-rows", "4", "--eval-every", "4", "--lengths", "41"]
+  for processes in (1, 2):
+    for code, _, err in ended(started(folder, f"turns{processes}", processes, *more, program=("-c", IN_TURN))):
+      assert code == 0, err
+  one, two = (log_of(folder / f"turns{processes}") for processes in (1, 2))
+  assert [line["step"] for line in one if "held_out" in line] == [4, 8]
+  for a, b in zip(one, two, strict=True):
+    for name in ("loss", "tau", "grad_norm"):
+      np.testing.assert_allclose(b[name], a[name], rtol=1e-5)
+    np.testing.assert_allclose(b.get("held_out", {}).get("loss", 0), a.get("held_out", {}).get("loss", 0), rtol=1e-5)
 
 
 @pytest.mark.slow

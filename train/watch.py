@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.decoding.session import PROMPT_BUCKET
-from dspark_jax.nn.sharding import everywhere, place_rows, rows_share
+from dspark_jax.nn.sharding import everywhere, place_rows, rows_here
 from dspark_jax.programs import hosts, run_folder
 from dspark_jax.programs.compilers import CHIPS
 from dspark_jax.training.step import StepConfig, batch_loss, step_flops
@@ -112,10 +112,8 @@ class HeldOut:
   any number of microbatches."""
 
   def __init__(self, config: TrainConfig, static: StepConfig, target, rows):
-    self.target, self.batches, (part, count) = target, [], rows_share()
-    size = config.batch // count
-    for at in range(0, len(rows), config.batch):
-      self.batches.append(rows.take(np.arange(at + part * size, at + (part + 1) * size)))
+    self.target, mine = target, rows_here(config.batch)
+    self.batches = [rows.take(at + mine) for at in range(0, len(rows), config.batch)]
     key = jax.random.key_data(jax.random.key(config.seed + 1))
     self.step = jax.jit(functools.partial(_measured, key=np.asarray(key), static=static), out_shardings=everywhere())
 
