@@ -217,6 +217,27 @@ def test_one_speaks_and_all_end():
   assert json.loads(out) == {"process": 0} and not silent
 
 
+RESUMED = """
+import os, signal, time
+from dspark_jax.programs import hosts
+with hosts.join(hosts.HostsConfig({at!r}, 2, {process}, 60, 8)), hosts.stops(1000) as stop:
+  hosts.agree(lambda: None)
+  if {process}:
+    os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(3)  # what a start takes to load and compile
+  hosts.agree(lambda: None)
+  print([step for step in range(1001, 1004) if stop(step)])
+"""
+
+
+def test_sigterm_before_the_first_step_is_heard():
+  """Kills: a run that goes on at step 1001 and never stops, since JAX agreed on step 1 when the signal came."""
+  at, environment = f"localhost:{free_port()}", os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+  running = [subprocess.Popen([sys.executable, "-c", RESUMED.format(at=at, process=i)], env=environment, text=True,
+                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in (0, 1)]
+  assert [(code, out) for code, out, _ in ended(running, 60)] == [(0, "[1001]\n")] * 2
+
+
 # By what is raised: the exit code of all, what its process says, what the others do.
 ENDS = {MISTAKE: (2, "error: this file is not there: bring it", "this file is not there"),
         "KeyError('taps')": (1, "Traceback", "KeyError: 'taps'"), "KeyboardInterrupt": (130, "", "interrupted")}
@@ -322,6 +343,22 @@ def test_hosts_that_are_no_neighbours_in_the_mesh(folder):
     for name in ("loss", "tau", "grad_norm"):
       np.testing.assert_allclose(b[name], a[name], rtol=1e-5)
     np.testing.assert_allclose(b.get("held_out", {}).get("loss", 0), a.get("held_out", {}).get("loss", 0), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_that_goes_on(folder, undisturbed):
+  """Kills: a training that is deaf to the signal that came while it compiled, after it was resumed."""
+  out = folder / "deaf"
+  shutil.copytree(undisturbed[0], out)
+  shutil.rmtree(out / "drafter"), shutil.rmtree(out / "steps" / str(STEPS))
+  running = started(folder, out.name, 2)
+  while "resuming after step 6" not in (line := running[0].stderr.readline()):
+    assert line
+  running[1].send_signal(signal.SIGTERM)
+  results = ended(running)
+  assert [code for code, _, _ in results] == [0, 0], results
+  assert json.loads(results[0][1].splitlines()[-1])["steps"] == 7 < STEPS
+  assert sorted(path.name for path in (out / "steps").iterdir()) == ["6", "7"]
 
 
 @pytest.mark.slow

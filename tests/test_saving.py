@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
 
 import dspark_jax
 from dspark_jax.checkpoints import atomic, state
@@ -211,6 +214,33 @@ def test_training_state_comes_back(tmp_path):
   assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["6", "7"]
   with complains("save_every is 0, expected at least 1"):
     state.checkpointer(tmp_path / "other", every=0)
+
+
+def test_a_host_that_is_gone_is_no_full_disk(tmp_path, monkeypatch):
+  """Kills: an exchange that fails since another process died, taken for a full disk or a damaged state: a mistake,
+  which no launcher tries again."""
+  def fail(*_, **__):
+    raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Gloo AllGather failed: Connection closed by peer")
+  tree, saved = {"moments": jnp.ones(3)}, state.checkpointer(tmp_path / "steps", every=1)
+  saved.save_checkpointables(1, {"state": tree})
+  monkeypatch.setattr(state, "sums", fail)
+  monkeypatch.setattr(state.ocp, "save", fail)
+  monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", fail)
+  for use in (lambda: saved.save_checkpointables(2, {"state": tree}), lambda: state.restore(saved, tree),
+              lambda: state.restore(saved, tree, use_older=True),
+              lambda: dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+      use()
+
+
+def test_a_save_tells_jax_no_step(tmp_path, monkeypatch):
+  """Kills: Orbax's own numbers among those of hosts.stops: JAX agrees on a step to stop at that never comes."""
+  told = []
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: told.append(step) or False)
+  with contextlib.closing(state.checkpointer(tmp_path / "steps", every=2)) as saved:
+    for step in (1, 2, 3):
+      saved.save_checkpointables(step, {"state": {"moments": jnp.ones(3)}}, force=step == 3)
+  assert told == [] and sorted(path.name for path in (tmp_path / "steps").iterdir()) == ["2", "3"]
 
 
 def flipped(path: Path, byte: int) -> None:

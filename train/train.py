@@ -141,7 +141,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     # Not of the state itself, which the first step is donated.
     flops = functools.partial(useful_flops, config, target, jax.eval_shape(lambda: state.drafter))
     pace = Pace(config, flops, started)
-    with hosts.stops() as stop:  # until all is written: who sends SIGTERM may send another
+    with hosts.stops(int(state.step)) as stop:  # until all is written: who sends SIGTERM may send another
       state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
                          measured(config, static, target, apart, stops), stop)
       saved.close()

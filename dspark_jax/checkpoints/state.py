@@ -141,6 +141,8 @@ def _save(folder, name, sidecar, weights, carry=lambda folder: None):
     try:
       with context:
         ocp.save((new / "weights").absolute(), weights)
+    except jax.errors.JaxRuntimeError:
+      raise  # of an exchange with a process that is gone: no disk is at fault
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
       raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
     if jax.process_index():
@@ -203,6 +205,11 @@ class Checkpointer(ocp.training.Checkpointer):
   """Orbax's, with every tree stored flat, by path (it cannot read back the mixed keys of a list of modules), with sums
   of what was saved. An error of a save that went on in the background comes with the next save, or with `close`."""
 
+  def __init__(self, *places, **options):
+    super().__init__(*places, **options)
+    # Its manager would tell JAX a number for each step that it saves, and JAX expects those of hosts.stops alone.
+    self._manager.reached_preemption = lambda step: False
+
   def save_checkpointables_async(self, step, checkpointables, **options):
     """Begins to save the trees, by name: arrays may be donated after it. None where Orbax's policies (or `force`) have
     nothing saved at this step."""
@@ -222,6 +229,8 @@ class Checkpointer(ocp.training.Checkpointer):
   def _saving(self, when):
     try:
       yield
+    except jax.errors.JaxRuntimeError:
+      raise  # as above
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
       raise OSError(f"{self.directory} cannot be written ({type(error).__name__}) {when}: free some space, and go on "
                     f"with the same command") from error
@@ -267,6 +276,8 @@ def _restored(checkpoints, step, state):
   try:
     leaves = checkpoints.load_checkpointables(step, {"state": _flat(_with_places(state))})["state"]
     stored = (checkpoints.metadata(step).custom_metadata or {}).get("sums of state")
+  except jax.errors.JaxRuntimeError:
+    raise  # as above
   except Exception as error:  # Orbax has no common error, and its texts print the whole state
     raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}: {error_shown(error)}): "
                      f"where neither memory nor the disk is at fault, it is damaged or of another version; {remedy}"

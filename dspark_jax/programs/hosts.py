@@ -217,14 +217,15 @@ def check_same(what: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def stops() -> Iterator[Callable[[int], bool]]:
+def stops(first: int) -> Iterator[Callable[[int], bool]]:
   """Gives stop(step): whether to save and end after this step, since SIGTERM came; the same in all processes.
 
   To be called after every step. It costs no exchange before a signal comes: JAX then agrees on a step that none has
-  reached yet.
+  reached yet. first: how many steps earlier starts have made.
   """
   if here.processes > 1:  # JAX has its own handler, which tells the others
-    yield multihost_utils.reached_preemption_sync_point
+    # Where none was told yet, as in a start that loads and compiles, it agrees on step 1.
+    yield lambda step: multihost_utils.reached_preemption_sync_point(step - first)
     return
   noted = []  # a handler may run in the middle of a step: it leaves a note
   previous = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
