@@ -68,6 +68,7 @@ FEWEST = 8  # steps of a run by the clock, even when no time is left: one that l
 
 
 def main(config: TrainConfig) -> dict:
+  check_same_settings(config)
   if config.steps is config.epochs is config.minutes is None:
     raise ValueError("neither steps nor epochs nor minutes are given: say how long to train with one of them")
   if not config.data:
@@ -78,6 +79,14 @@ def main(config: TrainConfig) -> dict:
     shell.check_drafter(config.start_from)
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
+
+
+def check_same_settings(config: TrainConfig) -> None:
+  """ValueError where this process was given other settings than process 0, beside its number: with other programs, or
+  saves at other steps, all would wait for ever."""
+  settings = run_folder.plain(dataclasses.asdict(config))
+  del settings["hosts"]["process"]
+  hosts.check_same("configuration", settings)
 
 
 def check_rows(config: TrainConfig) -> None:
@@ -99,7 +108,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   record |= {"target": target_id(target, stored), "layout": rows.layout}
   started_from = config.start_from and drafter_from(config.start_from, drafter_config(config.drafter, target.config))
   record["config"]["start_from"] = started_from and drafter_id(started_from)  # not where it is: it may be moved
-  hosts.check_same("run", record)
+  hosts.check_same("run", record)  # its data and target, by content
   run = hosts.agree(lambda: begun(config.out, record) if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
