@@ -10,7 +10,8 @@
 # hosts mount (Filestore, by xpk storage attach); JAX_COMPILATION_CACHE_DIR, which may be gs://, is passed on: a restart
 # does not compile then.
 # Preemption, maintenance, dead hosts: xpk starts all hosts again on exit codes 42 and 127 to 255, among them the 143 of
-# host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who ends as another one did.
+# host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who ends as another one did or as
+# a file server gave no answer.
 # 2, a mistake in the input, ends it.
 # An own JobSet, for clusters without xpk: jobset.yaml.
 set -eu
