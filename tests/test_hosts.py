@@ -128,6 +128,7 @@ class Settings:
 shell.tyro.cli = lambda *_, **__: Settings
 def main(_):
   assert hosts.agree(lambda: [hosts.here.process, None, "a"]) == [0, None, "a"]
+  assert hosts.everyone([hosts.here.process]) == [[i] for i in range({processes})]
   print("together", file=sys.stderr, flush=True)
   if {wrong} == hosts.here.process:
     raise {error}
@@ -385,5 +386,34 @@ def test_an_older_checkpoint_in_all(folder, undisturbed):
   for code, _, err in ended(started(folder, out.name, 2)):
     assert code == 2 and f"the state of step {STEPS} cannot be restored" in err and "--use-older" in err, err
   for code, _, err in ended(started(folder, out.name, 2, "--use-older")):
+    assert code == 0, err
+  assert losses(out) == undisturbed[1]
+
+
+PARTLY = """
+import runpy, sys
+from orbax.checkpoint import v1 as ocp
+whose, name = dict(load=(ocp, "load_checkpointables"), metadata=(ocp.training.Checkpointer, "metadata"))[{what!r}]
+real = getattr(whose, name)
+def partly(*args, **how):
+  found = real(*args, **how)
+  if sys.argv[-1] == "1" and any(str(arg).rpartition("/")[2] == "8" for arg in args):
+    raise ValueError("its part is cut")
+  return found
+setattr(whose, name, partly)
+runpy.run_module("train.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("what", thorough_but([], ["load"], ["load", "metadata"]))
+def test_an_older_checkpoint_where_one_cannot_read_the_newest(what, folder, undisturbed):
+  """Kills: a process that goes on from step 6 while the other one waits for it at step 8, for minutes; then both end."""
+  out, how = folder / f"partly-{what}", dict(program=("-c", PARTLY.format(what=what)))
+  shutil.copytree(undisturbed[0], out)
+  shutil.rmtree(out / "drafter")
+  for code, _, err in ended(started(folder, out.name, 2, **how), 120):
+    assert code == 2, err
+    assert f"the state of step {STEPS} cannot be restored in process 1 (ValueError: its part is cut)" in err, err
+  for code, _, err in ended(started(folder, out.name, 2, "--use-older", **how), 120):
     assert code == 0, err
   assert losses(out) == undisturbed[1]

@@ -216,6 +216,32 @@ def test_training_state_comes_back(tmp_path):
     state.checkpointer(tmp_path / "other", every=0)
 
 
+GOOD = [None, None]  # two processes that could read
+
+
+@pytest.mark.parametrize("told, use_older, restored", [
+    ([[[2, 4], []], GOOD, GOOD], False, 4), ([[[2], [2, 4]], GOOD, GOOD], False, 2),
+    ([[[2, 4], [2, 4]], GOOD, [None, "ValueError: cut"], GOOD, GOOD], True, 2),
+    ([[[2, 4], [2, 4]], [None, "ValueError: cut"], GOOD, GOOD], True, 2),
+    ([[[2, 4], [2, 4]], GOOD, [None, "ValueError: cut"]], False, None)])
+def test_all_hosts_restore_the_same_state(told, use_older, restored, tmp_path):
+  """Kills: a process that goes on from the newest state where another one cannot read its part of it, or does not see
+  it yet; a state that is deleted since process 0 does not see it."""
+  with contextlib.closing(state.checkpointer(tmp_path / "steps", every=2)) as saved:
+    for step in (2, 4):
+      saved.save_checkpointables(step, {"state": {"moments": jnp.full(3, step)}})
+  with contextlib.closing(state.checkpointer(tmp_path / "steps", every=2)) as saved:
+    heard, like = iter(told), {"moments": jnp.zeros(3, jnp.int32)}
+    restore = lambda: state.restore(saved, like, use_older=use_older, everyone=lambda value: next(heard))
+    if restored:
+      np.testing.assert_array_equal(restore()["moments"], np.full(3, restored))
+    else:
+      with complains("the state of step 4 cannot be restored in process 1 (ValueError: cut)", "--use-older"):
+        restore()
+    assert next(heard, None) is None
+  assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == (["2"] if use_older else ["2", "4"])
+
+
 def test_a_host_that_is_gone_is_no_full_disk(tmp_path, monkeypatch):
   """Kills: an exchange that fails since another process died, taken for a full disk or a damaged state: a mistake,
   which no launcher tries again."""

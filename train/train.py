@@ -113,7 +113,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
-  fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
+  fresh = hosts.agree(lambda: saved.latest is None)  # also of a run that was killed before its first checkpoint
   static = step_config(config)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   # Not by the drafter alone: a run that SIGTERM stopped has left one, too. Older records do not say.
@@ -128,7 +128,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     state = made(begin, started_from or build_drafter(config, target, data, stops))
   else:  # only shapes: weights, and bigrams more so, would take longer to make than to restore
     blank = lambda: begin(dspark_jax.new_drafter(drafter_config(config.drafter, target.config)))
-    state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older)
+    state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older, everyone=hosts.everyone)
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
     fitted = 0  # batches that the lens is fitted to
