@@ -407,7 +407,7 @@ runpy.run_module("train.train", run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize("what", thorough_but([], ["load"], ["load", "metadata"]))
 def test_an_older_checkpoint_where_one_cannot_read_the_newest(what, folder, undisturbed):
-  """Kills: a process that goes on from step 6 while the other one waits for it at step 8, for minutes; then both end."""
+  """Kills: a process that goes on from step 6 while the other one waits for it at step 8, for minutes."""
   out, how = folder / f"partly-{what}", dict(program=("-c", PARTLY.format(what=what)))
   shutil.copytree(undisturbed[0], out)
   shutil.rmtree(out / "drafter")

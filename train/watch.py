@@ -157,11 +157,13 @@ def summarise(window: list) -> dict:
 
 
 class Profile:
-  """A trace of the steps that --profile-steps names, for TensorBoard's profiler or Perfetto."""
+  """A trace of the steps that --profile-steps names, for TensorBoard's profiler or Perfetto; one of each process."""
 
   def __init__(self, config: TrainConfig):
     self.first, self.last = config.profile_steps or (0, 0)
-    self.folder, self.on = config.out / "profile", False
+    # JAX names the file by the host, which several processes may share.
+    own = (f"process-{hosts.here.process}",) if hosts.here.processes > 1 else ()
+    self.folder, self.on = config.out.joinpath("profile", *own), False
 
   def before(self, step: int) -> None:
     if step == self.first:
