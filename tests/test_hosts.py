@@ -211,6 +211,27 @@ def test_who_is_late_makes_no_mistake(said, kind, monkeypatch):
     pytest.fail("alone")
 
 
+@pytest.mark.parametrize("more, flags, asked", [
+    ({}, dict(coordinator="a:1"), ("a:1", 4, 2, [1])), ({}, dict(coordinator="a:1", processes=2, process=1),
+                                                        ("a:1", 2, 1, [1])),
+    ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}, {}, (None, None, None, None)), ({}, {}, None)])
+def test_open_mpi(more, flags, asked, monkeypatch):
+  """Kills: "coordinator_address should be defined" for Open MPI 5, of which JAX knows nothing; processes that all take
+  all GPUs of the host there; older versions, which JAX knows, that are told something else."""
+  def initialize(**how):
+    assert tuple(how[name] for name in ("coordinator_address", "num_processes", "process_id",
+                                        "local_device_ids")) == asked
+    raise RuntimeError("address in use")
+  for name, value in ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+                      | more).items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(hosts, "_reach", lambda config: None)
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  said, kind = ("address in use", hosts.Apart) if asked else ("Open MPI 5 does not say", ValueError)
+  with complains(said, error=kind), hosts.join(hosts.HostsConfig(**flags)):
+    pytest.fail("alone")
+
+
 def test_one_speaks_and_all_end():
   """Kills: two results, a process that is left behind at the end."""
   (code, out, err), (other, silent, _) = ended(members(seconds=0), 60)

@@ -7,10 +7,10 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/qwen3_4b.py --microbatches 32 --data rows --out runs/q3 --mesh.fsdp -1
 
 On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI, xpk and
-GKE say who they are; on TPU VMs outside GKE --hosts.processes N alone is given, elsewhere --hosts.coordinator HOST:PORT
---hosts.processes N --hosts.process I. Process 0 speaks and writes; SIGTERM to any of them saves and ends all; where one
-dies, the others end within --hosts.silence seconds with its name, and the same command goes on, also with another
-number of hosts.
+GKE say who they are (Open MPI 5 needs --hosts.coordinator HOST:PORT); on TPU VMs outside GKE --hosts.processes N alone
+is given, elsewhere --hosts.coordinator, --hosts.processes N and --hosts.process I. Process 0 speaks and writes; SIGTERM
+to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds with its name, and the
+same command goes on, also with another number of hosts.
 
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
