@@ -48,9 +48,10 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
     more = {"default": default()} if default else {}
     asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
     check_paths(asked)
-    if not hasattr(asked, "hosts"):
+    apart = not hasattr(asked, "hosts")
+    if apart and getattr(asked, "writers", 1) == 1:  # several know their shares without a word to one another
       hosts.refuse(main.__module__)
-    with hosts.join(getattr(asked, "hosts", hosts.HostsConfig())):
+    with contextlib.nullcontext() if apart else hosts.join(asked.hosts):
       stderr.quiet = not hosts.first()
       with joint_mesh(getattr(asked, "mesh", ONE_DEVICE)) if mesh else contextlib.nullcontext():
         result = main(asked)
