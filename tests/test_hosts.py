@@ -416,9 +416,12 @@ import runpy, sys
 from orbax.checkpoint import v1 as ocp
 whose, name = dict(load=(ocp, "load_checkpointables"), metadata=(ocp.training.Checkpointer, "metadata"))[{what!r}]
 real = getattr(whose, name)
-def partly(*args, **how):
-  found = real(*args, **how)
-  if sys.argv[-1] == "1" and any(str(arg).rpartition("/")[2] == "8" for arg in args):
+def partly(where, *args, **how):
+  mine = sys.argv[-1] == "1" and "8" in (where.name if {what!r} == "load" else str(args[0]))
+  if mine and args[0] != 8:  # a leaf that is not there: the load begins, and ends before it meets the others
+    args[0]["state"]["none"] = next(iter(args[0]["state"].values()))
+  found = real(where, *args, **how)
+  if mine:
     raise ValueError("its part is cut")
   return found
 setattr(whose, name, partly)
@@ -434,7 +437,7 @@ def test_an_older_checkpoint_where_one_cannot_read_the_newest(what, folder, undi
   shutil.rmtree(out / "drafter")
   for code, _, err in ended(started(folder, out.name, 2, **how), 120):
     assert code == 2, err
-    assert f"the state of step {STEPS} cannot be restored in process 1 (ValueError: its part is cut)" in err, err
+    assert f"the state of step {STEPS} cannot be restored in process 1 (" in err, err
   for code, _, err in ended(started(folder, out.name, 2, "--use-older", **how), 120):
     assert code == 0, err
   assert losses(out) == undisturbed[1]

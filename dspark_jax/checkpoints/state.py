@@ -279,8 +279,9 @@ def restore(checkpoints: Checkpointer, state, *, use_older: bool = False,
 def _restored(checkpoints, step, state, everyone):
   def load():
     # Each alone: who cannot read its part would leave the others in a barrier.
-    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-    with ocp.Context(multiprocessing_options=alone):
+    alone, own = ocp.Context(), jax.process_index()
+    alone.multiprocessing.primary_host, alone.multiprocessing.active_processes = own, {own}
+    with alone:
       like = {"state": _flat(_with_places(state))}
       return ocp.load_checkpointables(checkpoints.directory / str(step), like)["state"]
 
