@@ -215,7 +215,7 @@ def test_a_run_goes_by_what_its_target_is(folder, uninterrupted, monkeypatch, tm
   were put where the target was."""
   shutil.copytree(folder / "target", tmp_path / "target")
   config = experiment(folder, tmp_path / "run", target=str(tmp_path / "target"))
-  monkeypatch.setattr(hosts, "stops", lambda: contextlib.nullcontext(lambda step: step == 5))
+  monkeypatch.setattr(hosts, "stops", lambda first: contextlib.nullcontext(lambda step: step == 5))
   train.main(config)
   monkeypatch.undo()
   shutil.rmtree(tmp_path / "target")
