@@ -359,3 +359,18 @@ def test_damaged_caches(change, part, tmp_path):
   write_cache(tmp_path / "cache", [([5], [1], [[1, 2]], [[3]])], 1, [0, 1], lambda number: 0, **change)
   with complains("cache", part):
     Cache(tmp_path / "cache")
+
+
+def test_writers_that_a_launcher_starts(capsys, monkeypatch):
+  """Kills: eight writers of one job that are refused as one program started eight times, or wait for one another; one
+  writer that is started eight times."""
+  for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "n1"}.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("waits for the others"))
+  def main(settings):
+    return {"writer": settings.writer}
+  main.__module__ = cache_hidden.__name__
+  result, _ = called(capsys, main, cache_hidden.Settings, "--out", "s", "--writers", 8, "--writer", 3)
+  assert result == {"writer": 3}
+  _, err = called(capsys, main, cache_hidden.Settings, "--out", "s", code=2)
+  assert "train.cache_hidden runs in one process" in err

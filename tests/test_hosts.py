@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import dspark_jax
-from dspark_jax.nn.sharding import MeshConfig, rows_share
 from dspark_jax.programs import hosts
 from folders import LLAMA, complains, llama, slow_but, thorough_but, with_tokenizer
 
@@ -49,7 +48,8 @@ def free_port() -> int:
     return made.getsockname()[1]
 
 
-def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, alone: int | None = None):
+def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, alone: int | None = None,
+            program=("-m", "train.train")):
   """The processes of a training, or the one of them that is named."""
   config = folder / f"{out}.py"
   config.write_text(CONFIG.format(target=str(folder / "target"), out=str(folder / out), data=str(folder / "data.jsonl"),
@@ -58,7 +58,7 @@ def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, a
       "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes), "PYTHONPATH": str(ROOT)}
   joined = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.processes", str(processes), "--hosts.silence",
             "8"] if processes > 1 else []
-  command = [sys.executable, "-m", "train.train", "--config", str(config), "--mesh.data", "2", "--mesh.fsdp", "-1",
+  command = [sys.executable, *program, "--config", str(config), "--mesh.data", "2", "--mesh.fsdp", "-1",
              *joined, *map(str, more)]
   one = lambda i: subprocess.Popen([*command, *(["--hosts.process", str(i)] if joined else [])], cwd=ROOT, text=True,
                                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -119,26 +119,6 @@ def test_what_launchers_say(told, count, monkeypatch):
       hosts.refuse("infer.generate")
 
 
-class OtherDevice:
-  def __init__(self, process):
-    self.process_index = process
-
-
-@pytest.mark.parametrize("sizes, process, share", [
-    ((4, 1, 2), 0, (0, 2)), ((4, 1, 2), 1, (1, 2)), ((2, 2, 2), 1, (1, 2)), ((1, 1, 8), 1, (0, 1)),
-    ((2, 1, 4), 1, (1, 2))])
-def test_each_process_has_its_rows(sizes, process, share, monkeypatch):
-  """Kills: rows by the number of the process where `tensor` reaches over several, which then read different ones."""
-  with jax.set_mesh(MeshConfig(*sizes).build()):
-    monkeypatch.setattr(jax, "process_index", lambda: process)
-    real = jax.sharding.get_mesh()
-    class Spread:
-      empty, axis_names, shape = False, real.axis_names, real.shape
-      devices = np.array([OtherDevice(i // 4) for i in range(8)]).reshape(real.devices.shape)
-    monkeypatch.setattr(jax.sharding, "get_mesh", lambda: Spread)
-    assert rows_share() == share
-
-
 MEMBER = """
 import contextlib, sys, time
 from dspark_jax.programs import hosts, shell
@@ -148,6 +128,7 @@ class Settings:
 shell.tyro.cli = lambda *_, **__: Settings
 def main(_):
   assert hosts.agree(lambda: [hosts.here.process, None, "a"]) == [0, None, "a"]
+  assert hosts.everyone([hosts.here.process]) == [[i] for i in range({processes})]
   print("together", file=sys.stderr, flush=True)
   if {wrong} == hosts.here.process:
     raise {error}
@@ -230,11 +211,53 @@ def test_who_is_late_makes_no_mistake(said, kind, monkeypatch):
     pytest.fail("alone")
 
 
+@pytest.mark.parametrize("more, flags, asked", [
+    ({}, dict(coordinator="a:1"), ("a:1", 4, 2, [1])), ({}, dict(coordinator="a:1", processes=2, process=1),
+                                                        ("a:1", 2, 1, [1])),
+    ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}, {}, (None, None, None, None)), ({}, {}, None)])
+def test_open_mpi(more, flags, asked, monkeypatch):
+  """Kills: "coordinator_address should be defined" for Open MPI 5, of which JAX knows nothing; processes that all take
+  all GPUs of the host there; older versions, which JAX knows, that are told something else."""
+  def initialize(**how):
+    assert tuple(how[name] for name in ("coordinator_address", "num_processes", "process_id",
+                                        "local_device_ids")) == asked
+    raise RuntimeError("address in use")
+  for name, value in ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+                      | more).items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(hosts, "_reach", lambda config: None)
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  said, kind = ("address in use", hosts.Apart) if asked else ("Open MPI 5 does not say", ValueError)
+  with complains(said, error=kind), hosts.join(hosts.HostsConfig(**flags)):
+    pytest.fail("alone")
+
+
 def test_one_speaks_and_all_end():
   """Kills: two results, a process that is left behind at the end."""
   (code, out, err), (other, silent, _) = ended(members(seconds=0), 60)
   assert code == other == 0, err
   assert json.loads(out) == {"process": 0} and not silent
+
+
+RESUMED = """
+import os, signal, time
+from dspark_jax.programs import hosts
+with hosts.join(hosts.HostsConfig({at!r}, 2, {process}, 60, 8)), hosts.stops(1000) as stop:
+  hosts.agree(lambda: None)
+  if {process}:
+    os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(3)  # what a start takes to load and compile
+  hosts.agree(lambda: None)
+  print([step for step in range(1001, 1004) if stop(step)])
+"""
+
+
+def test_sigterm_before_the_first_step_is_heard():
+  """Kills: a run that goes on at step 1001 and never stops, since JAX agreed on step 1 when the signal came."""
+  at, environment = f"localhost:{free_port()}", os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+  running = [subprocess.Popen([sys.executable, "-c", RESUMED.format(at=at, process=i)], env=environment, text=True,
+                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in (0, 1)]
+  assert [(code, out) for code, out, _ in ended(running, 60)] == [(0, "[1001]\n")] * 2
 
 
 # By what is raised: the exit code of all, what its process says, what the others do.
@@ -316,6 +339,50 @@ def test_sigterm_to_one_stops_all(told, folder, undisturbed):
     np.testing.assert_allclose(numbers, undisturbed[1][step], rtol=1e-5, err_msg=str(step))
 
 
+IN_TURN = """
+import runpy
+import jax
+make = jax.make_mesh
+def in_turn(sizes, names, **how):
+  devices = make(sizes, names, **how).devices.reshape(2, -1).T
+  return jax.sharding.Mesh(devices.reshape(sizes), names, axis_types=how["axis_types"])
+jax.make_mesh = in_turn
+runpy.run_module("train.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_hosts_that_are_no_neighbours_in_the_mesh(folder):
+  """Kills: a training that a pod's mesh refuses, or that puts a host's rows where its devices would be in order: other
+  batches, other held-out rows."""
+  more = ["--eval-rows", "4", "--eval-every", "4", "--lengths", "41"]
+  for processes in (1, 2):
+    for code, _, err in ended(started(folder, f"turns{processes}", processes, *more, program=("-c", IN_TURN))):
+      assert code == 0, err
+  one, two = (log_of(folder / f"turns{processes}") for processes in (1, 2))
+  assert [line["step"] for line in one if "held_out" in line] == [4, 8]
+  for a, b in zip(one, two, strict=True):
+    for name in ("loss", "tau", "grad_norm"):
+      np.testing.assert_allclose(b[name], a[name], rtol=1e-5)
+    np.testing.assert_allclose(b.get("held_out", {}).get("loss", 0), a.get("held_out", {}).get("loss", 0), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_that_goes_on(folder, undisturbed):
+  """Kills: a training that is deaf to the signal that came while it compiled, after it was resumed."""
+  out = folder / "deaf"
+  shutil.copytree(undisturbed[0], out)
+  shutil.rmtree(out / "drafter"), shutil.rmtree(out / "steps" / str(STEPS))
+  running = started(folder, out.name, 2)
+  while "resuming after step 6" not in (line := running[0].stderr.readline()):
+    assert line
+  running[1].send_signal(signal.SIGTERM)
+  results = ended(running)
+  assert [code for code, _, _ in results] == [0, 0], results
+  assert json.loads(results[0][1].splitlines()[-1])["steps"] == 7 < STEPS
+  assert sorted(path.name for path in (out / "steps").iterdir()) == ["6", "7"]
+
+
 @pytest.mark.slow
 def test_text_is_drafted_beside_training(folder):
   """Kills: a log of which each process has a part, accepted lengths that depend on the number of processes."""
@@ -340,5 +407,37 @@ def test_an_older_checkpoint_in_all(folder, undisturbed):
   for code, _, err in ended(started(folder, out.name, 2)):
     assert code == 2 and f"the state of step {STEPS} cannot be restored" in err and "--use-older" in err, err
   for code, _, err in ended(started(folder, out.name, 2, "--use-older")):
+    assert code == 0, err
+  assert losses(out) == undisturbed[1]
+
+
+PARTLY = """
+import runpy, sys
+from orbax.checkpoint import v1 as ocp
+whose, name = dict(load=(ocp, "load_checkpointables"), metadata=(ocp.training.Checkpointer, "metadata"))[{what!r}]
+real = getattr(whose, name)
+def partly(where, *args, **how):
+  mine = sys.argv[-1] == "1" and "8" in (where.name if {what!r} == "load" else str(args[0]))
+  if mine and args[0] != 8:  # a leaf that is not there: the load begins, and ends before it meets the others
+    args[0]["state"]["none"] = next(iter(args[0]["state"].values()))
+  found = real(where, *args, **how)
+  if mine:
+    raise ValueError("its part is cut")
+  return found
+setattr(whose, name, partly)
+runpy.run_module("train.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("what", thorough_but([], ["load"], ["load", "metadata"]))
+def test_an_older_checkpoint_where_one_cannot_read_the_newest(what, folder, undisturbed):
+  """Kills: a process that goes on from step 6 while the other one waits for it at step 8, for minutes."""
+  out, how = folder / f"partly-{what}", dict(program=("-c", PARTLY.format(what=what)))
+  shutil.copytree(undisturbed[0], out)
+  shutil.rmtree(out / "drafter")
+  for code, _, err in ended(started(folder, out.name, 2, **how), 120):
+    assert code == 2, err
+    assert f"the state of step {STEPS} cannot be restored in process 1 (" in err, err
+  for code, _, err in ended(started(folder, out.name, 2, "--use-older", **how), 120):
     assert code == 0, err
   assert losses(out) == undisturbed[1]

@@ -132,12 +132,12 @@ def test_what_a_lost_connection_left_is_stopped_first(tmp_path):
   (134, 100, 134, False)])
 def test_slurm(code, restarts, left, requeued, tmp_path):
   """Kills: a finished or mistaken job that is queued for ever, a preempted or crashed one that is not; words that are
-  lost or split on the way."""
-  tool(tmp_path, "srun", f"exit {code}")
+  lost or split on the way; processes of one core each, as srun reads no option of sbatch."""
+  tool(tmp_path, "srun", f"echo $SRUN_CPUS_PER_TASK > {tmp_path}/cores; exit {code}")
   tool(tmp_path, "scontrol", "")
   got, said = run(tmp_path, LAUNCH / "slurm.sh", *WORDS, SLURM_JOB_ID="77", SLURM_JOB_NODELIST="n[1-2]",
-                  SLURM_RESTART_COUNT=str(restarts), PYTHON="python")
-  assert got == left, said
+                  SLURM_RESTART_COUNT=str(restarts), SLURM_CPUS_PER_TASK="12", PYTHON="python")
+  assert got == left and (tmp_path / "cores").read_text() == "12\n", said
   assert calls(tmp_path, "scontrol") == ([["requeue", "77"]] if requeued else [])
   (words,) = calls(tmp_path, "srun")
   at = words.index("bash")
@@ -218,11 +218,12 @@ def test_ssh_is_stopped_between_two_starts(tmp_path):
 # TPUs
 
 
-def test_xpk(tmp_path):
+@pytest.mark.parametrize("given, cache", [({}, "/shared/xla-cache"), ({"JAX_COMPILATION_CACHE_DIR": "/c"}, "/c")])
+def test_xpk(given, cache, tmp_path):
   """Kills: a workload that is not restarted, as after the death of one host, which ends the others in their own way;
-  one whose command is another than on other clusters."""
+  one whose command is another than on other clusters; a cache in a bucket that the image cannot read."""
   tool(tmp_path, "xpk", "")
-  how = {"CLUSTER": "c", "IMAGE": "i:1", "JAX_COMPILATION_CACHE_DIR": "gs://b/cache"}
+  how = {"CLUSTER": "c", "IMAGE": "i:1"} | given
   assert run(tmp_path, LAUNCH / "xpk.sh", "name", *WORDS, **how)[0] == DONE
   (words,) = calls(tmp_path, "xpk")
   assert words[:2] == ["workload", "create"] and len(words) % 2 == 0
@@ -230,7 +231,7 @@ def test_xpk(tmp_path):
   assert flags["--docker-image"] == "i:1" and int(flags["--max-restarts"]) > 10
   again = set(map(int, flags["--restart-on-exit-codes"].split(",")))
   assert {1, hosts.AGAIN} <= again and MISTAKE not in again
-  assert flags["--env"] == "JAX_COMPILATION_CACHE_DIR=gs://b/cache"
+  assert flags["--env"] == f"JAX_COMPILATION_CACHE_DIR={cache}"
   command = shlex.split(flags["--command"])
   assert command[:2] == HOST and command[-len(WORDS):] == WORDS
   is_the_command(command[2:])
@@ -238,7 +239,7 @@ def test_xpk(tmp_path):
 
 def test_jobset():
   """Kills: a JobSet that restarts one host alone, tries a mistake again and again, or takes a preemption for the end;
-  hosts or chips that do not make up the slice; a policy for a container that is not there."""
+  hosts or chips that do not make up the slice; a policy for a container that is not there; a cache that is not used."""
   found = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
   assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
   assert found["metadata"]["annotations"] == {
@@ -257,4 +258,6 @@ def test_jobset():
       "containerName": container["name"], "operator": "In", "values": [MISTAKE]}}]
   assert container["command"] == HOST and all(isinstance(word, str) for word in container["args"])
   is_the_command(container["args"])
-  assert [variable["name"] for variable in container["env"]] == ["JAX_COMPILATION_CACHE_DIR"]
+  # JAX reads gs:// by gcsfs, which no extra of ours installs, and goes without a cache where it cannot.
+  (cache,), (mount,) = container["env"], container["volumeMounts"]
+  assert cache["name"] == "JAX_COMPILATION_CACHE_DIR" and cache["value"].startswith(f"{mount['mountPath']}/")

@@ -1,6 +1,7 @@
 """The record of a run and its lines: what goes on after a kill, what is refused, and in which words; its one owner."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -11,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from dspark_jax.drafters import DSpark
-from dspark_jax.programs import run_folder
-from infer import evaluate
+from dspark_jax.programs import hosts, run_folder
+from infer import evaluate, generate
 from train import answers, calibrate, compare, demo, train
 from train.config import read_config
-from folders import LLAMA, QWEN3, complains, files, thorough_but, with_tokenizer
+from folders import LLAMA, QWEN3, called, complains, files, thorough_but, with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -220,6 +221,30 @@ def test_one_owner(name, tmp_path):
   with run_folder.owned(out):
     run_folder.write_record(out, {})
   assert list(files(out.parent)) == [str(run_folder.record_path(out).relative_to(out.parent))]
+
+
+def test_a_lock_that_a_dead_host_left(monkeypatch, tmp_path):
+  """Kills: a pod that is not started again, since the file server still kept the lock of the host that died."""
+  monkeypatch.setattr(hosts.here, "processes", 2)
+  with run_folder.owned(tmp_path), complains(f"{tmp_path} is in use by process ", error=hosts.Apart):
+    with run_folder.owned(tmp_path):
+      pytest.fail("two owners")
+
+
+@pytest.mark.parametrize("error, code, part", [
+    (OSError(errno.ESTALE, "Stale file handle", "/rows"), hosts.AGAIN, "/rows: Stale file handle: it may pass"),
+    (OSError(errno.EIO, "Input/output error"), hosts.AGAIN, "a file: Input/output error: it may pass by itself"),
+    (TimeoutError(errno.ETIMEDOUT, "Connection timed out", "/shared"), hosts.AGAIN, "give the same command again"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "free some space"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "check the path"), (OSError("no disk"), 2, "no disk")])
+def test_what_passes_by_itself(error, code, part, capsys):
+  """Kills: a file server that is restarted, taken for a mistake of the user's: a run of weeks that nobody starts again;
+  a full disk that is tried again and again."""
+  def main(settings):
+    raise error
+  main.__module__ = __name__
+  _, err = called(capsys, main, generate.Settings, "--target", "t", "--drafter", "none", code=code)
+  assert part in err
 
 
 def test_the_folder_that_one_is_in(monkeypatch, tmp_path):

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
 
 import dspark_jax
 from dspark_jax.checkpoints import atomic, state
@@ -211,6 +214,59 @@ def test_training_state_comes_back(tmp_path):
   assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["6", "7"]
   with complains("save_every is 0, expected at least 1"):
     state.checkpointer(tmp_path / "other", every=0)
+
+
+GOOD = [None, None]  # two processes that could read
+
+
+@pytest.mark.parametrize("told, use_older, restored", [
+    ([[[2, 4], []], GOOD, GOOD], False, 4), ([[[2], [2, 4]], GOOD, GOOD], False, 2),
+    ([[[2, 4], [2, 4]], GOOD, [None, "ValueError: cut"], GOOD, GOOD], True, 2),
+    ([[[2, 4], [2, 4]], [None, "ValueError: cut"], GOOD, GOOD], True, 2),
+    ([[[2, 4], [2, 4]], GOOD, [None, "ValueError: cut"]], False, None)])
+def test_all_hosts_restore_the_same_state(told, use_older, restored, tmp_path):
+  """Kills: a process that goes on from the newest state where another one cannot read its part of it, or does not see
+  it yet; a state that is deleted since process 0 does not see it."""
+  with contextlib.closing(state.checkpointer(tmp_path / "steps", every=2)) as saved:
+    for step in (2, 4):
+      saved.save_checkpointables(step, {"state": {"moments": jnp.full(3, step)}})
+  with contextlib.closing(state.checkpointer(tmp_path / "steps", every=2)) as saved:
+    heard, like = iter(told), {"moments": jnp.zeros(3, jnp.int32)}
+    restore = lambda: state.restore(saved, like, use_older=use_older, everyone=lambda value: next(heard))
+    if restored:
+      np.testing.assert_array_equal(restore()["moments"], np.full(3, restored))
+    else:
+      with complains("the state of step 4 cannot be restored in process 1 (ValueError: cut)", "--use-older"):
+        restore()
+    assert next(heard, None) is None
+  assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == (["2"] if use_older else ["2", "4"])
+
+
+def test_a_host_that_is_gone_is_no_full_disk(tmp_path, monkeypatch):
+  """Kills: an exchange that fails since another process died, taken for a full disk or a damaged state: a mistake,
+  which no launcher tries again."""
+  def fail(*_, **__):
+    raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Gloo AllGather failed: Connection closed by peer")
+  tree, saved = {"moments": jnp.ones(3)}, state.checkpointer(tmp_path / "steps", every=1)
+  saved.save_checkpointables(1, {"state": tree})
+  monkeypatch.setattr(state, "sums", fail)
+  monkeypatch.setattr(state.ocp, "save", fail)
+  monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", fail)
+  for use in (lambda: saved.save_checkpointables(2, {"state": tree}), lambda: state.restore(saved, tree),
+              lambda: state.restore(saved, tree, use_older=True),
+              lambda: dspark_jax.save_drafter(tmp_path / "d", fresh_drafter(), qwen3())):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+      use()
+
+
+def test_a_save_tells_jax_no_step(tmp_path, monkeypatch):
+  """Kills: Orbax's own numbers among those of hosts.stops: JAX agrees on a step to stop at that never comes."""
+  told = []
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: told.append(step) or False)
+  with contextlib.closing(state.checkpointer(tmp_path / "steps", every=2)) as saved:
+    for step in (1, 2, 3):
+      saved.save_checkpointables(step, {"state": {"moments": jnp.ones(3)}}, force=step == 3)
+  assert told == [] and sorted(path.name for path in (tmp_path / "steps").iterdir()) == ["2", "3"]
 
 
 def flipped(path: Path, byte: int) -> None:

@@ -15,12 +15,14 @@ from dspark_jax.loading import new_drafter
 from dspark_jax.metrics import mean
 from dspark_jax.nn.layers import BlockSpec, Linear
 from dspark_jax.nn.parameters import parameters
-from dspark_jax.nn.sharding import AXES, MeshConfig, constrain, local, made, place, place_rows, shardings
+from dspark_jax.nn.sharding import (AXES, NAMES, MeshConfig, constrain, local, made, place, place_rows, rows_here,
+                                    shardings)
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import Decoder, TargetConfig, stack_layers
 from dspark_jax.training import step as training
 from dspark_jax.training.losses import LossConfig
 from dspark_jax.training.step import OptimizerConfig, StepConfig, init_state
+from folders import complains
 from test_drafters import KINDS, small_drafter
 from test_targets import LAYOUTS, random_tokens
 from test_training import QUICK, assert_same_step, batch_of
@@ -75,6 +77,68 @@ def test_meshes_of_other_axes(sizes, names):
     for use in uses:
       with pytest.raises(ValueError, match=rf"has the axes \({names[0]!r},.*, expected data, fsdp and tensor: make it"):
         use()
+
+
+class StandIn:
+  """A device of another host; of one slice or several."""
+  platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+  def __init__(self, number: int, process: int, slice_index: int = 0):
+    self.id, self.process_index, self.slice_index = number, process, slice_index
+    self.client = jax.devices()[0].client
+
+
+def stand_ins(processes, sizes):
+  """A mesh of devices that belong to these processes, in its order."""
+  devices = np.array([StandIn(i, process) for i, process in enumerate(processes)]).reshape(sizes)
+  return jax.sharding.Mesh(devices, NAMES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+V5E = [0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0]  # by libtpu: make_mesh((1, 16, 1)) of a v5e:4x4
+
+
+@pytest.mark.parametrize("processes, sizes", [
+    ([0] * 4 + [1] * 4, (4, 1, 2)), ([0] * 4 + [1] * 4, (1, 1, 8)), ([0] * 4 + [1] * 4, (2, 1, 4)),
+    ([0, 1, 0, 1], (2, 2, 1)), ([0, 1, 1, 2, 2, 0], (1, 3, 2)), (V5E, (1, 16, 1)), (V5E, (2, 4, 2))])
+def test_every_order_of_hosts_makes_the_same_batch(processes, sizes, monkeypatch):
+  """Kills: a pod's mesh that is refused, as a host's devices are no neighbours there; rows by the number of the
+  process, which a device would take for other ones; different rows where `tensor` reaches over several hosts."""
+  batch, placed = np.arange(3 * 48).reshape(48, 3), {}
+
+  def spread(shape, sharding, part):
+    assert shape == batch.shape
+    where = sharding.devices_indices_map(shape)
+    placed.update({d.id: (index, part(index)) for d, index in where.items() if d.process_index == jax.process_index()})
+  monkeypatch.setattr(jax, "make_array_from_callback", spread)
+  with jax.set_mesh(stand_ins(processes, sizes)):
+    for process in set(processes):
+      monkeypatch.setattr(jax, "process_index", lambda: process)
+      place_rows(batch[rows_here(48)])
+  assert sorted(placed) == list(range(len(processes)))
+  for index, rows in placed.values():
+    np.testing.assert_array_equal(rows, batch[index])
+  assert {len(rows) for _, rows in placed.values()} == {48 // (sizes[0] * sizes[1])}
+
+
+@pytest.mark.parametrize("slices, sizes, order", [
+    ([0, 0, 1, 1], (1, 4, 1), [0, 1, 2, 3]), ([1, 1, 0, 0], (2, 2, 1), [2, 3, 0, 1]),
+    ([0, 1, 2, 3], (2, 2, 1), [0, 1, 2, 3]), ([0, 1, 0, 1], (1, 2, 2), [0, 2, 1, 3]),
+    ([0, 0, 0, 0, 1, 1, 1, 1], (2, 2, 2), list(range(8))), ([1, 0, 1, 0], (1, 1, 4), [1, 3, 0, 2]),
+    ([0, 0, 0, 1], (1, 4, 1), [0, 1, 2, 3]), ([0, 1, 1, 2, 2, 0], (1, 3, 2), [0, 5, 1, 2, 3, 4])])
+def test_meshes_over_slices(slices, sizes, order):
+  """Kills: hosts with GPUs, each a slice to XLA, or TPU slices, of which no mesh can be made; `tensor`, which exchanges
+  most, over the slow links between them where it need not be."""
+  devices = [StandIn(i, process=one, slice_index=one) for i, one in enumerate(slices)]
+  found = MeshConfig(*sizes).build(devices)
+  assert tuple(found.shape.values()) == sizes and [d.id for d in found.devices.flat] == order
+  assert found.axis_types == (jax.sharding.AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_rows_that_hosts_cannot_share(batch):
+  """Kills: a process that gets no rows and waits for ever in the others' collectives."""
+  with jax.set_mesh(stand_ins([0, 1, 2, 3], (4, 1, 1))), complains(f"batch is {batch}, expected a multiple of 4"):
+    rows_here(batch)
 
 
 def test_one_device_is_left_alone():

@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
+import re
 import resource
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -314,6 +317,41 @@ def test_unreadable_shards(name, dtype, tmp_path):
   written(tmp_path / "s", dtype)
   assert path.read_bytes() == whole
   np.testing.assert_array_equal(take()[name], before[name])
+
+
+class Failing:
+  """Reads into an array that fail so many times with these words, then go well."""
+
+  def __init__(self, row, left: list, says: str, real):
+    self.real, self.left, self.says = real(row), left, says
+
+  def write(self, stored):
+    if not self.left:
+      return self.real.write(stored)
+    self.left.pop()
+    return SimpleNamespace(result=lambda: (_ for _ in ()).throw(ValueError(self.says)))
+
+
+@pytest.mark.parametrize("says, times, error, part", [
+    ("ABORTED: All 32 retry attempts failed: Service Unavailable [HTTP code 503]", 2, None, ""),
+    ("ABORTED: All 32 retry attempts failed: Service Unavailable [HTTP code 503]", 99, OSError, "HTTP code 503"),
+    ("UNKNOWN: Error reading /s/hidden/c/0/0 [OS error 116: Stale file handle]", 99, OSError, "shard 0 of hidden"),
+    ("PERMISSION_DENIED: Forbidden [HTTP code 403]", 1, ValueError, "get the right to it"),
+    ("DATA_LOSS: Digest mismatch", 1, ValueError, "delete hidden/c/")])
+def test_a_bucket_that_does_not_answer(says, times, error, part, tmp_path, monkeypatch):
+  """Kills: a whole shard that the user is told to delete since a server was busy; a run that one such answer ends for
+  good; damage, or a lack of rights, that is tried again and again."""
+  store, left = written(tmp_path / "s"), [None] * times
+  take = lambda: store.take(np.arange(ROWS), segments_of())
+  expected = take()
+  monkeypatch.setattr(subject.ts, "array", lambda row, real=subject.ts.array: Failing(row, left, says, real))
+  if error is None:
+    np.testing.assert_array_equal(take()["hidden"], expected["hidden"])
+    return
+  with pytest.raises(error, match=re.escape(part)) as caught:
+    take()
+  assert "hidden store" in str(caught.value) and ("delete" in str(caught.value)) == ("DATA_LOSS" in says)
+  assert error is ValueError or caught.value.errno == errno.EIO
 
 
 def test_rows_of_other_lengths(tmp_path):

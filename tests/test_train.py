@@ -146,6 +146,21 @@ def test_a_run_that_diverges(folder, tmp_path):
   assert train.main(experiment(folder, tmp_path / "run"))["steps"] == STEPS
 
 
+@pytest.mark.parametrize("change", [dict(microbatches=2), dict(save_every=2), dict(mesh=MeshConfig(data=2))])
+def test_hosts_with_other_settings(change, folder, tmp_path, monkeypatch):
+  """Kills: processes that compile other programs, or save at other steps, and wait for one another for ever, after the
+  target was loaded; a process that may not have a number of its own."""
+  one = experiment(folder, tmp_path / "run", hosts=hosts.HostsConfig("host:1", 2, 1))
+  zero = dataclasses.replace(one, hosts=hosts.HostsConfig("host:1", 2, 0))
+  said = []
+  monkeypatch.setattr(hosts, "agree", lambda make: said.append(make()) or said[0])  # the first asked is process 0
+  monkeypatch.setattr(shell, "load", lambda *_: pytest.fail("loads"))
+  train.check_same_settings(zero)
+  train.check_same_settings(one)
+  with complains(f"has another configuration than process 0 ({', '.join(change)}): give the same command"):
+    train.main(dataclasses.replace(one, **change))
+
+
 def test_a_damaged_checkpoint(folder, uninterrupted, tmp_path):
   """Kills: going on from other numbers than were saved; from an older state without being asked; a damaged one that
   stays in the way."""
@@ -200,7 +215,7 @@ def test_a_run_goes_by_what_its_target_is(folder, uninterrupted, monkeypatch, tm
   were put where the target was."""
   shutil.copytree(folder / "target", tmp_path / "target")
   config = experiment(folder, tmp_path / "run", target=str(tmp_path / "target"))
-  monkeypatch.setattr(hosts, "stops", lambda: contextlib.nullcontext(lambda step: step == 5))
+  monkeypatch.setattr(hosts, "stops", lambda first: contextlib.nullcontext(lambda step: step == 5))
   train.main(config)
   monkeypatch.undo()
   shutil.rmtree(tmp_path / "target")

@@ -15,7 +15,7 @@ from dspark_jax.data import chat, rows
 from dspark_jax.data.conversations import Document
 from dspark_jax.data.rows import held_out
 from dspark_jax.data.words import top_words
-from dspark_jax.programs import run_folder
+from dspark_jax.programs import hosts, run_folder
 from dspark_jax.training.step import step_flops
 from train import features, loop, report, train, watch
 from folders import called, complains, llama, packed_rows
@@ -167,6 +167,18 @@ def test_useful_flops_are_of_what_runs(folder, tmp_path):  # noqa: F811
   runs, reads = (watch.useful_flops(dataclasses.replace(config, features=store), llama(), drafter, 48)
                  for store in (None, "a store"))
   assert runs - reads == pytest.approx(2 * 48 * llama().config.flops(24)) and reads > 0
+
+
+@pytest.mark.parametrize("processes, folders", [(1, ["profile"]), (2, ["profile/process-0", "profile/process-1"])])
+def test_each_process_has_a_profile(processes, folders, monkeypatch, tmp_path):
+  """Kills: processes of one host that write their traces over one another's, in a file named by the host."""
+  traced = []
+  monkeypatch.setattr(watch.jax.profiler, "start_trace", lambda folder: traced.append(folder))
+  monkeypatch.setattr(hosts.here, "processes", processes)
+  for process in range(processes):
+    monkeypatch.setattr(hosts.here, "process", process)
+    watch.Profile(SimpleNamespace(out=tmp_path, profile_steps=(2, 3))).before(2)
+  assert traced == [str(tmp_path / folder) for folder in folders]
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ the same taps, it is cheaper to store what it says (30 KB a token for Qwen3-4B w
 The size is said before the store is begun; data are a folder of train.prepare, or files, which are prepared in OUT.rows
 before that. A run that is killed, or whose disk is full, goes on when the same command is given again: finished shards
 stay. Several writers, on any machines that see the same --out, share the work: the same command with --writers 8 and
---writer 0 .. 7; the store is the same, byte for byte. OUT may be a URL (gs://bucket/name).
+--writer 0 .. 7, also as processes of one job; the store is the same, byte for byte. OUT may be a URL
+(gs://bucket/name).
 
 dtype: float32 for the very losses of the target in the step where that is float32, too; bfloat16 (half); int8 with a
 scale for every token and tap (a quarter): what that costs is measured on the first batch and said, best with a

@@ -83,7 +83,8 @@ class TrainConfig:
   """steps between two real speculative runs, of prompts from held-out rows"""
   decode_prompts: int = 4
   profile_steps: tuple[int, int] | None = None
-  """trace from the first to the last of these steps (from 1) into the folder profile"""
+  """trace from the first to the last of these steps (from 1) into the folder profile; of several processes each into
+  profile/process-N"""
   diverged_at: float = 1e4
   """a loss or a gradient norm beyond this ends the run, like one that is not finite"""
   use_older: bool = False

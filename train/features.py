@@ -19,7 +19,7 @@ from dspark_jax.data.features import Features, Memory, Online, Stored
 from dspark_jax.data.rows import Rows, Some, row_indices
 from dspark_jax.data.store import Store
 from dspark_jax.loading import target_id
-from dspark_jax.nn.sharding import place_rows, rows_share
+from dspark_jax.nn.sharding import place_rows, rows_here
 from dspark_jax.types import Batch, TargetOutput
 from train.config import MEMORY, TrainConfig
 
@@ -127,9 +127,8 @@ class Batches:
   def _begin(self, step):
     self.close()
     self.features.forget()  # or the batch after the last one would stay in memory
-    part, count = rows_share()
-    self._feed = pipeline.Feed(self.data, self.config.batch, seed=self.config.seed, start=step, process_index=part,
-                               process_count=count, lengths=self.config.lengths)
+    self._feed = pipeline.Feed(self.data, self.config.batch, seed=self.config.seed, start=step,
+                               mine=rows_here(self.config.batch), lengths=self.config.lengths)
     self._ahead = self._next()
 
   def _next(self):

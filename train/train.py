@@ -7,10 +7,10 @@ or stopped by SIGTERM, goes on exactly where it was when the same command is giv
     python -m train.train --config configs/qwen3_4b.py --microbatches 32 --data rows --out runs/q3 --mesh.fsdp -1
 
 On several hosts the same command is given on each, with a run folder that all of them see: Slurm, Open MPI, xpk and
-GKE say who they are; on TPU VMs outside GKE --hosts.processes N alone is given, elsewhere --hosts.coordinator HOST:PORT
---hosts.processes N --hosts.process I. Process 0 speaks and writes; SIGTERM to any of them saves and ends all; where one
-dies, the others end within --hosts.silence seconds with its name, and the same command goes on, also with another
-number of hosts.
+GKE say who they are (Open MPI 5 needs --hosts.coordinator HOST:PORT); on TPU VMs outside GKE --hosts.processes N alone
+is given, elsewhere --hosts.coordinator, --hosts.processes N and --hosts.process I. Process 0 speaks and writes; SIGTERM
+to any of them saves and ends all; where one dies, the others end within --hosts.silence seconds with its name, and the
+same command goes on, also with another number of hosts.
 
 Flags override the experiment file. The word drafter:eagle3 (or drafter:dspark, drafter:mtp) chooses another kind of
 drafter than the file's, from that kind's defaults: `drafter:eagle3 --drafter.taps 1 8 15 21 28`.
@@ -68,6 +68,7 @@ FEWEST = 8  # steps of a run by the clock, even when no time is left: one that l
 
 
 def main(config: TrainConfig) -> dict:
+  check_same_settings(config)
   if config.steps is config.epochs is config.minutes is None:
     raise ValueError("neither steps nor epochs nor minutes are given: say how long to train with one of them")
   if not config.data:
@@ -78,6 +79,14 @@ def main(config: TrainConfig) -> dict:
     shell.check_drafter(config.start_from)
   with run_folder.owned(config.out):
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
+
+
+def check_same_settings(config: TrainConfig) -> None:
+  """ValueError where this process was given other settings than process 0, beside its number: with other programs, or
+  saves at other steps, all would wait for ever."""
+  settings = run_folder.plain(dataclasses.asdict(config))
+  del settings["hosts"]["process"]
+  hosts.check_same("configuration", settings)
 
 
 def check_rows(config: TrainConfig) -> None:
@@ -99,12 +108,12 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   record |= {"target": target_id(target, stored), "layout": rows.layout}
   started_from = config.start_from and drafter_from(config.start_from, drafter_config(config.drafter, target.config))
   record["config"]["start_from"] = started_from and drafter_id(started_from)  # not where it is: it may be moved
-  hosts.check_same("run", record)
+  hosts.check_same("run", record)  # its data and target, by content
   run = hosts.agree(lambda: begun(config.out, record) if run_folder.is_begun(config.out) else None)
   data, apart = held_out(rows, config.eval_rows, seed=config.seed)
   asked = config.steps_over(len(data))
   saved = checkpoints.checkpointer(config.out / "steps", config.save_every)
-  fresh = saved.latest is None  # also of a run that was killed before its first checkpoint
+  fresh = hosts.agree(lambda: saved.latest is None)  # also of a run that was killed before its first checkpoint
   static = step_config(config)
   target = jax.tree.map(lambda x: x.astype(config.target_dtype), target)
   # Not by the drafter alone: a run that SIGTERM stopped has left one, too. Older records do not say.
@@ -119,7 +128,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     state = made(begin, started_from or build_drafter(config, target, data, stops))
   else:  # only shapes: weights, and bigrams more so, would take longer to make than to restore
     blank = lambda: begin(dspark_jax.new_drafter(drafter_config(config.drafter, target.config)))
-    state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older)
+    state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older, everyone=hosts.everyone)
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
     fitted = 0  # batches that the lens is fitted to
@@ -141,7 +150,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
     # Not of the state itself, which the first step is donated.
     flops = functools.partial(useful_flops, config, target, jax.eval_shape(lambda: state.drafter))
     pace = Pace(config, flops, started)
-    with hosts.stops() as stop:  # until all is written: who sends SIGTERM may send another
+    with hosts.stops(int(state.step)) as stop:  # until all is written: who sends SIGTERM may send another
       state, last = loop(config, advance, state, saved, run["total_steps"], batches, pace,
                          measured(config, static, target, apart, stops), stop)
       saved.close()

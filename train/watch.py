@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 import dspark_jax
 from dspark_jax import metrics as means
 from dspark_jax.decoding.session import PROMPT_BUCKET
-from dspark_jax.nn.sharding import everywhere, place_rows, rows_share
+from dspark_jax.nn.sharding import everywhere, place_rows, rows_here
 from dspark_jax.programs import hosts, run_folder
 from dspark_jax.programs.compilers import CHIPS
 from dspark_jax.training.step import StepConfig, batch_loss, step_flops
@@ -112,10 +112,8 @@ class HeldOut:
   any number of microbatches."""
 
   def __init__(self, config: TrainConfig, static: StepConfig, target, rows):
-    self.target, self.batches, (part, count) = target, [], rows_share()
-    size = config.batch // count
-    for at in range(0, len(rows), config.batch):
-      self.batches.append(rows.take(np.arange(at + part * size, at + (part + 1) * size)))
+    self.target, mine = target, rows_here(config.batch)
+    self.batches = [rows.take(at + mine) for at in range(0, len(rows), config.batch)]
     key = jax.random.key_data(jax.random.key(config.seed + 1))
     self.step = jax.jit(functools.partial(_measured, key=np.asarray(key), static=static), out_shardings=everywhere())
 
@@ -159,11 +157,13 @@ def summarise(window: list) -> dict:
 
 
 class Profile:
-  """A trace of the steps that --profile-steps names, for TensorBoard's profiler or Perfetto."""
+  """A trace of the steps that --profile-steps names, for TensorBoard's profiler or Perfetto; one of each process."""
 
   def __init__(self, config: TrainConfig):
     self.first, self.last = config.profile_steps or (0, 0)
-    self.folder, self.on = config.out / "profile", False
+    # JAX names the file by the host, which several processes may share.
+    own = (f"process-{hosts.here.process}",) if hosts.here.processes > 1 else ()
+    self.folder, self.on = config.out.joinpath("profile", *own), False
 
   def before(self, step: int) -> None:
     if step == self.first:

@@ -15,6 +15,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,8 @@ def _save(folder, name, sidecar, weights, carry=lambda folder: None):
     try:
       with context:
         ocp.save((new / "weights").absolute(), weights)
+    except jax.errors.JaxRuntimeError:
+      raise  # of an exchange with a process that is gone: no disk is at fault
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
       raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
     if jax.process_index():
@@ -203,6 +206,11 @@ class Checkpointer(ocp.training.Checkpointer):
   """Orbax's, with every tree stored flat, by path (it cannot read back the mixed keys of a list of modules), with sums
   of what was saved. An error of a save that went on in the background comes with the next save, or with `close`."""
 
+  def __init__(self, *places, **options):
+    super().__init__(*places, **options)
+    # Its manager would tell JAX a number for each step that it saves, and JAX expects those of hosts.stops alone.
+    self._manager.reached_preemption = lambda step: False
+
   def save_checkpointables_async(self, step, checkpointables, **options):
     """Begins to save the trees, by name: arrays may be donated after it. None where Orbax's policies (or `force`) have
     nothing saved at this step."""
@@ -222,6 +230,8 @@ class Checkpointer(ocp.training.Checkpointer):
   def _saving(self, when):
     try:
       yield
+    except jax.errors.JaxRuntimeError:
+      raise  # as above
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
       raise OSError(f"{self.directory} cannot be written ({type(error).__name__}) {when}: free some space, and go on "
                     f"with the same command") from error
@@ -239,21 +249,25 @@ def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:
       preservation_policy=ocp.training.preservation_policies.LatestN(keep))
 
 
-def restore(checkpoints: Checkpointer, state, *, use_older: bool = False):
+def restore(checkpoints: Checkpointer, state, *, use_older: bool = False,
+            everyone: Callable[[Any], list] = lambda value: [value]):
   """The newest saved state in the shape of `state` (arrays or ShapeDtypeStructs), or None when nothing is saved.
 
   It comes back where `state` lives, whatever mesh, and however many processes, it was saved on; where that has no
   place, on the current mesh. ValueError when it is damaged. use_older: then the one before, after which the
-  damaged one is deleted.
+  damaged one is deleted. everyone: gives a value (of JSON) of each process, of several that restore one state; then
+  the first says which states there are, and what one of them cannot read is damaged for all.
   """
-  damaged = []
-  for saved in reversed(checkpoints.checkpoints):
+  steps, damaged = everyone([saved.step for saved in checkpoints.checkpoints])[0], []
+  if not set(steps) <= {saved.step for saved in checkpoints.checkpoints}:
+    checkpoints.reload()  # a shared disk shows others late what the first has written
+  for step in reversed(steps):
     try:
-      found = _restored(checkpoints, saved.step, state)
+      found = _restored(checkpoints, step, state, everyone)
     except ValueError:
-      if not use_older or saved.step == checkpoints.checkpoints[0].step:
+      if not use_older or step == steps[0]:
         raise
-      damaged.append(saved.step)
+      damaged.append(step)
     else:
       # Not before: where memory or a disk is at fault, the one before cannot be restored either.
       for step in damaged:
@@ -262,18 +276,37 @@ def restore(checkpoints: Checkpointer, state, *, use_older: bool = False):
   return None
 
 
-def _restored(checkpoints, step, state):
+def _restored(checkpoints, step, state, everyone):
+  def load():
+    # Each alone: who cannot read its part would leave the others in a barrier.
+    alone, own = ocp.Context(), jax.process_index()
+    alone.multiprocessing.primary_host, alone.multiprocessing.active_processes = own, {own}
+    with alone:
+      like = {"state": _flat(_with_places(state))}
+      return ocp.load_checkpointables(checkpoints.directory / str(step), like)["state"]
+
   remedy = "give --use-older to go on from the one before"
-  try:
-    leaves = checkpoints.load_checkpointables(step, {"state": _flat(_with_places(state))})["state"]
-    stored = (checkpoints.metadata(step).custom_metadata or {}).get("sums of state")
-  except Exception as error:  # Orbax has no common error, and its texts print the whole state
-    raise ValueError(f"the state of step {step} cannot be restored ({type(error).__name__}: {error_shown(error)}): "
-                     f"where neither memory nor the disk is at fault, it is damaged or of another version; {remedy}"
-                     ) from error
-  if changed := _changed(jax.device_get(sums(leaves)), stored):
+  # First: a load that ends before it began has no number among Orbax's operations, whose barriers have those.
+  about = _by_all(lambda: checkpoints.metadata(step).custom_metadata or {}, step, everyone, remedy)
+  leaves = _by_all(load, step, everyone, remedy)
+  if changed := _changed(jax.device_get(sums(leaves)), about.get("sums of state")):
     raise ValueError(f"the state of step {step} cannot be restored, {changed} is not what was saved: {remedy}")
   return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in _flat(state)])
+
+
+def _by_all(read, step, everyone, remedy):
+  """read() of a part of a state; ValueError in all processes where one cannot read its own."""
+  found = wrong = cause = None
+  try:
+    found = read()
+  except Exception as error:  # Orbax has no common error, and its texts print the whole state
+    wrong, cause = f"{type(error).__name__}: {error_shown(error)}", error
+  for process, text in enumerate(said := everyone(wrong)):
+    if text is not None:
+      where = f" in process {process}" if len(said) > 1 else ""
+      raise ValueError(f"the state of step {step} cannot be restored{where} ({text}): where neither memory nor the "
+                       f"disk is at fault, it is damaged or of another version; {remedy}") from cause
+  return found
 
 
 def _with_places(tree):

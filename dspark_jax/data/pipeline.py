@@ -21,26 +21,20 @@ def batch_at(rows: Rows, step: int, batch_size: int, *, seed: int) -> Batch:
 class Feed:
   """This process's part of the batches of steps start, start + 1, ...: (step, indices i64[b], Batch [b,T]) each.
 
-  The global batch of a step is that of `batch_at`, whatever the number of processes: process p of n has the rows
-  [p * B/n : (p+1) * B/n] of it. Threads read ahead, so that a step need not wait; `waited` is how many seconds it
-  did. lengths: shorter T than that of the rows, of which a step takes the least into which all rows of its global
-  batch fit; each is a shape more to compile, and pays where documents are long and leave rows half empty. ValueError
-  where B rows cannot be divided among the processes.
+  The global batch of a step is that of `batch_at`, whatever the number of processes. mine: which rows of it this
+  process has, i64[b] below B (`nn.sharding.rows_here`); None: all. Threads read ahead, so that a step need not wait;
+  `waited` is how many seconds it did. lengths: shorter T than that of the rows, of which a step takes the least into
+  which all rows of its global batch fit; each is a shape more to compile, and pays where documents are long and leave
+  rows half empty.
   """
 
-  def __init__(self, rows: Rows | Some, batch: int, *, seed: int, start: int = 0, process_index: int = 0,
-               process_count: int = 1, lengths: tuple[int, ...] = ()):
-    if process_count > min(batch, len(rows)):
-      raise ValueError(f"there are {process_count} processes for batches of {batch} out of {len(rows)} rows, expected "
-                       f"at least a row for each: run fewer processes, or give a larger --batch and more data")
-    if batch % process_count:
-      raise ValueError(f"batch is {batch}, expected a multiple of the {process_count} processes: every one reads as "
-                       f"many rows of a step")
+  def __init__(self, rows: Rows | Some, batch: int, *, seed: int, start: int = 0, mine: np.ndarray | None = None,
+               lengths: tuple[int, ...] = ()):
     whole = rows.manifest.row_length
     if not all(0 < length <= whole for length in lengths):
       raise ValueError(f"lengths are {lengths}, expected numbers up to {whole}, for which the rows were packed")
     import grain  # takes more than a second, and most of the library needs none
-    source = Parts(rows, batch, seed, process_index, process_count, (*sorted(lengths), whole))
+    source = Parts(rows, batch, seed, mine, (*sorted(lengths), whole))
     self.width = source.width
     data = grain.MapDataset.source(source)[start:]
     self._steps = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
@@ -64,17 +58,15 @@ class Feed:
 class Parts:
   """The random access source behind a Feed: one process's part of the batch of any step. It can be pickled."""
 
-  def __init__(self, rows: Rows | Some, batch: int, seed: int, process_index: int, process_count: int,
-               lengths: tuple[int, ...]):
+  def __init__(self, rows: Rows | Some, batch: int, seed: int, mine: np.ndarray | None, lengths: tuple[int, ...]):
     self.rows, self.batch, self.seed, self.lengths = rows, batch, seed, lengths
-    part = batch // process_count
-    self.part = slice(process_index * part, (process_index + 1) * part)
+    self.mine = slice(None) if mine is None else mine
 
   def __len__(self) -> int:
     return 2 ** 40  # epochs follow one another without an end
 
   def __getitem__(self, step: int) -> tuple[int, np.ndarray, Batch]:
-    part = self.indices(step)[self.part]
+    part = self.indices(step)[self.mine]
     return int(step), part, self.rows.take(part, self.width(step))
 
   def indices(self, step: int) -> np.ndarray:

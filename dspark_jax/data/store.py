@@ -18,6 +18,7 @@ rounded, where scale = max |x| / 127 of what a token has from one tap (or of its
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -40,6 +41,11 @@ NORM = "hidden after the final norm, features before any"  # as Target.encode ha
 MANIFEST, OFFSETS = "manifest.json", "offsets"
 SHARD, CHUNK = 2 ** 14, 2 ** 8  # tokens; of Qwen3-4B with five taps: 503 MB, 7.9 MB
 Tokens = Annotated[int, Range(0, 2 ** 62)]  # or bytes: more than an int32 counts
+# How TensorStore begins to speak of files that are not what was written, and of rights. Whatever else it says is of the
+# way to them.
+DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
+CLOSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+TRIES = 3
 # What a run must share with the store, in words.
 SHARED = {"target": "target", "target_dtype": "target_dtype", "taps": "taps", "norm": "norm convention",
           "tokenizer": "tokenizer", "template": "chat template", "rows": "rows"}
@@ -219,8 +225,8 @@ class Store:
   def take(self, indices: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of rows i64[B], padded with zeros where segments i32[B,T] are 0: [B,T,...] each, for `decoded`.
 
-    All reads are on their way before the first is waited for. ValueError for a shard that cannot be read, and for rows
-    that are not the store's.
+    All reads are on their way before the first is waited for. ValueError for a shard that is damaged, and for rows that
+    are not the store's; OSError (EIO) for one that cannot be read now, TRIES times.
     """
     rows, length = segments.shape
     sizes = self.offsets[indices + 1] - self.offsets[indices]
@@ -234,14 +240,9 @@ class Store:
         stored = self._arrays[name][start:start + int(sizes[i])]
         # Into the batch itself: as an array of its own, every row would be copied once more.
         row = out[name][i, :sizes[i]]
-        reads.append((name, start, row, ts.array(row).write(stored)))
-    for name, start, row, read in reads:
-      try:
-        read.result()
-      except Exception as error:  # TensorStore's are those of its drivers
-        found = re.search(r"/c/(\d+)/0", str(error))
-        raise self._unreadable(name, int(found[1]) if found else start // per_shard,
-                               re.split(r"[:/] (?=[A-Z])", str(error))[-1]) from error
+        reads.append((name, start, row, stored, ts.array(row).write(stored)))
+    for name, start, row, stored, read in reads:
+      self._wait(read, lambda: ts.array(row).write(stored), name, start)
       first = row[:, 0]
       if (lost := first == _fill(row.dtype) if row.dtype == np.int8 else np.isnan(first)).any():
         raise self._unreadable(name, (start + int(lost.argmax())) // per_shard, "it is gone, or holds NaN")
@@ -291,6 +292,23 @@ class Store:
         raise ValueError(f"{self.place}/{name} cannot be opened ({error_shown(error)}): restore {name}/zarr.json, or "
                          f"write the store again elsewhere") from error
     return arrays
+
+  def _wait(self, read, again, name, start):
+    """Waits for a read of the tokens from `start`; see `take` for what it raises. again: begins another one."""
+    for left in reversed(range(TRIES)):
+      try:
+        return read.result()
+      except Exception as error:  # TensorStore's are those of its drivers
+        kind, found = str(error).partition(":")[0], re.search(r"/c/(\d+)/0", str(error))
+        shard = int(found[1]) if found else start // self.manifest.shard_tokens
+        if kind in DAMAGED:
+          raise self._unreadable(name, shard, re.split(r"[:/] (?=[A-Z])", str(error))[-1]) from error
+        what = f"shard {shard} of {name} cannot be read ({error_shown(error)})"
+        if kind in CLOSED:
+          raise ValueError(f"hidden store {self.place}: {what}: get the right to it") from error
+        if not left:
+          raise OSError(errno.EIO, what, f"hidden store {self.place}") from error
+      read = again()
 
   def _unreadable(self, name, shard, why):
     return ValueError(f"hidden store {self.place}: shard {shard} of {name} cannot be read ({why[:200]}): delete "

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.nn.parameters import parameters
@@ -63,10 +63,12 @@ class MeshConfig:
     rest = -1 in dataclasses.astuple(self) and len(devices) % known
     if rest or 0 in sizes or math.prod(sizes) > len(devices):
       raise ValueError(f"{self}, and there are {len(devices)} devices: choose sizes whose product they hold")
-    # make_mesh knows which devices are neighbours; of a part of them it cannot.
     axes = dict(axis_types=(AxisType.Auto,) * len(NAMES))
-    if math.prod(sizes) == len(devices):
+    # make_mesh knows which devices are neighbours; of a part of them it cannot.
+    if math.prod(sizes) == len(devices) and len({_slice(d) for d in devices}) == 1:
       return jax.make_mesh(sizes, NAMES, devices=devices, **axes)
+    if math.prod(sizes) == len(devices):
+      return Mesh(_over_slices(sizes, devices), NAMES, **axes)
     return Mesh(np.asarray(devices[:math.prod(sizes)]).reshape(sizes), NAMES, **axes)
 
   def refuse(self, where: str) -> None:
@@ -78,6 +80,22 @@ class MeshConfig:
   def use(self) -> contextlib.AbstractContextManager:
     """What makes the mesh of this process's devices the current one; nothing where one device is asked for."""
     return contextlib.nullcontext() if dataclasses.astuple(self) == (1, 1, 1) else jax.set_mesh(self.build())
+
+
+def _slice(device):
+  """Devices of one slice have links of their own; XLA counts every GPU host as one."""
+  return getattr(device, "slice_index", 0)
+
+
+def _over_slices(sizes, devices):
+  """Devices of several slices [data,fsdp,tensor]: rows apart over these, first by `data`, neighbours inside."""
+  count = len({_slice(d) for d in devices})
+  outer = (math.gcd(sizes[0], count), count // math.gcd(sizes[0], count), 1)
+  inner = tuple(size // n for size, n in zip(sizes, outer))
+  alike = {sum(_slice(d) == one for d in devices) for one in map(_slice, devices)} == {math.prod(inner)}
+  if sizes[1] % outer[1] == 0 and alike:
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+  return np.asarray(sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))).reshape(sizes)
 
 
 def constrain(x: Array, *axes: str | None, stored: bool = False) -> Array:
@@ -171,38 +189,51 @@ def made(function: Callable, *args) -> Any:
   return born(*args)
 
 
-def rows_share() -> tuple[int, int]:
-  """(i, n): the devices of this process work on the i-th of n equal parts of a batch's rows; (0, 1) without a mesh.
+def rows_here(batch: int) -> np.ndarray:
+  """Which rows of a batch of so many the devices of this process work on: i64[b], ascending; all without a mesh.
 
-  n is smaller than the number of processes where `tensor` reaches over several. ValueError for a mesh that gives a
-  process rows that do not follow one another.
+  They need not be neighbours, as a mesh has devices in the order of their links. Where `tensor` reaches over several
+  processes, these have the same. ValueError where the batch cannot be divided among the devices.
   """
+  mine, parts = _row_parts()
+  if len(mine) == parts:
+    return np.arange(batch)
+  if batch % parts:
+    raise ValueError(f"batch is {batch}, expected a multiple of {parts}, into which the mesh divides its rows: give "
+                     f"another --batch, or a mesh with a smaller data x fsdp")
+  return np.arange(batch).reshape(parts, -1)[mine].reshape(-1)
+
+
+def _row_parts():
+  """(which of the equal parts of a batch's rows are this process's, how many parts there are)."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
-    return 0, 1
+    return [0], 1
   parts = _devices(mesh, ROWS)
   groups = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in ROWS], [0, 1]).reshape(parts, -1)
-  mine = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
-  count, rest = divmod(len(groups), len(mine))
-  if rest or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
-    raise ValueError(f"the mesh {dict(mesh.shape)} gives process {jax.process_index()} the parts {mine} of "
-                     f"{len(groups)} of a batch's rows, expected neighbours, as many as others have: choose a tensor "
-                     f"that divides the devices of a host")
-  return mine[0] // len(mine), count
+  return [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)], parts
 
 
 def place_rows(tree: Any) -> Any:
   """A tree of arrays [B,...] with their rows apart on the current mesh; on the default device without one.
 
-  Where a mesh spans processes, each gives its share of the rows (`rows_share`).
+  Where a mesh spans processes, each gives its own rows (`rows_here`) in their order.
   """
   if jax.sharding.get_mesh().empty:
     return jax.device_put(tree)
-  _, count = rows_share()
+  mine, parts = _row_parts()
 
   def place(x):
-    shape = (x.shape[0] * count, *x.shape[1:])
-    return jax.make_array_from_process_local_data(sharding_of(shape, "rows"), np.asarray(x), shape)
+    x = np.asarray(x)
+    total = len(x) * parts // len(mine)
+    here = rows_here(total)
+
+    def part(index):
+      first, end, _ = index[0].indices(total)
+      at = np.searchsorted(here, first)
+      return x[at:at + end - first]
+    shape = (total, *x.shape[1:])
+    return jax.make_array_from_callback(shape, sharding_of(shape, "rows"), part)
   return jax.tree.map(place, tree)
 
 

@@ -51,8 +51,8 @@ if sentence and not address:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-  """Which processes run together. Slurm, Open MPI, xpk and GKE say it themselves. So do TPU VMs outside GKE, but only
-  when asked: `processes` alone is given there."""
+  """Which processes run together. Slurm, Open MPI, xpk and GKE say it themselves, but Open MPI 5 not the `coordinator`.
+  So do TPU VMs outside GKE, but only when asked: `processes` alone is given there."""
   coordinator: str | None = None
   """HOST:PORT at which process 0 listens; the same on every host"""
   processes: int | None = None
@@ -98,6 +98,7 @@ def join(config: HostsConfig) -> Iterator[None]:
 
   Apart when not all come in time, ValueError where the flags do not say who takes part.
   """
+  config, devices = _by_open_mpi(config)
   asked = {"coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.process}
   if not any(value is not None for value in asked.values()) and _told() < 2:
     yield
@@ -108,7 +109,7 @@ def join(config: HostsConfig) -> Iterator[None]:
               f"give a longer --hosts.timeout where hosts start slowly")
   try:
     # JAX's own signs of life come second: it ends a process with pages of text.
-    jax.distributed.initialize(**asked, initialization_timeout=config.timeout,
+    jax.distributed.initialize(**asked, local_device_ids=devices, initialization_timeout=config.timeout,
                                heartbeat_timeout_seconds=max(100, 2 * config.silence))
   except (RuntimeError, ValueError) as error:
     here.expect("")
@@ -149,6 +150,19 @@ def _told() -> int:
     elif value:
       return 2
   return 1
+
+
+def _by_open_mpi(config):
+  """(config, the device that is this process's): filled in where Open MPI 5 says it, which JAX does not read."""
+  size = os.environ.get("OMPI_COMM_WORLD_SIZE", "")
+  if not size.isdigit() or int(size) < 2 or "OMPI_MCA_orte_hnp_uri" in os.environ:  # which older versions set
+    return config, None
+  if config.coordinator is None:
+    raise ValueError("Open MPI 5 does not say where process 0 listens: give --hosts.coordinator HOST:PORT, with the "
+                     "host of rank 0, to all processes")
+  own = int(os.environ["OMPI_COMM_WORLD_RANK"]) if config.process is None else config.process
+  return (dataclasses.replace(config, processes=config.processes or int(size), process=own),
+          [int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])])
 
 
 def refuse(program: str) -> None:
@@ -207,6 +221,16 @@ def agree(make: Callable[[], Any]) -> Any:
   return json.loads(_client().blocking_key_value_get(key, WEEK))
 
 
+def everyone(value: Any) -> list:
+  """The values (of JSON) of all processes, by their numbers. As `agree`, to be called by all in the same order."""
+  if here.processes == 1:
+    return [value]
+  here.agreed += 1
+  keys = [f"dspark/agreed/{here.agreed}/{process}" for process in range(here.processes)]
+  _client().key_value_set(keys[here.process], json.dumps(value))
+  return [json.loads(_client().blocking_key_value_get(key, WEEK)) for key in keys]
+
+
 def check_same(what: str, value: Any) -> None:
   """ValueError where this process has another value (of JSON) than process 0."""
   theirs = agree(lambda: value)
@@ -217,14 +241,15 @@ def check_same(what: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def stops() -> Iterator[Callable[[int], bool]]:
+def stops(first: int) -> Iterator[Callable[[int], bool]]:
   """Gives stop(step): whether to save and end after this step, since SIGTERM came; the same in all processes.
 
   To be called after every step. It costs no exchange before a signal comes: JAX then agrees on a step that none has
-  reached yet.
+  reached yet. first: how many steps earlier starts have made.
   """
   if here.processes > 1:  # JAX has its own handler, which tells the others
-    yield multihost_utils.reached_preemption_sync_point
+    # Where none was told yet, as in a start that loads and compiles, it agrees on step 1.
+    yield lambda step: multihost_utils.reached_preemption_sync_point(step - first)
     return
   noted = []  # a handler may run in the middle of a step: it leaves a note
   previous = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))

@@ -37,7 +37,8 @@ def record_path(out: Path) -> Path:
 def owned(out: Path) -> Iterator[None]:
   """Keeps other runs away from `out` for as long as this block, or its process, lives.
 
-  ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too.
+  ValueError while another run has it, also one of this process: who calls another program's part owns its `out`, too;
+  hosts.Apart in one of several processes.
   Of several processes of one run the first owns it for all. A mistake that is seen before there is any work leaves no
   record, which would refuse the corrected command.
   """
@@ -55,8 +56,10 @@ def owned(out: Path) -> Iterator[None]:
   try:
     held.acquire(blocking=False)
   except Timeout as error:
-    raise ValueError(f"{out} is in use by {lock.read_text() or 'another process'}: wait until it ends, or choose "
-                     f"another --out") from error
+    # Where a host died, its lock may be kept by a file server for longer than a launcher takes to start all again.
+    kind = hosts.Apart if hosts.here.processes > 1 else ValueError
+    raise kind(f"{out} is in use by {lock.read_text() or 'another process'}: wait until it ends, or choose another "
+               f"--out") from error
   begins = not record.exists()
   try:
     lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")

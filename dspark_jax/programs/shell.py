@@ -31,6 +31,7 @@ from dspark_jax.types import Target
 
 stderr = Console(stderr=True)
 ONE_DEVICE = MeshConfig()
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of a file server, or a way to it, that does not answer now
 URLS = "gs:", "s3:", "http:", "https:", "file:"
 
 
@@ -39,21 +40,24 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
 
   default: makes the settings that the command line overrides. mesh: whether a `mesh` of theirs is the current one
   meanwhile. With `hosts` among them the program runs in several processes, of which the first alone speaks. The user's
-  mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence, processes that do not
-  come together hosts.AGAIN. Whatever ends one of several ends all, with the same code.
+  mistakes (ValueError, NotImplementedError, a missing file, a full disk) exit 2 with a sentence; hosts.AGAIN is for
+  what may pass by itself: processes that do not come together, files that a server does not give (PASSING). Whatever
+  ends one of several ends all, with the same code.
   """
   try:
     more = {"default": default()} if default else {}
     asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
     check_paths(asked)
-    if not hasattr(asked, "hosts"):
+    apart = not hasattr(asked, "hosts")
+    if apart and getattr(asked, "writers", 1) == 1:  # several know their shares without a word to one another
       hosts.refuse(main.__module__)
-    with hosts.join(getattr(asked, "hosts", hosts.HostsConfig())):
+    with contextlib.nullcontext() if apart else hosts.join(asked.hosts):
       stderr.quiet = not hosts.first()
       with joint_mesh(getattr(asked, "mesh", ONE_DEVICE)) if mesh else contextlib.nullcontext():
         result = main(asked)
   except (ValueError, NotImplementedError, OSError, hosts.Apart) as error:
-    code, sentence = hosts.AGAIN if isinstance(error, hosts.Apart) else 2, _sentence(error)
+    passes = isinstance(error, hosts.Apart) or isinstance(error, OSError) and error.errno in PASSING
+    code, sentence = hosts.AGAIN if passes else 2, _sentence(error)
     stderr.quiet = False
     stderr.print(f"error: {sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     hosts.leave(sentence, code)
@@ -94,10 +98,11 @@ def _sentence(error: Exception) -> str:
   if not isinstance(error, OSError) or error.strerror is None:
     return str(error)
   full, closed = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
-  if error.filename is None and error.errno not in full:  # no file's
+  if error.filename is None and error.errno not in full + PASSING:  # no file's
     return str(error)
   remedy = ("free some space, then give the same command again" if error.errno in full else
-            "give another path, or the right to it" if error.errno in closed else "check the path")
+            "give another path, or the right to it" if error.errno in closed else
+            "it may pass by itself, give the same command again" if error.errno in PASSING else "check the path")
   return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"
 
 

@@ -8,7 +8,8 @@
 #   0    done
 #   2    a mistake in the input: the last line of stderr says which; the same command would fail again
 #   143  stopped by SIGTERM, state saved: give the same command again
-#   else a crash, 75 of another process: give the same command again, it goes on from the last checkpoint
+#   else a crash, 75 of another process or of a file server: give the same command again, it goes on from the last
+#        checkpoint
 # DSPARK_PID: a file that holds the number of this process while it runs, for who wants to stop it.
 set -u
 if [ -n "${DSPARK_PID:-}" ]; then

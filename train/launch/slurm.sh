@@ -30,6 +30,8 @@ restarts="${SLURM_RESTART_COUNT:-0}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/xla-cache}"
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts"
 
+# srun itself reads no #SBATCH --cpus-per-task since Slurm 22.05, and would run each process on one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # The first process to exit must not take down those that still save; where one crashed, the others end by themselves.
 code=0
 srun --kill-on-bad-exit=0 --wait=600 --label bash train/launch/host.sh \

@@ -7,10 +7,11 @@
 #
 # IMAGE has this checkout as its working folder, with what `pip install .[programs] jax[tpu]` installs. The same command
 # runs on every host of SLICES (1) slices; JAX finds the others by what GKE sets. /shared is a file system that all
-# hosts mount (Filestore, by xpk storage attach); JAX_COMPILATION_CACHE_DIR, which may be gs://, is passed on: a restart
-# does not compile then.
+# hosts mount (Filestore, by xpk storage attach). So is JAX_COMPILATION_CACHE_DIR (/shared/xla-cache), by which a
+# restart does not compile: gs:// would need gcsfs in the image.
 # Preemption, maintenance, dead hosts: xpk starts all hosts again on exit codes 42 and 127 to 255, among them the 143 of
-# host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who ends as another one did.
+# host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who ends as another one did or
+# as a file server gave no answer.
 # 2, a mistake in the input, ends it.
 # An own JobSet, for clusters without xpk: jobset.yaml.
 set -eu
@@ -19,5 +20,5 @@ shift
 exec xpk workload create --workload "$name" --cluster "${CLUSTER:?name of the cluster}" \
   --tpu-type "${TPU_TYPE:-v5litepod-16}" --num-slices "${SLICES:-1}" --docker-image "${IMAGE:?docker image}" \
   --max-restarts "${MAX_RESTARTS:-100}" --restart-on-exit-codes 1,75 --termination-grace-period-seconds 300 \
-  ${JAX_COMPILATION_CACHE_DIR:+--env "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR"} \
+  --env "JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/shared/xla-cache}" \
   --command "bash train/launch/host.sh python -m train.train --mesh.fsdp -1 $(printf '%q ' "$@")"
