@@ -11,6 +11,7 @@ from flax import nnx
 from dspark_jax.data import chat
 from dspark_jax.decoding import round as rounds
 from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.metrics import once
 from dspark_jax.nn import pallas_decode
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import parameters
@@ -107,6 +108,30 @@ def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
   assert "- a training step: JaxRuntimeError: INTERNAL: no such instruction (in device_report.py:" in text
   assert "- numbers of SmolLM2: IndexError: pop from empty list" in text and "| a model | triton | **NO** |" in text
   assert "## Left out" in text.partition("- batch 2, context 40: JaxRuntimeError: RESOURCE_EXHAUSTED")[0]
+
+
+@pytest.mark.parametrize("message", [
+    "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 114688, available: 101376",
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"])
+def test_a_kernel_that_cannot_run(message, bare, capsys, tmp_path, monkeypatch):
+  """Kills: a kernel that no batch makes small enough, told as memory that is short, with exit code 0."""
+  def too_large(*_):
+    raise jax.errors.JaxRuntimeError(message)
+  for name in ("small_model", "training", "decoding_at"):
+    monkeypatch.setattr(report, name, too_large)
+  _, err = run(capsys, tmp_path, *ROWS, code=2)
+  failed = (tmp_path / "cpu.md").read_text().partition("## Left out")[0]
+  assert "batch 2, context 40 failed" in err and failed.count(message) == 3
+
+
+def test_a_loss_that_is_no_number(monkeypatch):
+  """Kills: a device that trains to NaN, listed among what time did not suffice for, with exit code 0."""
+  target, drafter = Decoder(report.TINY, rngs=nnx.Rngs(0)), DSpark(report.tiny_drafter(report.TINY), rngs=nnx.Rngs(1))
+  here = report.Bench(report.Settings(), report.TINY, drafter.config, False, 0.0, None, None)
+  here.models = target, drafter
+  monkeypatch.setattr(report, "train_step", lambda state, *_, **how: (state, {"loss": once(jnp.nan)}))
+  with complains("the loss is nan after a few steps", error=FloatingPointError):
+    report.training(here)
 
 
 def test_the_cpu_is_the_reference(monkeypatch):
