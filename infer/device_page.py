@@ -1,8 +1,12 @@
-"""The page of infer.device_report: its records as Markdown, and as a figure."""
+"""The page of infer.device_report: its records as Markdown, as JSON, and as a figure."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,18 +17,19 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from dspark_jax.config import error_shown
 from dspark_jax.programs import shell
 from infer.plots import PALETTE, STYLE
 
 ACCEPTED = (1, 2, 3, 4)  # tokens of a round for which tokens/s are computed
+FIGURE = "the figure"
 
 
 @dataclasses.dataclass
 class Page:
   """What was measured so far, and where it is written."""
   device: str
-  path: Path
-  figure: Path
+  path: Path                   # the figure and the records lie beside it
   gb_per_second: float | None  # of the device, as stated by its maker or the user
   tflops: float | None
   model: str                   # the sizes that random weights have
@@ -36,6 +41,16 @@ class Page:
   smollm2: list[dict] = dataclasses.field(default_factory=list)
   left_out: dict[str, str] = dataclasses.field(default_factory=dict)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def figure(self) -> Path:
+    """Drawn once a step was measured."""
+    return self.path.with_suffix(".png")
+
+  @property
+  def records(self) -> Path:
+    """What `summary` says, as JSON."""
+    return self.path.with_suffix(".json")
 
   def add(self, kind: str, found: dict | list[dict]) -> None:
     """One more record, or several, of a kind."""
@@ -51,14 +66,27 @@ class Page:
     kept = ("device", "model", "layers", "gb_per_second", "tflops", "correctness", "decoding", "training", "smollm2",
             "left_out", "failed")
     return {name: getattr(self, name) for name in kept} | {
-        "correct": bool(self.correctness) and not self.wrong, "page": str(self.path), "figure": str(self.figure)}
+        "correct": bool(self.correctness) and not self.wrong, "page": str(self.path), "figure": str(self.figure),
+        "records": str(self.records)}
 
   def write(self) -> None:
-    """The page and its figure as far as they have come, each whole or not at all."""
-    shell.write(self.path, self.text())
+    """The page, its records and its figure as far as they have come, each whole or not at all. OSError of the first
+    two; a figure that cannot be drawn is left out."""
+    self.left_out.pop(FIGURE, None)
+    self.write_text()
     if self.decoding:
-      with matplotlib.rc_context(STYLE):
-        shell.write(self.figure, shell.image(drawn(self)))
+      try:
+        with matplotlib.rc_context(STYLE):
+          shell.write(self.figure, shell.image(drawn(self)))
+      except Exception as error:  # of whatever draws: numbers are worth more than their picture
+        self.left_out[FIGURE] = f"{type(error).__name__}: {error_shown(error)}"
+        self.write_text()
+
+  def write_text(self) -> None:
+    """What needs no drawing."""
+    shell.write(self.path, self.text())
+    # A device that is wrong may give NaN, which is no number in JSON: as text.
+    shell.write_json(self.records, json.loads(json.dumps(self.summary()), parse_constant=str))
 
   def text(self) -> str:
     """Markdown."""
@@ -127,6 +155,17 @@ class Page:
                      "The drafter is untrained: 2 layers, block 4, rank 64.",
                      table(["batch", "attention", "plain tokens/s", "plain step ms", "draft ms", "verification ms",
                             "round ms", "round / plain step"], rows)]
+
+
+def new(folder: Path, device: str) -> Path:
+  """A page of a name that no other has: an hour on that device may never come again. The folder is made."""
+  name = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+  folder.mkdir(parents=True, exist_ok=True)
+  for number in itertools.count(1):
+    path = folder / (f"{name}.md" if number == 1 else f"{name}-{number}.md")
+    with contextlib.suppress(FileExistsError):
+      path.touch(exist_ok=False)  # so that of two that begin at once each has its own
+      return path
 
 
 def texts(same: bool, gap: float) -> str:

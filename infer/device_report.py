@@ -8,16 +8,18 @@ docs/devices.md says how to set a machine up.
     python -m infer.device_report --minutes 8
     python -m infer.device_report --allow-cpu --out runs/devices     # under JAX_PLATFORMS=cpu: tries the program itself
 
-The most important comes first, and the page is written anew after every part: whatever ends the program, what was
-measured is there. A part that fails, or for which time or memory do not suffice, is listed with its reason.
+The most important comes first, and the page is written anew after every part, with the records beside it as JSON:
+whatever ends the program, what was measured is there. A part that fails, or for which time or memory do not suffice, is
+listed with its reason. A page that is there stays: the next one of the same device is NAME-2.md.
 
-The last line of stdout is a JSON object: device, correct, page, figure; correctness, decoding, training and
-smollm2, a list of records each; left_out (name: reason). Where the device is wrong or a part failed there is none, but
-exit code 2 and a sentence: the page has it all.
+The last line of stdout is a JSON object: device, correct, page, figure, records (paths); correctness, decoding,
+training and smollm2, a list of records each; left_out (name: reason). Where the device is wrong or a part failed there
+is none, but exit code 2 and a sentence: the page has it all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -69,7 +71,7 @@ class Settings:
   minutes: float = 8.0
   """for everything, compilers included"""
   out: Path = Path("reports/devices")
-  """folder of the page and its figure, which are named after the device"""
+  """folder of the page, its figure and its records, which are named after the device"""
   batches: tuple[int, ...] = (1, 4, 16, 64)
   contexts: tuple[int, ...] = (512, 2048, 8192)
   """tokens in the cache of every row"""
@@ -133,11 +135,9 @@ def main(settings: Settings) -> dict:
   here = Bench(settings, target, drafter, scanned,
                time.monotonic() + 60 * settings.minutes, settings.gb_per_second or chip and chip.bandwidth / 1e9,
                settings.tflops or chip and chip.flops / 1e12)
-  name = re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
   page = device_page.Page(
-      kind, settings.out / f"{name}.md", settings.out / f"{name}.png", here.gb_per_second, here.tflops,
-      "tiny" if on_cpu else MODEL, "scanned" if here.scanned else "unrolled",
-      drafter.block_size)
+      kind, device_page.new(settings.out, kind), here.gb_per_second, here.tflops, "tiny" if on_cpu else MODEL,
+      "scanned" if here.scanned else "unrolled", drafter.block_size)
   run(here, page)
   if page.wrong or page.failed:
     what = [f"{record['model']} is not what it is on a CPU" for record in page.wrong]
@@ -160,6 +160,8 @@ def tiny_drafter(target: TargetConfig) -> DSparkConfig:
 def run(here: Bench, page: device_page.Page) -> None:
   """Every part that fits the time that is left, each followed by the page as far as it has come."""
   took, todo = {kind: [] for kind in GUESS}, parts(here)
+  page.left_out.update((name, "the program was ended before or in it") for _, name, _ in todo)
+  page.write()  # a folder that cannot be written is seen before anything is measured
   with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(todo), note="")
     for kind, name, part in todo:
@@ -170,6 +172,7 @@ def run(here: Bench, page: device_page.Page) -> None:
         if here.left < needed:
           raise LeftOut(f"it takes about {needed:.0f} s, and {max(here.left, 0):.0f} s were left")
         page.add(kind, part())
+        page.left_out.pop(name, None)
         took[kind].append(time.monotonic() - began)
       except LeftOut as reason:
         page.left_out[name] = str(reason)
@@ -178,9 +181,17 @@ def run(here: Bench, page: device_page.Page) -> None:
         said = f"{type(error).__name__}: {error_shown(error)}"
         # A kernel that asks for more than a multiprocessor has says so too, and cannot run at any batch.
         short = "RESOURCE_EXHAUSTED" in said and not re.search("shared memory|vmem", said, re.IGNORECASE)
+        if not short:
+          page.left_out.pop(name, None)
         (page.left_out if short else page.failed)[name] = said if short else f"{said} (in {way(error)})"
-      page.write()
+      with contextlib.suppress(OSError):  # of a full disk: the rest is measured, and the last write tells
+        page.write()
       bar.update(task, advance=1)
+  try:
+    page.write()
+  except OSError:
+    shell.say(page.text())
+    raise
 
 
 def way(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """infer.device_report on a CPU, with a tiny model in place of Qwen3-4B and the CPU in place of an accelerator."""
 
+import errno
 import json
 
 import jax
@@ -40,7 +41,7 @@ def test_the_whole_program(bare, capsys, tmp_path):
   """Kills: a part that is missing from the page or the last line, or silently left out; a share of nothing; computed
   numbers that look measured; anything but the page and its figure left in the folder."""
   result, _ = run(capsys, tmp_path, *ROWS, "--gb-per-second", 10, "--tflops", 0.5, "--scanned", "True")
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.md", "cpu.png"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.json", "cpu.md", "cpu.png"]
   text = (tmp_path / "cpu.md").read_text()
   (model,), (point,), (step,) = result["correctness"], result["decoding"], result["training"]
   assert model["attention"] == point["attention"] == step["attention"] == "reference"
@@ -108,6 +109,58 @@ def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
   assert "- a training step: JaxRuntimeError: INTERNAL: no such instruction (in device_report.py:" in text
   assert "- numbers of SmolLM2: IndexError: pop from empty list" in text and "| a model | triton | **NO** |" in text
   assert "## Left out" in text.partition("- batch 2, context 40: JaxRuntimeError: RESOURCE_EXHAUSTED")[0]
+
+
+def test_a_second_report(bare, capsys, tmp_path, monkeypatch):
+  """Kills: an hour on a rented device whose page, or figure, the next run deletes; numbers that stand in no file but
+  rounded; a page without what was not reached."""
+  for name in ("training", "decoding_at"):
+    monkeypatch.setattr(report, name, lambda *_: [].pop())
+  measured = {"model": "a model", "attention": "triton", "correct": False, "same_as_cpu": False, "same_as_plain": True,
+              "logits": float("nan"), "from_cpu": float("inf"), "from_plain": 0.0, "bfloat16_logits": 0.123456}
+  def small_model(_):
+    begun = json.loads((tmp_path / "cpu.json").read_text())
+    assert begun["left_out"]["batch 2, context 40"] in (tmp_path / "cpu.md").read_text() and not begun["correctness"]
+    return measured
+  monkeypatch.setattr(report, "small_model", small_model)
+  run(capsys, tmp_path, *ROWS, code=2)
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  records = json.loads(before["cpu.json"])
+  assert records["correctness"] == [measured | {"logits": "NaN", "from_cpu": "Infinity"}]
+  assert records["page"] == str(tmp_path / "cpu.md") and "a training step" in records["failed"]
+  for number in (2, 3):
+    _, err = run(capsys, tmp_path, *ROWS, code=2)
+    assert f"cpu-{number}.md" in err and (tmp_path / f"cpu-{number}.json").exists()
+  assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_pages_that_cannot_be_written(bare, capsys, tmp_path, monkeypatch):
+  """Kills: a folder that is a file, seen after minutes of measuring; a figure that cannot be drawn, or a disk that is
+  full for a while, which ends the whole report; numbers that a full disk takes along."""
+  for name in ("small_model", "training"):
+    monkeypatch.setattr(report, name, lambda *_: pytest.fail("it was begun"))
+  (tmp_path / "file").touch()
+  for out in (tmp_path / "file", tmp_path / "file" / "below"):
+    _, err = called(capsys, report.main, report.Settings, "--allow-cpu", "--out", out, *ROWS, code=2)
+    assert "check the path" in err
+  point = {"batch": 2, "context": 40, "attention": "pallas", "plain_step_seconds": 0.5, "plain_step_share": None,
+           "round_seconds": 1.0, "round_share": None}
+  for name in ("small_model", "training"):
+    monkeypatch.setattr(report, name, lambda *_: [])
+  monkeypatch.setattr(report, "decoding_at", lambda *_: point)
+  monkeypatch.setattr(device_page, "drawn", lambda _: [].pop())
+  result, _ = run(capsys, tmp_path / "drawn", *ROWS)
+  assert result["decoding"] == [point] and "IndexError" in result["left_out"]["the figure"]
+  assert "- the figure: IndexError" in (tmp_path / "drawn" / "cpu.md").read_text()
+  write, calls = report.shell.write, []
+  def full(*args):
+    calls.append(args)
+    if len(calls) > 2:
+      raise OSError(errno.ENOSPC, "No space left on device", "cpu.md")
+    write(*args)
+  monkeypatch.setattr(report.shell, "write", full)
+  _, err = run(capsys, tmp_path / "full", *ROWS, code=2)
+  assert "| 40 | 2 | 500.00 |" in err and "free some space" in err
 
 
 @pytest.mark.parametrize("message", [
@@ -238,7 +291,7 @@ def test_the_real_sizes():
 
 def test_the_page_as_it_grows(tmp_path):
   """Kills: a page that can only be written when everything is there."""
-  page = device_page.Page("A [device]", tmp_path / "a.md", tmp_path / "a.png", None, None, "tiny", "scanned", 4)
+  page = device_page.Page("A [device]", tmp_path / "a.md", None, None, "tiny", "scanned", 4)
   page.write()
   assert "give --gb-per-second" in page.path.read_text() and not page.figure.exists() and not page.summary()["correct"]
   page.add("decoding", {"batch": 1, "context": 8, "attention": "pallas", "plain_step_seconds": 0.5,
