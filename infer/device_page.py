@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,10 @@ class Page:
     """What `summary` says, as JSON."""
     return self.path.with_suffix(".json")
 
-  def add(self, kind: str, found: dict | list[dict]) -> None:
-    """One more record, or several, of a kind."""
-    getattr(self, kind).extend(found if isinstance(found, list) else [found])
+  def add(self, kind: str, found: dict | Iterable[dict]) -> None:
+    """One more record, or several, of a kind: each as it comes, so that those before an error stay."""
+    for record in [found] if isinstance(found, dict) else found:
+      getattr(self, kind).append(record)
 
   @property
   def wrong(self) -> list[dict]:
@@ -121,11 +123,12 @@ class Page:
       return []
     share = lambda value: "" if value is None else f"{100 * value:.0f} %"
     points = sorted(self.decoding, key=lambda r: (r["context"], r["batch"]))
+    said = lambda r, form: "" if r["round_seconds"] is None else form(r["round_seconds"])
     rows = [[r["context"], r["batch"], f"{1e3 * r['plain_step_seconds']:.2f}", share(r["plain_step_share"]),
-             f"{1e3 * r['round_seconds']:.2f}", share(r["round_share"]),
-             f"{r['round_seconds'] / r['plain_step_seconds']:.2f}"] for r in points]
+             said(r, lambda s: f"{1e3 * s:.2f}"), share(r["round_share"]),
+             said(r, lambda s: f"{s / r['plain_step_seconds']:.2f}")] for r in points]
     rates = [[r["context"], r["batch"], f"{r['batch'] / r['plain_step_seconds']:.0f}",
-              *(f"{n * r['batch'] / r['round_seconds']:.0f}" for n in ACCEPTED)] for r in points]
+              *(said(r, lambda s: f"{n * r['batch'] / s:.0f}") for n in ACCEPTED)] for r in points]
     return [f"## Decoding at {self.model} size, bfloat16",
             f"A round drafts and verifies {self.block_size} tokens; attention over caches is by "
             f"{points[0]['attention']}. A share is of the memory's speed: bytes that cannot but be read (weights, live "
@@ -179,6 +182,11 @@ def table(head: list[str], rows: list[list]) -> str:
   return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 
+def scaled(value: float | None, factor: float = 1.0) -> float:
+  """For a figure: a gap where there is none."""
+  return float("nan") if value is None else factor * value
+
+
 def drawn(page: Page) -> Figure:
   """Milliseconds, share of the memory's speed, and tokens/s, over the batch; a colour for each context."""
   figure = Figure((13, 4))
@@ -189,13 +197,13 @@ def drawn(page: Page) -> Figure:
     batches = [r["batch"] for r in points]
     for name, dashes, label in (("plain_step", "-", "plain step"), ("round", "--", "round")):
       line = dict(color=colour, linestyle=dashes, marker="o", label=f"{label}, context {context}")
-      time_axes.plot(batches, [1e3 * r[f"{name}_seconds"] for r in points], **line)
+      time_axes.plot(batches, [scaled(r[f"{name}_seconds"], 1e3) for r in points], **line)
       if page.gb_per_second:
-        share_axes.plot(batches, [100 * r[f"{name}_share"] for r in points], **line)
+        share_axes.plot(batches, [scaled(r[f"{name}_share"], 100) for r in points], **line)
     rate_axes.plot(batches, [r["batch"] / r["plain_step_seconds"] for r in points], color=colour, marker="o",
                    label=f"plain, context {context}")
     rate_axes.fill_between(
-        batches, *([n * r["batch"] / r["round_seconds"] for r in points] for n in (ACCEPTED[0], ACCEPTED[-1])),
+        batches, *([n * r["batch"] / scaled(r["round_seconds"]) for r in points] for n in (ACCEPTED[0], ACCEPTED[-1])),
         color=colour, alpha=0.15, label=None if context != contexts[0] else (
             f"shaded, computed: {ACCEPTED[0]} to {ACCEPTED[-1]} tokens a round"))
   for axes, label, scale in ((time_axes, "ms", "log"), (share_axes, "% of the memory's speed", "linear"),

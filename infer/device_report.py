@@ -25,7 +25,7 @@ import functools
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -270,14 +270,15 @@ def smollm2_settings() -> bench.Settings:
   return bench.Settings("smollm2", "random", dtype="bfloat16", layers=2, block_size=4, markov_rank=64)
 
 
-def smollm2_texts(here: Bench) -> list[dict]:
+def smollm2_texts(here: Bench) -> Iterator[dict]:
   """What infer.bench measures, at batch 1 and 16: whole generations with their prompts, from questions."""
   settings = smollm2_settings()
   prompts = bench.read_prompts(settings)
   target = dspark_jax.load_target("smollm2", dtype="bfloat16", scanned=here.scanned)
   drafter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bench.random_drafter(settings, target))
   measure = lambda batch: bench.measure(settings, target, drafter, bench.prompts_of(settings, target, prompts, batch))
-  return [measure(batch) | {"attention": target.kernels.decode} for batch in (1, 16)]
+  for batch in (1, 16):
+    yield measure(batch) | {"attention": target.kernels.decode}
 
 
 def compared(here: Bench, name: str, target: Decoder, drafter: DSpark, prompts: list[list[int]], new: int = 48) -> dict:
@@ -322,17 +323,20 @@ def parted(target: Decoder, prompt: list[int], a: list[int], b: list[int]) -> fl
   return float(abs(last[a[at]] - last[b[at]]))
 
 
-def decoding_at(here: Bench, batch: int, context: int) -> dict:
-  """Seconds of a plain step and of a round at one batch and context, and the share of the memory's speed that is."""
+def decoding_at(here: Bench, batch: int, context: int) -> Iterator[dict]:
+  """Seconds of a plain step and of a round at one batch and context, and the share of the memory's speed that is: one
+  record, whose numbers of the round are None until there are any."""
   target, drafter = here.models
   out = {"batch": batch, "context": context, "attention": target.kernels.decode}
-  for name, chosen in (("plain_step", None), ("round", drafter)):
-    # Both are looked at before either runs: half a row in the page says less than what it needs.
+  kinds = {"plain_step": None, "round": drafter}
+  out |= {f"{name}_{what}": None for name in kinds for what in ("seconds", "gb", "share")}
+  for name, chosen in kinds.items():
     seconds = round_seconds(target, chosen, batch, context)
     read = head_cost.must_read(target, chosen, batch, context)
     out |= {f"{name}_seconds": seconds, f"{name}_gb": read / 1e9,
             f"{name}_share": here.gb_per_second and read / 1e9 / seconds / here.gb_per_second}
-  return out
+    if chosen is None:
+      yield out  # before the round, which needs more memory: what was measured is kept where it does not fit
 
 
 def round_seconds(target: Decoder, drafter: DSpark | None, batch: int, context: int) -> float:

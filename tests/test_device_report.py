@@ -289,6 +289,23 @@ def test_the_real_sizes():
   assert (config.taps, config.block_size, config.num_layers) == ((1, 9, 17, 25, 33), 7, 5)
 
 
+def test_a_round_that_does_not_fit(bare, capsys, tmp_path, monkeypatch):
+  """Kills: a plain step that was measured in minutes, and is thrown away as the round after it needs more memory."""
+  def round_seconds(target, drafter, batch, context):
+    if drafter:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    return 0.5
+  monkeypatch.setattr(report, "round_seconds", round_seconds)
+  for name in ("small_model", "training"):
+    monkeypatch.setattr(report, name, lambda *_: [])
+  result, _ = run(capsys, tmp_path, *ROWS, "--gb-per-second", 10)
+  (point,) = result["decoding"]
+  assert point["plain_step_seconds"] == 0.5 and point["plain_step_share"] > 0 and point["round_seconds"] is None
+  assert "out of memory" in result["left_out"]["batch 2, context 40"] and "the figure" not in result["left_out"]
+  assert "| 40 | 2 | 500.00 | 0 % |  |  |  |" in (text := (tmp_path / "cpu.md").read_text())
+  assert "| 40 | 2 | 4 |  |  |  |  |" in text and (tmp_path / "cpu.png").exists()
+
+
 def test_the_page_as_it_grows(tmp_path):
   """Kills: a page that can only be written when everything is there."""
   page = device_page.Page("A [device]", tmp_path / "a.md", None, None, "tiny", "scanned", 4)
