@@ -124,6 +124,7 @@ def main(settings: Settings) -> dict:
   for name in ("batches", "contexts"):
     if min(getattr(settings, name), default=0) < 1:
       raise ValueError(f"{name} are {getattr(settings, name)}, expected one or more numbers of at least 1")
+  shell.check_out(settings.out, folder=True)
   on_cpu = jax.default_backend() == "cpu"
   if on_cpu and not settings.allow_cpu:
     raise ValueError("JAX sees no accelerator here: install jax[cuda13] or jax[tpu] and unset JAX_PLATFORMS, or give "

@@ -45,6 +45,7 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
+  shell.check_out(settings.out or settings.run, folder=True)
   record = run_folder.read_record(settings.run, "train.train", {"config": dict, "total_steps": int})
   lines = read(settings.run / LOG)
   if not lines:

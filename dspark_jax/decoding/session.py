@@ -220,6 +220,13 @@ def check(*, max_new_tokens: int = 1, temperature: float = 0.0, top_k: int = 0, 
     raise ValueError(f"budget_gb is {budget_gb}, expected a number above 0")
 
 
+def check_prompts(target, prompts: Sequence[Sequence[int]], *, max_new_tokens=128, stop_token_ids=()) -> None:
+  """ValueError for prompts, or settings of them as for `generate`, that a target cannot take. Of it a TargetConfig is
+  enough, which is there before the weights are."""
+  _limits(target, _prompts(target, prompts), max_new_tokens)
+  _stop_ids(stop_token_ids, len(prompts), target.vocab_size)
+
+
 def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, stop_token_ids=(),
               confidence_threshold=0.0, survival_threshold=0.0, calibration=None, verification="token") -> Settings:
   """What was asked for each prompt, on the host."""
