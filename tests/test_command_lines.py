@@ -172,7 +172,16 @@ def test_questions_of_nothing(tmp_path):
   (tmp_path / "q.jsonl").write_text("\n")
   with complains("q.jsonl holds no question"):
     answers.main(answers.Settings("not there", questions=tmp_path / "q.jsonl", out=tmp_path / "a.jsonl"))
+  with complains("q.jsonl holds no question, expected at least one"):
+    calibrate.read_questions(calibrate.Settings("not there", tmp_path, questions=tmp_path / "q.jsonl"))
   assert not (tmp_path / "a.jsonl.run.json").exists()
+
+
+def test_a_report_of_another_run(tmp_path):
+  """Kills: a remedy that names --out where the mistake is in --run."""
+  run_folder.write_record(tmp_path, {"program": "infer.evaluate"})
+  with complains("not of train.train: give another --run"):
+    report.main(report.Settings(tmp_path))
 
 
 def test_sizes_that_are_none(tmp_path):
