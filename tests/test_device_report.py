@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,23 @@ def test_no_time(bare, capsys, tmp_path, monkeypatch):
   result, _ = run(capsys, tmp_path, "--minutes", 0.01, "--batches", 1, 4)
   assert len(result["left_out"]) == 4 + 2 * 3 and not result["correct"]
   assert all("s were left" in reason for reason in result["left_out"].values())
+
+
+def test_time_on_a_tpu(bare, tmp_path, monkeypatch):
+  """Kills: a TPU's compiler that takes the minutes of all other parts for the first one; a model of one head, or of one
+  for each key, whose heads no kernel could mix up."""
+  monkeypatch.setattr(report, "small_model", lambda *_: pytest.fail("it was begun"))
+  for name in ("training", "decoding_at"):
+    monkeypatch.setattr(report, name, lambda *_: [])
+  settings = report.Settings(out=tmp_path, batches=(2,), contexts=(40,))
+  here = report.Bench(settings, report.TINY, None, True, time.monotonic() + 120, None, None)
+  page = device_page.Page("TPU v5", tmp_path / "a.md", None, None, "tiny", "scanned", 4)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  report.run(here, page)
+  assert "it takes about 180 s" in page.left_out["numbers of a small random model"] and not page.failed
+  assert {"a training step", "batch 2, context 40"}.isdisjoint(page.left_out)
+  spec = report.SMALL.spec
+  assert 1 < spec.num_kv_heads < spec.num_heads <= 4 and spec.head_dim == 128 and report.SMALL.num_layers > 1
 
 
 def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
