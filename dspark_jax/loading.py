@@ -22,6 +22,7 @@ from dspark_jax.checkpoints.ids import drafter_id, is_target, target_id  # progr
 from dspark_jax.config import error_shown, from_json, raise_all, shown, to_json
 from dspark_jax.data.chat import gguf_tokenizer, smollm2_path
 from dspark_jax.decoding.calibration import Temperatures
+from dspark_jax.decoding.session import misfits
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.nn.attention import Kernels
@@ -215,7 +216,7 @@ def made_for(path: str | os.PathLike, target: Target) -> bool:
   path = drafter_folder(path)
   if (path / "drafter.json").exists():
     return is_target(target, read_json(path / "drafter.json").get("target"))
-  return not _fit(_deepspec_config(path)[1], target)
+  return not misfits(_deepspec_config(path)[1], target.config)
 
 
 def drafter_folder(path: str | os.PathLike) -> Path:
@@ -284,7 +285,7 @@ def _deepspec_config(path):
 
 def _read_deepspec(path, target):
   (kind, config), tensors, frozen = _deepspec_config(path), hf.Tensors(path), set()
-  problems = _fit(config, target) if target is not None else []
+  problems = misfits(config, target.config) if target is not None else []
   if dialects.stores_frozen(config):
     frozen = set(dialects.FROZEN)
     # Only where the sizes fit: of another target's drafter these differ too, which is no news.
@@ -292,14 +293,6 @@ def _read_deepspec(path, target):
   # Decoded from bytes: read_text() would turn \r\n into \n, and an export would not give back the file.
   imported = {"config": (path / "config.json").read_bytes().decode(), "metadata": tensors.metadata}
   return kind, config, tensors, frozen, problems, imported
-
-
-def _fit(config: DrafterConfig, target: Target) -> list[str]:
-  pairs = [("width", config.spec.hidden_size, target.config.spec.hidden_size),
-           ("vocabulary", config.vocab_size, target.config.vocab_size),
-           ("target layers", config.num_target_layers, target.config.num_layers)]
-  return [f"{what} is {got}, the target's is {expected}: this drafter was made for another target"
-          for what, got, expected in pairs if got != expected]
 
 
 def _words_problems(config, tensors):

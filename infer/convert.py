@@ -52,6 +52,8 @@ def main(settings: Settings) -> dict:
     raise ValueError("deepspec is a format of drafters: name one with --source, or convert the target to orbax")
   atomic.check_place(settings.destination, hf.FILES if settings.to == "deepspec" else
                      state.FILES[state.DRAFTER if settings.source else state.TARGET])
+  if settings.source is not None:
+    shell.check_drafter(settings.source)
   if settings.source is None:
     with shell.stderr.status("converting"):
       dspark_jax.import_target(settings.target, settings.destination, dtype=settings.target_dtype)

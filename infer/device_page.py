@@ -1,10 +1,15 @@
-"""The page of infer.device_report: its records as Markdown, and as a figure."""
+"""The page of infer.device_report: its records as Markdown, as JSON, and as a figure."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import json
+import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,19 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from dspark_jax.config import error_shown
 from dspark_jax.programs import shell
 from infer.plots import PALETTE, STYLE
 
 ACCEPTED = (1, 2, 3, 4)  # tokens of a round for which tokens/s are computed
+FIGURE = "the figure"
 
 
 @dataclasses.dataclass
 class Page:
   """What was measured so far, and where it is written."""
   device: str
-  path: Path
-  figure: Path
+  path: Path                   # the figure and the records lie beside it
   gb_per_second: float | None  # of the device, as stated by its maker or the user
   tflops: float | None
   model: str                   # the sizes that random weights have
@@ -37,9 +43,20 @@ class Page:
   left_out: dict[str, str] = dataclasses.field(default_factory=dict)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
-  def add(self, kind: str, found: dict | list[dict]) -> None:
-    """One more record, or several, of a kind."""
-    getattr(self, kind).extend(found if isinstance(found, list) else [found])
+  @property
+  def figure(self) -> Path:
+    """Drawn once a step was measured."""
+    return self.path.with_suffix(".png")
+
+  @property
+  def records(self) -> Path:
+    """What `summary` says, as JSON."""
+    return self.path.with_suffix(".json")
+
+  def add(self, kind: str, found: dict | Iterable[dict]) -> None:
+    """One more record, or several, of a kind: each as it comes, so that those before an error stay."""
+    for record in [found] if isinstance(found, dict) else found:
+      getattr(self, kind).append(record)
 
   @property
   def wrong(self) -> list[dict]:
@@ -51,14 +68,27 @@ class Page:
     kept = ("device", "model", "layers", "gb_per_second", "tflops", "correctness", "decoding", "training", "smollm2",
             "left_out", "failed")
     return {name: getattr(self, name) for name in kept} | {
-        "correct": bool(self.correctness) and not self.wrong, "page": str(self.path), "figure": str(self.figure)}
+        "correct": bool(self.correctness) and not self.wrong, "page": str(self.path), "figure": str(self.figure),
+        "records": str(self.records)}
 
   def write(self) -> None:
-    """The page and its figure as far as they have come, each whole or not at all."""
-    shell.write(self.path, self.text())
+    """The page, its records and its figure as far as they have come, each whole or not at all. OSError of the first
+    two; a figure that cannot be drawn is left out."""
+    self.left_out.pop(FIGURE, None)
+    self.write_text()
     if self.decoding:
-      with matplotlib.rc_context(STYLE):
-        shell.write(self.figure, shell.image(drawn(self)))
+      try:
+        with matplotlib.rc_context(STYLE):
+          shell.write(self.figure, shell.image(drawn(self)))
+      except Exception as error:  # of whatever draws: numbers are worth more than their picture
+        self.left_out[FIGURE] = f"{type(error).__name__}: {error_shown(error)}"
+        self.write_text()
+
+  def write_text(self) -> None:
+    """What needs no drawing."""
+    shell.write(self.path, self.text())
+    # A device that is wrong may give NaN, which is no number in JSON: as text.
+    shell.write_json(self.records, json.loads(json.dumps(self.summary()), parse_constant=str))
 
   def text(self) -> str:
     """Markdown."""
@@ -93,11 +123,12 @@ class Page:
       return []
     share = lambda value: "" if value is None else f"{100 * value:.0f} %"
     points = sorted(self.decoding, key=lambda r: (r["context"], r["batch"]))
+    said = lambda r, form: "" if r["round_seconds"] is None else form(r["round_seconds"])
     rows = [[r["context"], r["batch"], f"{1e3 * r['plain_step_seconds']:.2f}", share(r["plain_step_share"]),
-             f"{1e3 * r['round_seconds']:.2f}", share(r["round_share"]),
-             f"{r['round_seconds'] / r['plain_step_seconds']:.2f}"] for r in points]
+             said(r, lambda s: f"{1e3 * s:.2f}"), share(r["round_share"]),
+             said(r, lambda s: f"{s / r['plain_step_seconds']:.2f}")] for r in points]
     rates = [[r["context"], r["batch"], f"{r['batch'] / r['plain_step_seconds']:.0f}",
-              *(f"{n * r['batch'] / r['round_seconds']:.0f}" for n in ACCEPTED)] for r in points]
+              *(said(r, lambda s: f"{n * r['batch'] / s:.0f}") for n in ACCEPTED)] for r in points]
     return [f"## Decoding at {self.model} size, bfloat16",
             f"A round drafts and verifies {self.block_size} tokens; attention over caches is by "
             f"{points[0]['attention']}. A share is of the memory's speed: bytes that cannot but be read (weights, live "
@@ -129,6 +160,17 @@ class Page:
                             "round ms", "round / plain step"], rows)]
 
 
+def new(folder: Path, device: str) -> Path:
+  """A page of a name that no other has: an hour on that device may never come again. The folder is made."""
+  name = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+  folder.mkdir(parents=True, exist_ok=True)
+  for number in itertools.count(1):
+    path = folder / (f"{name}.md" if number == 1 else f"{name}-{number}.md")
+    with contextlib.suppress(FileExistsError):
+      path.touch(exist_ok=False)  # so that of two that begin at once each has its own
+      return path
+
+
 def texts(same: bool, gap: float) -> str:
   """Whether two texts are the same, or how far apart the logits are where they part."""
   return "yes" if same else f"parts where two logits differ by {gap:.1e}"
@@ -138,6 +180,11 @@ def table(head: list[str], rows: list[list]) -> str:
   """Markdown."""
   line = lambda cells: f"| {' | '.join(map(str, cells))} |"
   return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+
+def scaled(value: float | None, factor: float = 1.0) -> float:
+  """For a figure: a gap where there is none."""
+  return float("nan") if value is None else factor * value
 
 
 def drawn(page: Page) -> Figure:
@@ -150,13 +197,13 @@ def drawn(page: Page) -> Figure:
     batches = [r["batch"] for r in points]
     for name, dashes, label in (("plain_step", "-", "plain step"), ("round", "--", "round")):
       line = dict(color=colour, linestyle=dashes, marker="o", label=f"{label}, context {context}")
-      time_axes.plot(batches, [1e3 * r[f"{name}_seconds"] for r in points], **line)
+      time_axes.plot(batches, [scaled(r[f"{name}_seconds"], 1e3) for r in points], **line)
       if page.gb_per_second:
-        share_axes.plot(batches, [100 * r[f"{name}_share"] for r in points], **line)
+        share_axes.plot(batches, [scaled(r[f"{name}_share"], 100) for r in points], **line)
     rate_axes.plot(batches, [r["batch"] / r["plain_step_seconds"] for r in points], color=colour, marker="o",
                    label=f"plain, context {context}")
     rate_axes.fill_between(
-        batches, *([n * r["batch"] / r["round_seconds"] for r in points] for n in (ACCEPTED[0], ACCEPTED[-1])),
+        batches, *([n * r["batch"] / scaled(r["round_seconds"]) for r in points] for n in (ACCEPTED[0], ACCEPTED[-1])),
         color=colour, alpha=0.15, label=None if context != contexts[0] else (
             f"shaded, computed: {ACCEPTED[0]} to {ACCEPTED[-1]} tokens a round"))
   for axes, label, scale in ((time_axes, "ms", "log"), (share_axes, "% of the memory's speed", "linear"),

@@ -8,22 +8,24 @@ docs/devices.md says how to set a machine up.
     python -m infer.device_report --minutes 8
     python -m infer.device_report --allow-cpu --out runs/devices     # under JAX_PLATFORMS=cpu: tries the program itself
 
-The most important comes first, and the page is written anew after every part: whatever ends the program, what was
-measured is there. A part that fails, or for which time or memory do not suffice, is listed with its reason.
+The most important comes first, and the page is written anew after every part, with the records beside it as JSON:
+whatever ends the program, what was measured is there. A part that fails, or for which time or memory do not suffice, is
+listed with its reason. A page that is there stays: the next one of the same device is NAME-2.md.
 
-The last line of stdout is a JSON object: device, correct, page, figure; correctness, decoding, training and
-smollm2, a list of records each; left_out (name: reason). Where the device is wrong or a part failed there is none, but
-exit code 2 and a sentence: the page has it all.
+The last line of stdout is a JSON object: device, correct, page, figure, records (paths); correctness, decoding,
+training and smollm2, a list of records each; left_out (name: reason). Where the device is wrong or a part failed there
+is none, but exit code 2 and a sentence: the page has it all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -53,14 +55,15 @@ from infer import bench, device_page, head_cost
 from infer.compile import spread_taps
 
 MODEL = "qwen3-4b"
-# Of the model whose numbers are compared with the CPU's: a minute of compiling, enough heads to confuse, and as wide as
-# all kernels read them.
-SMALL = TargetConfig("qwen3", BlockSpec(256, 768, 8, 2, 128, 1e-6, 1e6, qk_norm=True), 4, 4096, True, 8192)
+# Of the model whose numbers are compared with the CPU's: the fewest heads that can be confused, since for each a TPU's
+# compiler takes its time with products of full precision, and as wide as all kernels read them.
+SMALL = TargetConfig("qwen3", BlockSpec(256, 768, 4, 2, 128, 1e-6, 1e6, qk_norm=True), 4, 4096, True, 8192)
 TINY = TargetConfig("qwen3", BlockSpec(32, 64, 4, 2, 16, 1e-6, 1e6, qk_norm=True), 2, 256, True, 8192)
 AUTO = Kernels("auto", "auto")  # on the device; on the CPU beside it everything is by reference
 NEAR = 1e-3      # of the largest logit: what two right float32 computations may differ by
 PER_CALL = 0.4   # seconds of rounds that one measurement lasts
 GUESS = {"correctness": 75, "decoding": 30, "training": 75, "smollm2": 100}  # seconds, before one of a kind has run
+TPU_GUESS = GUESS | {"correctness": 180}  # two programs of a minute of its compiler each, and their logits
 FIRST = ((1, 2048), (16, 2048))  # of all batches and contexts
 
 
@@ -69,7 +72,7 @@ class Settings:
   minutes: float = 8.0
   """for everything, compilers included"""
   out: Path = Path("reports/devices")
-  """folder of the page and its figure, which are named after the device"""
+  """folder of the page, its figure and its records, which are named after the device"""
   batches: tuple[int, ...] = (1, 4, 16, 64)
   contexts: tuple[int, ...] = (512, 2048, 8192)
   """tokens in the cache of every row"""
@@ -122,6 +125,7 @@ def main(settings: Settings) -> dict:
   for name in ("batches", "contexts"):
     if min(getattr(settings, name), default=0) < 1:
       raise ValueError(f"{name} are {getattr(settings, name)}, expected one or more numbers of at least 1")
+  shell.check_out(settings.out, folder=True)
   on_cpu = jax.default_backend() == "cpu"
   if on_cpu and not settings.allow_cpu:
     raise ValueError("JAX sees no accelerator here: install jax[cuda13] or jax[tpu] and unset JAX_PLATFORMS, or give "
@@ -133,11 +137,9 @@ def main(settings: Settings) -> dict:
   here = Bench(settings, target, drafter, scanned,
                time.monotonic() + 60 * settings.minutes, settings.gb_per_second or chip and chip.bandwidth / 1e9,
                settings.tflops or chip and chip.flops / 1e12)
-  name = re.sub("[^a-z0-9]+", "-", kind.lower()).strip("-")
   page = device_page.Page(
-      kind, settings.out / f"{name}.md", settings.out / f"{name}.png", here.gb_per_second, here.tflops,
-      "tiny" if on_cpu else MODEL, "scanned" if here.scanned else "unrolled",
-      drafter.block_size)
+      kind, device_page.new(settings.out, kind), here.gb_per_second, here.tflops, "tiny" if on_cpu else MODEL,
+      "scanned" if here.scanned else "unrolled", drafter.block_size)
   run(here, page)
   if page.wrong or page.failed:
     what = [f"{record['model']} is not what it is on a CPU" for record in page.wrong]
@@ -160,26 +162,39 @@ def tiny_drafter(target: TargetConfig) -> DSparkConfig:
 def run(here: Bench, page: device_page.Page) -> None:
   """Every part that fits the time that is left, each followed by the page as far as it has come."""
   took, todo = {kind: [] for kind in GUESS}, parts(here)
+  guess = TPU_GUESS if jax.default_backend() == "tpu" else GUESS
+  page.left_out.update((name, "the program was ended before or in it") for _, name, _ in todo)
+  page.write()  # a folder that cannot be written is seen before anything is measured
   with shell.bar() as bar:
     task = bar.add_task("measuring", total=len(todo), note="")
     for kind, name, part in todo:
       bar.update(task, note=name)
       began = time.monotonic()
       try:
-        needed = 1.2 * max(took[kind]) if took[kind] else GUESS[kind]
+        needed = 1.2 * max(took[kind]) if took[kind] else guess[kind]
         if here.left < needed:
           raise LeftOut(f"it takes about {needed:.0f} s, and {max(here.left, 0):.0f} s were left")
         page.add(kind, part())
+        page.left_out.pop(name, None)
         took[kind].append(time.monotonic() - began)
       except LeftOut as reason:
         page.left_out[name] = str(reason)
       except Exception as error:  # of a compiler, a kernel, a driver: they have no common base
         # A minute on this machine may never come again: the other parts go on, and the exit code tells.
         said = f"{type(error).__name__}: {error_shown(error)}"
-        short = "RESOURCE_EXHAUSTED" in said
+        # A kernel that asks for more than a multiprocessor has says so too, and cannot run at any batch.
+        short = "RESOURCE_EXHAUSTED" in said and not re.search("shared memory|vmem", said, re.IGNORECASE)
+        if not short:
+          page.left_out.pop(name, None)
         (page.left_out if short else page.failed)[name] = said if short else f"{said} (in {way(error)})"
-      page.write()
+      with contextlib.suppress(OSError):  # of a full disk: the rest is measured, and the last write tells
+        page.write()
       bar.update(task, advance=1)
+  try:
+    page.write()
+  except OSError:
+    shell.say(page.text())
+    raise
 
 
 def way(error: Exception) -> str:
@@ -258,14 +273,15 @@ def smollm2_settings() -> bench.Settings:
   return bench.Settings("smollm2", "random", dtype="bfloat16", layers=2, block_size=4, markov_rank=64)
 
 
-def smollm2_texts(here: Bench) -> list[dict]:
+def smollm2_texts(here: Bench) -> Iterator[dict]:
   """What infer.bench measures, at batch 1 and 16: whole generations with their prompts, from questions."""
   settings = smollm2_settings()
   prompts = bench.read_prompts(settings)
   target = dspark_jax.load_target("smollm2", dtype="bfloat16", scanned=here.scanned)
   drafter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bench.random_drafter(settings, target))
   measure = lambda batch: bench.measure(settings, target, drafter, bench.prompts_of(settings, target, prompts, batch))
-  return [measure(batch) | {"attention": target.kernels.decode} for batch in (1, 16)]
+  for batch in (1, 16):
+    yield measure(batch) | {"attention": target.kernels.decode}
 
 
 def compared(here: Bench, name: str, target: Decoder, drafter: DSpark, prompts: list[list[int]], new: int = 48) -> dict:
@@ -310,17 +326,20 @@ def parted(target: Decoder, prompt: list[int], a: list[int], b: list[int]) -> fl
   return float(abs(last[a[at]] - last[b[at]]))
 
 
-def decoding_at(here: Bench, batch: int, context: int) -> dict:
-  """Seconds of a plain step and of a round at one batch and context, and the share of the memory's speed that is."""
+def decoding_at(here: Bench, batch: int, context: int) -> Iterator[dict]:
+  """Seconds of a plain step and of a round at one batch and context, and the share of the memory's speed that is: one
+  record, whose numbers of the round are None until there are any."""
   target, drafter = here.models
   out = {"batch": batch, "context": context, "attention": target.kernels.decode}
-  for name, chosen in (("plain_step", None), ("round", drafter)):
-    # Both are looked at before either runs: half a row in the page says less than what it needs.
+  kinds = {"plain_step": None, "round": drafter}
+  out |= {f"{name}_{what}": None for name in kinds for what in ("seconds", "gb", "share")}
+  for name, chosen in kinds.items():
     seconds = round_seconds(target, chosen, batch, context)
     read = head_cost.must_read(target, chosen, batch, context)
     out |= {f"{name}_seconds": seconds, f"{name}_gb": read / 1e9,
             f"{name}_share": here.gb_per_second and read / 1e9 / seconds / here.gb_per_second}
-  return out
+    if chosen is None:
+      yield out  # before the round, which needs more memory: what was measured is kept where it does not fit
 
 
 def round_seconds(target: Decoder, drafter: DSpark | None, batch: int, context: int) -> float:
@@ -400,7 +419,7 @@ def training(here: Bench) -> dict:
 
   seconds, loss = bench.fastest(call, 3)
   if not np.isfinite(loss.sum):
-    raise LeftOut(f"the loss is {float(loss.sum)} after a few steps")
+    raise FloatingPointError(f"the loss is {float(loss.sum)} after a few steps")
   useful = step_flops(here.target, here.drafter, rows=1, length=tokens, blocks=anchors)
   return {"tokens": tokens, "anchors": anchors, "attention": target.kernels.train, "seconds": seconds,
           "useful_tflop": useful / 1e12, "mfu": here.tflops and useful / 1e12 / seconds / here.tflops,

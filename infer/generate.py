@@ -26,12 +26,12 @@ import numpy as np
 import dspark_jax
 from dspark_jax.config import Range, from_json, to_json
 from dspark_jax.data import chat
-from dspark_jax.decoding import acceptance, score
+from dspark_jax.decoding import acceptance, score, session
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.generate import Text
 from dspark_jax.decoding.session import BUDGET, Session
 from dspark_jax.decoding.verify import Rule
-from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, target_id
+from dspark_jax.loading import drafter_id, locate_target, stored_temperatures, target_config, target_id
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import run_folder, shell
@@ -39,6 +39,7 @@ from dspark_jax.programs.openai_api import before
 from dspark_jax.text import read_json, read_jsonl
 
 
+NEWER = ("date", "prompts")  # parts of a record that older ones lack
 HARMLESS = ("id", "custom_id", "metadata")  # of a line: names and notes, which change nothing
 
 
@@ -137,9 +138,10 @@ def main(settings: Settings) -> dict:
   tokenizer = None if settings.prompt_tokens else chat.load_tokenizer(locate_target(settings.target))
   date = run_folder.date_of(settings.out) if settings.out else None
   prompts = read_prompts(settings, tokenizer, date)
-  if not prompts:
-    raise ValueError("there are no prompts: expected at least one")
+  check_prompts(settings, prompts)
   with run_folder.owned(settings.out) if settings.out else contextlib.nullcontext():
+    if settings.out and run_folder.is_begun(settings.out):
+      run_folder.resumed(settings.out, described(settings, prompts), newer=NEWER)  # another's: models take minutes
     with shell.stderr.status("loading"):
       target = shell.load_target(settings.target, settings.dtype, settings.kernels)
       drafter = None if settings.drafter == "none" else dspark_jax.load_drafter(settings.drafter, target,
@@ -150,7 +152,7 @@ def main(settings: Settings) -> dict:
     known = {}
     if settings.out:
       record = describe(settings, target, drafter, prompts, how) | {"date": str(date)}
-      run_folder.claim(settings.out, record, newer=("date",))
+      run_folder.claim(settings.out, record, newer=NEWER)
       read = lambda record: from_json(Line, record, "no finished prompt")
       known = {line.index: line for line in run_folder.read_lines(settings.out, read)}
     return decode(settings, tokenizer, target, drafter, prompts, how, known)
@@ -165,7 +167,26 @@ def check(settings: Settings) -> None:
                      f"looked for in text; with --prompt-tokens, give --stop-token-ids")
   if settings.out and settings.out.suffix != ".jsonl":
     raise ValueError(f"out is {settings.out}, expected a name that ends in .jsonl")
+  shell.check_out(settings.out)
   shell.check_decoding(settings)
+  for name in ("confidence_threshold", "survival_threshold"):
+    if settings.drafter == "none" and getattr(settings, name):
+      raise ValueError(f"{name} is {getattr(settings, name)}, but there is no drafter: leave it at 0")
+
+
+def check_prompts(settings: Settings, prompts: list[Prompt]) -> None:
+  """ValueError for prompts, and settings of theirs, that decoding would refuse once the target is loaded."""
+  if not prompts:
+    raise ValueError("there are no prompts: expected at least one")
+  rows = [prompt.asked.over(settings, row) for row, prompt in enumerate(prompts)]
+  for number, (prompt, row) in enumerate(zip(prompts, rows)):
+    try:
+      session.check(seed=row["seeds"], **{name: value for name, value in row.items() if name != "seeds"})
+    except ValueError as error:  # of one setting, of which nobody knows the line
+      raise ValueError(f"{prompt.where or f'prompt {number}'}: {error}") from error
+  about = target_config(locate_target(settings.target))
+  session.check_prompts(about, [prompt.tokens for prompt in prompts], stop_token_ids=settings.stop_token_ids or (),
+                        max_new_tokens=[row["max_new_tokens"] for row in rows])
 
 
 def settings_of_rows(settings: Settings, tokenizer, drafter, prompts: list[Prompt]) -> dict[str, list]:
@@ -186,12 +207,19 @@ def describe(settings: Settings, target, drafter, prompts: list[Prompt], how: di
   plain = lambda x: x if x is None or isinstance(x, (int, float)) else np.asarray(x).tolist()
   rows = [[prompt.tokens, {name: plain(values[row]) for name, values in how.items()}]
           for row, prompt in enumerate(prompts)]
-  return {"program": "infer.generate", "data": run_folder.digest(json.dumps(rows).encode()),
-          "config": {"target": target_id(target, run_folder.recorded(settings.out, "config", "target")),
-                     "drafter": drafter and drafter_id(drafter), "dtype": settings.dtype, "stop": list(settings.stop),
-                     "logprobs": settings.logprobs,
-                     # None, as in records of older versions, which knew no other.
-                     "verification": None if settings.verification == "token" else settings.verification}}
+  known = described(settings, prompts)
+  return known | {"data": run_folder.digest(json.dumps(rows).encode()), "config": known["config"] | {
+      "target": target_id(target, run_folder.recorded(settings.out, "config", "target")),
+      "drafter": drafter and drafter_id(drafter)}}
+
+
+def described(settings: Settings, prompts: list[Prompt]) -> dict:
+  """The same, as far as it is known before models are loaded."""
+  tokens = json.dumps([prompt.tokens for prompt in prompts]).encode()
+  return {"program": "infer.generate", "prompts": run_folder.digest(tokens), "config": {
+      "dtype": settings.dtype, "stop": list(settings.stop), "logprobs": settings.logprobs,
+      # None, as in records of older versions, which knew no other.
+      "verification": None if settings.verification == "token" else settings.verification}}
 
 
 def decode(settings: Settings, tokenizer, target, drafter, prompts: list[Prompt], how: dict[str, list],

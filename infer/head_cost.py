@@ -82,6 +82,7 @@ def main(settings: Settings) -> dict:
   small = [name for name in ("rows", "layers", "rank", "repeats", "rounds") if getattr(settings, name) < 1]
   if small or not settings.blocks or min(settings.blocks) < 1:
     raise ValueError(f"{', '.join(small) or 'blocks'}: expected at least 1")
+  shell.check_out(settings.out)
   blocks = sorted(set(settings.blocks))
   # First of all, so that a missing compiler is seen before minutes of measuring.
   place = None if settings.compiler == "none" else absent_tpu(TOPOLOGIES[settings.compiler])

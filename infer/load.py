@@ -119,6 +119,7 @@ class Loads:
 
 def main(settings: Settings) -> dict:
   check(settings)
+  shell.check_out(settings.out, folder=True)
   measured = [of_server(settings)] if settings.url else of_engine(settings)  # a server is asked what it serves
   texts = [sample.turns[0] for sample in benchmarks.load_samples(settings.prompts or benchmarks.STDLIB)]
   beside = [from_json(Loads, read_json(path), f"{path} is no file of infer.load") for path in settings.beside]

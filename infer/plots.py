@@ -81,6 +81,7 @@ class Panel:
 def main(settings: Settings) -> dict:
   if not settings.results or not settings.formats:
     raise ValueError("there is nothing to draw: give --results at least one file and --formats at least one format")
+  shell.check_out(settings.out, folder=True)
   found, costs = read(settings.results)
   names = variants(found)
   colours = looks(names.values())

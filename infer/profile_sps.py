@@ -79,7 +79,9 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, seats=1, chunk=1, repeats=1, capacity=64)
+  shell.check_out(settings.out)
   check_engine(settings)
+  check_room(settings.capacity, settings.chunk, settings.block_size if settings.compiler else 0)
   if settings.compiler:
     cost = compiled_cost(settings)
   else:

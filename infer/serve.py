@@ -103,8 +103,10 @@ def open_port(settings: Settings) -> socket.socket:
 
 
 def read_cost(settings: Settings) -> Cost | None:
-  """The table of --cost, if it is there. ValueError for one of another engine, as far as that is known unloaded."""
+  """The table of --cost, if it is there. ValueError for one of another engine, as far as that is known unloaded, and
+  for a place where none could be kept."""
   if not (settings.cost and settings.cost.exists()):
+    shell.check_out(settings.cost)
     return None
   named = ["target", "dtype"]
   if settings.drafter != "none":

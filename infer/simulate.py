@@ -193,6 +193,7 @@ def main(settings: Settings) -> dict:
   workloads |= {f"length {length:g}": (length,) for length in settings.lengths}
   if not workloads:
     raise ValueError("there are no workloads and no lengths: give one of either")
+  shell.check_out(settings.out, folder=True)
   found = tables(settings)
   for (_, cost_at), length in itertools.product(found, itertools.chain(*workloads.values())):
     mean_acceptance(length, cost_at(1)[0].block, settings.concentration)  # before minutes of drawing

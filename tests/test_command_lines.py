@@ -1,5 +1,7 @@
 """Mistakes on command lines that are seen at once, in a sentence, and results that nobody takes."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,11 @@ import dspark_jax
 from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.engine import EngineConfig
 from dspark_jax.nn.attention import Kernels
-from dspark_jax.programs import shell
-from folders import complains
-from infer import evaluate, generate, serve
-from train import answers, calibrate, prepare
+from dspark_jax.programs import run_folder, shell
+from dspark_jax.text import read_json
+from folders import QWEN3, complains, with_tokenizer
+from infer import convert, device_report, evaluate, generate, head_cost, load, plots, profile_sps, serve, simulate
+from train import answers, calibrate, prepare, report
 from train.config import TrainConfig, read_config
 
 PRINTS = """
@@ -71,12 +74,114 @@ def test_drafters_that_are_not_there(tmp_path):
   shell.check_drafter("none", "none")
 
 
+@pytest.mark.parametrize("change, part", [
+    (dict(prompt="w5", survival_threshold=0.5), "survival_threshold is 0.5, but there is no drafter"),
+    (dict(prompt="w5", confidence_threshold=0.5), "confidence_threshold is 0.5, but there is no drafter"),
+    (dict(prompts='{"prompt": "w5"}\n{"prompt": "w6", "seed": -1}'), "p.jsonl, line 2: seed is -1, expected 0 to"),
+    (dict(prompts='{"prompt": "w5", "top_p": 0}'), "p.jsonl, line 1: top_p is 0"),
+    (dict(prompts='{"prompt": "w5"}\n{"prompt": "w5"}', seed=2 ** 32 - 1), "line 2: seed is 4294967296"),
+    (dict(prompt_tokens="[[5], []]"), "prompt 1 is empty"), (dict(prompt_tokens="[[5], [99999]]"), "vocabulary is 0.."),
+    (dict(prompt_tokens="[]"), "there are no prompts"),
+    (dict(prompt="w5", stop_token_ids=(-5,)), "stop_token_ids has -5"),
+    (dict(prompt="w5", max_new_tokens=10 ** 5), "do not fit the target's"),
+    (dict(prompt="w5", out="folder.jsonl"), "folder.jsonl is a folder, expected a file or nothing")])
+def test_prompts_that_a_target_cannot_take(change, part, tmp_path, monkeypatch):
+  """Kills: a mistake of prompts or their settings that is told once weights of many gigabytes are loaded, or, of --out,
+  once all is decoded."""
+  monkeypatch.setattr(shell, "load_target", lambda *_: pytest.fail("the target was loaded"))
+  (tmp_path / "folder.jsonl").mkdir()
+  for name, file in (("prompts", "p.jsonl"), ("prompt_tokens", "p.json")):
+    if name in change:
+      (tmp_path / file).write_text(change[name])
+      change = change | {name: tmp_path / file}
+  if "out" in change:
+    change = change | {"out": tmp_path / change["out"]}
+  with complains(part):
+    generate.main(generate.Settings(str(with_tokenizer(QWEN3, tmp_path / "t")), "none", **change))
+
+
+def test_texts_of_other_prompts(tmp_path, monkeypatch):
+  """Kills: minutes of loading before it is said that --out holds the texts of other prompts, or of other settings; an
+  older record that cannot go on."""
+  settings = generate.Settings(str(QWEN3), "none", prompt_tokens=tmp_path / "p.json", max_new_tokens=2,
+                               out=tmp_path / "o.jsonl")
+  settings.prompt_tokens.write_text("[[5, 6]]")
+  first, record = generate.main(settings), run_folder.record_path(settings.out)
+  older = {name: part for name, part in read_json(record).items() if name != "prompts"}
+  record.write_text(json.dumps(older))
+  assert generate.main(settings)["tokens"] == first["tokens"] and "prompts" in read_json(record)
+  monkeypatch.setattr(shell, "load_target", lambda *_: pytest.fail("the target was loaded"))
+  with complains("logprobs was False, is True"):
+    generate.main(dataclasses.replace(settings, logprobs=True))
+  settings.prompt_tokens.write_text("[[5, 7]]")
+  with complains("prompts has changed since"):
+    generate.main(settings)
+
+
+def test_converting_what_is_not_there(tmp_path, monkeypatch):
+  """Kills: a slip in --source that is seen once the target was read."""
+  monkeypatch.setattr(dspark_jax, "load_target", lambda *_, **how: pytest.fail("the target was loaded"))
+  with complains("nope does not exist: expected a folder with"):
+    convert.main(convert.Settings("t", tmp_path / "out", tmp_path / "nope"))
+
+
+def test_results_that_could_not_be_written(tmp_path, monkeypatch):
+  """Kills: hours of measuring before it is seen that their result has no place; a table of costs in a folder of others,
+  which is only read, refused."""
+  for module, name in ((shell, "load_target"), (simulate, "outcomes"), (load, "of_engine"), (plots, "read"),
+                       (report.run_folder, "read_record"), (serve.chat, "load_tokenizer"), (device_report, "run")):
+    monkeypatch.setattr(module, name, lambda *_, **how: pytest.fail("it was begun"))
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "file").touch()
+  below = tmp_path / "file" / "deep" / "x"
+  for place, is_ in ((tmp_path / "folder", "folder is a folder, expected a file or nothing"),
+                     (below, "file is a file, expected a folder or nothing")):
+    for main, settings in (
+        (head_cost.main, head_cost.Settings("t", place)), (profile_sps.main, profile_sps.Settings("t", out=place)),
+        (serve.start_engine, serve.Settings(target="t", drafter="none", cost=place) if place is below else None)):
+      if settings:
+        with complains(is_):
+          main(settings)
+  for place in (tmp_path / "file", below):
+    for main, settings in (
+        (simulate.main, simulate.Settings(out=place)), (load.main, load.Settings(place, url="http://localhost:1/v1")),
+        (report.main, report.Settings(tmp_path, place)), (plots.main, plots.Settings((tmp_path / "r",), place)),
+        (device_report.main, device_report.Settings(out=place, allow_cpu=True))):
+      with complains("file is a file, expected a folder or nothing", f"than {place}"):
+        main(settings)
+  monkeypatch.setattr(shell.os, "access", lambda *_: False)
+  with complains("folder cannot be written: choose another path than"):
+    shell.check_out(tmp_path / "folder" / "new" / "x.json")
+  assert serve.read_cost(serve.Settings(target="t", drafter="none")) is None
+  monkeypatch.undo()
+  shell.check_out(tmp_path / "folder" / "new" / "x.json")
+  shell.check_out(tmp_path / "folder", folder=True)
+  shell.check_out(None)
+  assert [path.name for path in tmp_path.iterdir() if path.name != "file"] == ["folder"]
+
+
+def test_seats_that_no_drafter_fits(monkeypatch):
+  """Kills: a capacity that leaves no room to measure in, whatever the drafter, told once the target is loaded."""
+  monkeypatch.setattr(shell, "load_target", lambda *_: pytest.fail("the target was loaded"))
+  with complains("capacity is 64, expected at least 86"):
+    profile_sps.main(profile_sps.Settings("t", capacity=64, chunk=64))
+
+
 def test_questions_of_nothing(tmp_path):
   """Kills: a success without an answer, whose record refuses the next questions."""
   (tmp_path / "q.jsonl").write_text("\n")
   with complains("q.jsonl holds no question"):
     answers.main(answers.Settings("not there", questions=tmp_path / "q.jsonl", out=tmp_path / "a.jsonl"))
+  with complains("q.jsonl holds no question, expected at least one"):
+    calibrate.read_questions(calibrate.Settings("not there", tmp_path, questions=tmp_path / "q.jsonl"))
   assert not (tmp_path / "a.jsonl.run.json").exists()
+
+
+def test_a_report_of_another_run(tmp_path):
+  """Kills: a remedy that names --out where the mistake is in --run."""
+  run_folder.write_record(tmp_path, {"program": "infer.evaluate"})
+  with complains("not of train.train: give another --run"):
+    report.main(report.Settings(tmp_path))
 
 
 def test_sizes_that_are_none(tmp_path):

@@ -106,12 +106,24 @@ def test_what_a_training_step_cannot_but_move(here, capsys, monkeypatch):
   row = told["step"]
   assert all(told[name] == row[name] > 0 for name in ("useful_flops", "compiled_flops"))
   trained = LAYER + 2 * 16 * 16 + 2 * 16 + 2 * 200 * 4 + (16 + 4 + 1)
-  target = 4 * LAYER + 16 + 2 * WORDS
-  assert row["floor_bytes"] == pytest.approx(2 * 2 * target + 2 * 3 * 4 * trained, rel=0.01)
-  assert row["argument_bytes"] == pytest.approx(2 * target + 3 * 4 * trained, rel=0.05)
+  read = 4 * LAYER + 16 + WORDS  # the head; of the embedding rows
+  assert row["floor_bytes"] == pytest.approx(2 * 2 * read + 2 * 3 * 4 * trained, rel=0.01)
+  assert row["argument_bytes"] == pytest.approx(2 * (read + WORDS) + 3 * 4 * trained, rel=0.05)
   spread = run(training, training.CompileConfig, "--mesh.fsdp 2", capsys, default=default)
   assert spread["devices"] == 2 and spread["step"]["useful_flops"] == row["useful_flops"] / 2
   assert spread["step"]["floor_bytes"] < 0.55 * row["floor_bytes"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_target_of_a_training_step(tied):
+  """Kills: a floor above what a step moves, with the whole of an embedding of which rows are read; one without the head
+  where they are the same."""
+  config, about = SHORT, dataclasses.replace(TINY, tie_word_embeddings=tied)
+  with jax.set_mesh(MeshConfig().build(jax.devices()[:1])):
+    state, target, _ = training.arguments(config, about, drafter_config(config.drafter, about))
+  for microbatches in (1, 3):
+    found = training.floor(dataclasses.replace(config, microbatches=microbatches), state, target)
+    assert found == microbatches * 2 * (4 * LAYER + 16 + WORDS) + 2 * compiled.size(state)
 
 
 def test_what_a_run_costs():

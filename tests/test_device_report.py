@@ -1,6 +1,8 @@
 """infer.device_report on a CPU, with a tiny model in place of Qwen3-4B and the CPU in place of an accelerator."""
 
+import errno
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 from dspark_jax.data import chat
 from dspark_jax.decoding import round as rounds
 from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.metrics import once
 from dspark_jax.nn import pallas_decode
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import parameters
@@ -39,7 +42,7 @@ def test_the_whole_program(bare, capsys, tmp_path):
   """Kills: a part that is missing from the page or the last line, or silently left out; a share of nothing; computed
   numbers that look measured; anything but the page and its figure left in the folder."""
   result, _ = run(capsys, tmp_path, *ROWS, "--gb-per-second", 10, "--tflops", 0.5, "--scanned", "True")
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.md", "cpu.png"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.json", "cpu.md", "cpu.png"]
   text = (tmp_path / "cpu.md").read_text()
   (model,), (point,), (step,) = result["correctness"], result["decoding"], result["training"]
   assert model["attention"] == point["attention"] == step["attention"] == "reference"
@@ -88,6 +91,23 @@ def test_no_time(bare, capsys, tmp_path, monkeypatch):
   assert all("s were left" in reason for reason in result["left_out"].values())
 
 
+def test_time_on_a_tpu(bare, tmp_path, monkeypatch):
+  """Kills: a TPU's compiler that takes the minutes of all other parts for the first one; a model of one head, or of one
+  for each key, whose heads no kernel could mix up."""
+  monkeypatch.setattr(report, "small_model", lambda *_: pytest.fail("it was begun"))
+  for name in ("training", "decoding_at"):
+    monkeypatch.setattr(report, name, lambda *_: [])
+  settings = report.Settings(out=tmp_path, batches=(2,), contexts=(40,))
+  here = report.Bench(settings, report.TINY, None, True, time.monotonic() + 120, None, None)
+  page = device_page.Page("TPU v5", tmp_path / "a.md", None, None, "tiny", "scanned", 4)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  report.run(here, page)
+  assert "it takes about 180 s" in page.left_out["numbers of a small random model"] and not page.failed
+  assert {"a training step", "batch 2, context 40"}.isdisjoint(page.left_out)
+  spec = report.SMALL.spec
+  assert 1 < spec.num_kv_heads < spec.num_heads <= 4 and spec.head_dim == 128 and report.SMALL.num_layers > 1
+
+
 def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
   """Kills: one broken compiler that takes all other numbers with it, or that nobody hears of; memory that is short
   counted as a failure."""
@@ -107,6 +127,82 @@ def test_a_part_that_fails(bare, capsys, tmp_path, monkeypatch):
   assert "- a training step: JaxRuntimeError: INTERNAL: no such instruction (in device_report.py:" in text
   assert "- numbers of SmolLM2: IndexError: pop from empty list" in text and "| a model | triton | **NO** |" in text
   assert "## Left out" in text.partition("- batch 2, context 40: JaxRuntimeError: RESOURCE_EXHAUSTED")[0]
+
+
+def test_a_second_report(bare, capsys, tmp_path, monkeypatch):
+  """Kills: an hour on a rented device whose page, or figure, the next run deletes; numbers that stand in no file but
+  rounded; a page without what was not reached."""
+  for name in ("training", "decoding_at"):
+    monkeypatch.setattr(report, name, lambda *_: [].pop())
+  measured = {"model": "a model", "attention": "triton", "correct": False, "same_as_cpu": False, "same_as_plain": True,
+              "logits": float("nan"), "from_cpu": float("inf"), "from_plain": 0.0, "bfloat16_logits": 0.123456}
+  def small_model(_):
+    begun = json.loads((tmp_path / "cpu.json").read_text())
+    assert begun["left_out"]["batch 2, context 40"] in (tmp_path / "cpu.md").read_text() and not begun["correctness"]
+    return measured
+  monkeypatch.setattr(report, "small_model", small_model)
+  run(capsys, tmp_path, *ROWS, code=2)
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  records = json.loads(before["cpu.json"])
+  assert records["correctness"] == [measured | {"logits": "NaN", "from_cpu": "Infinity"}]
+  assert records["page"] == str(tmp_path / "cpu.md") and "a training step" in records["failed"]
+  for number in (2, 3):
+    _, err = run(capsys, tmp_path, *ROWS, code=2)
+    assert f"cpu-{number}.md" in err and (tmp_path / f"cpu-{number}.json").exists()
+  assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_pages_that_cannot_be_written(bare, capsys, tmp_path, monkeypatch):
+  """Kills: a folder that is a file, seen after minutes of measuring; a figure that cannot be drawn, or a disk that is
+  full for a while, which ends the whole report; numbers that a full disk takes along."""
+  for name in ("small_model", "training"):
+    monkeypatch.setattr(report, name, lambda *_: pytest.fail("it was begun"))
+  (tmp_path / "file").touch()
+  for out in (tmp_path / "file", tmp_path / "file" / "below"):
+    _, err = called(capsys, report.main, report.Settings, "--allow-cpu", "--out", out, *ROWS, code=2)
+    assert "file is a file, expected a folder or nothing" in err
+  point = {"batch": 2, "context": 40, "attention": "pallas", "plain_step_seconds": 0.5, "plain_step_share": None,
+           "round_seconds": 1.0, "round_share": None}
+  for name in ("small_model", "training"):
+    monkeypatch.setattr(report, name, lambda *_: [])
+  monkeypatch.setattr(report, "decoding_at", lambda *_: point)
+  monkeypatch.setattr(device_page, "drawn", lambda _: [].pop())
+  result, _ = run(capsys, tmp_path / "drawn", *ROWS)
+  assert result["decoding"] == [point] and "IndexError" in result["left_out"]["the figure"]
+  assert "- the figure: IndexError" in (tmp_path / "drawn" / "cpu.md").read_text()
+  write, calls = report.shell.write, []
+  def full(*args):
+    calls.append(args)
+    if len(calls) > 2:
+      raise OSError(errno.ENOSPC, "No space left on device", "cpu.md")
+    write(*args)
+  monkeypatch.setattr(report.shell, "write", full)
+  _, err = run(capsys, tmp_path / "full", *ROWS, code=2)
+  assert "| 40 | 2 | 500.00 |" in err and "free some space" in err
+
+
+@pytest.mark.parametrize("message", [
+    "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 114688, available: 101376",
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"])
+def test_a_kernel_that_cannot_run(message, bare, capsys, tmp_path, monkeypatch):
+  """Kills: a kernel that no batch makes small enough, told as memory that is short, with exit code 0."""
+  def too_large(*_):
+    raise jax.errors.JaxRuntimeError(message)
+  for name in ("small_model", "training", "decoding_at"):
+    monkeypatch.setattr(report, name, too_large)
+  _, err = run(capsys, tmp_path, *ROWS, code=2)
+  failed = (tmp_path / "cpu.md").read_text().partition("## Left out")[0]
+  assert "batch 2, context 40 failed" in err and failed.count(message) == 3
+
+
+def test_a_loss_that_is_no_number(monkeypatch):
+  """Kills: a device that trains to NaN, listed among what time did not suffice for, with exit code 0."""
+  target, drafter = Decoder(report.TINY, rngs=nnx.Rngs(0)), DSpark(report.tiny_drafter(report.TINY), rngs=nnx.Rngs(1))
+  here = report.Bench(report.Settings(), report.TINY, drafter.config, False, 0.0, None, None)
+  here.models = target, drafter
+  monkeypatch.setattr(report, "train_step", lambda state, *_, **how: (state, {"loss": once(jnp.nan)}))
+  with complains("the loss is nan after a few steps", error=FloatingPointError):
+    report.training(here)
 
 
 def test_the_cpu_is_the_reference(monkeypatch):
@@ -211,9 +307,26 @@ def test_the_real_sizes():
   assert (config.taps, config.block_size, config.num_layers) == ((1, 9, 17, 25, 33), 7, 5)
 
 
+def test_a_round_that_does_not_fit(bare, capsys, tmp_path, monkeypatch):
+  """Kills: a plain step that was measured in minutes, and is thrown away as the round after it needs more memory."""
+  def round_seconds(target, drafter, batch, context):
+    if drafter:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    return 0.5
+  monkeypatch.setattr(report, "round_seconds", round_seconds)
+  for name in ("small_model", "training"):
+    monkeypatch.setattr(report, name, lambda *_: [])
+  result, _ = run(capsys, tmp_path, *ROWS, "--gb-per-second", 10)
+  (point,) = result["decoding"]
+  assert point["plain_step_seconds"] == 0.5 and point["plain_step_share"] > 0 and point["round_seconds"] is None
+  assert "out of memory" in result["left_out"]["batch 2, context 40"] and "the figure" not in result["left_out"]
+  assert "| 40 | 2 | 500.00 | 0 % |  |  |  |" in (text := (tmp_path / "cpu.md").read_text())
+  assert "| 40 | 2 | 4 |  |  |  |  |" in text and (tmp_path / "cpu.png").exists()
+
+
 def test_the_page_as_it_grows(tmp_path):
   """Kills: a page that can only be written when everything is there."""
-  page = device_page.Page("A [device]", tmp_path / "a.md", tmp_path / "a.png", None, None, "tiny", "scanned", 4)
+  page = device_page.Page("A [device]", tmp_path / "a.md", None, None, "tiny", "scanned", 4)
   page.write()
   assert "give --gb-per-second" in page.path.read_text() and not page.figure.exists() and not page.summary()["correct"]
   page.add("decoding", {"batch": 1, "context": 8, "attention": "pallas", "plain_step_seconds": 0.5,

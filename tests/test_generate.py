@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.decoding import session as subject
+from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.policy import All, EarlyStop, Stale, Threshold
 from dspark_jax.decoding.session import Session, generate
 from dspark_jax.nn.parameters import parameters
@@ -321,6 +322,8 @@ def test_nan_after_the_first_token():
   ([[1]] * 2, dict(max_new_tokens=[4, 0]), "max_new_tokens is 0, expected at least 1"),
   ([[1]] * 2, dict(max_new_tokens=[4, 8.0]), "max_new_tokens of prompt 1 is 8.0, expected an integer"),
   ([[1], [1.7, 2.2]], {}, r"prompt 1 is \[1.7, 2.2\], expected a list of integers"),
+  ([[1, True]], {}, r"prompt 0 is \[1, True\], expected a list of integers"),
+  ([[1]], dict(stop_token_ids=[1, True]), r"stop_token_ids of prompt 0 is \[1, True\], expected a list of integers"),
   ([[True, False]], {}, r"prompt 0 is \[True, False\], expected a list of integers"),
   ([1, 2, 3], {}, "prompt 0 is 1, expected a list of integers: give token ids, a list for each prompt"),
   ([[[1], [2, 3]]], {}, r"prompt 0 is \[\[1\], \[2, 3\]\], expected a list of integers"),
@@ -366,5 +369,42 @@ def test_integers_of_all_kinds():
 
 def test_64_bits_are_refused():
   """Kills: a TypeError of a loop's carry from deep inside, where JAX was told to compute in 64 bits."""
-  with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is on, .*: turn it off"):
-    generate(target(), None, [[1]], max_new_tokens=2)
+  for call in (lambda: generate(target(), None, [[1]], max_new_tokens=2), lambda: Engine(target())):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is on, .*: turn it off"):
+      call()
+
+
+@pytest.mark.parametrize("settings, part", [
+  (dict(calibration=0.5), r"calibration is 0.5, expected 3 positive numbers"),
+  (dict(calibration=["a", "b", "c"]), r"calibration is \['a', 'b', 'c'\], expected 3 positive numbers"),
+  (dict(calibration=[[1.0, [2.0], 3.0]] * 8), "expected 3 positive numbers"),
+  (dict(calibration={"greedy": [1.0] * 3}), "calibration is {'greedy'"),
+  (dict(calibration=jnp.zeros(3)), r"calibration is \[0.0, 0.0, 0.0\], expected 3"),
+  (dict(survival_threshold="0.5"), "survival_threshold is '0.5', expected a number"),
+  (dict(confidence_threshold=[0.5] * 7 + [None]), "confidence_threshold is None, expected a number"),
+  (dict(survival_threshold=[[0.5]] * 8), r"survival_threshold is \[0.5\], expected a number"),
+  (dict(temperature="1"), "temperature is '1', expected a number"), (dict(temperature={}), "temperature is {}"),
+  (dict(temperature=True), "temperature is True, expected a number"), (dict(top_k=[None] * 8), "top_k is None")])
+def test_settings_of_another_kind(settings, part):
+  """Kills: a TypeError without a sentence, or a text that is read as a number, for a value of another kind."""
+  with pytest.raises(ValueError, match=part) as caught:
+    Session(target(), drafter("rnn")).prepare(PROMPTS, **dict(max_new_tokens=NEW) | settings)
+  assert str(caught.value).isprintable()
+
+
+def test_numbers_of_all_kinds():
+  """Kills: numpy's or JAX's numbers refused where Python's are taken."""
+  for number in (1, np.float16(1), jnp.bfloat16(1), jnp.float32(1)):
+    (batch,) = Session(target(), drafter("rnn")).prepare([[1]], temperature=number, survival_threshold=number,
+                                                         calibration=jnp.full(3, number))
+    settings = batch.args[2].settings
+    assert settings.sampling.temperature.tolist() == [1] and settings.calibration.tolist() == [[1, 1, 1]]
+    assert settings.thresholds.tolist() == [[0, 1]]
+
+
+def test_a_drafter_of_another_target():
+  """Kills: a TypeError of a product of two widths, or drafts of other words, for a drafter that fits no such target."""
+  other = small_drafter(small_target("llama", vocab_size=16), "rnn", num_layers=1)
+  for call in (lambda: generate(target(), other, [[1]]), lambda: Engine(target(), other)):
+    with pytest.raises(ValueError, match="vocabulary is 16, the target's is 12: this drafter was made for another"):
+      call()

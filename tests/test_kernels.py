@@ -71,6 +71,26 @@ def test_causal_blocks_over_a_cache(decode, lengths, steps, layers, heads, group
   close(got, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_shared_memory(width, dtype, monkeypatch):
+  """Kills: tiles sized for heads of 128 in bfloat16 alone, which an L4 has no room for in float32, or of 256; smaller
+  ones where those fit."""
+  found, original = [], triton_decode.pl.pallas_call
+  def spied(kernel, *, in_specs, **how):
+    found.append((in_specs[2].block_shape[-2], kernel.keywords["step"]))
+    return original(kernel, in_specs=in_specs, **how)
+  monkeypatch.setattr(triton_decode.pl, "pallas_call", spied)
+  one = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  q, bound = one(1, 1, 1, 500, width), one(1, 1, dtype="int32")
+  jax.eval_shape(functools.partial(triton_decode.cached_attention, interpret=True), q, q, q,
+                 one(1, 1, 500, 500, dtype="bool"), one(1, 1, width, 4096), one(1, 1, 4096, width), bound, bound)
+  (rows, slots), size = found[0], jnp.dtype(dtype).itemsize
+  # What Triton asked for: queries, keys, values, and the weights of a step (checked against 114,688 and 106,496).
+  assert size * (rows * width + 2 * slots * width + rows * slots) <= 101_376 and min(rows, slots) >= 16
+  assert width * size > 256 or (rows, slots) == (64, 64)
+
+
 @both_decode
 def test_blocks_with_ranges_and_masks_of_their_own(decode, monkeypatch):
   """Kills: a range that starts at 0 all the same, a mask of another block, NaN where a block sees nothing."""

@@ -341,7 +341,7 @@ def test_drafters_on_a_mesh(mesh, converted, tmp_path, monkeypatch):
     dspark_jax.save_drafter(tmp_path / "saved", drafter, target)
     dspark_jax.export_drafter(converted, tmp_path / "spread", target)
     other = jax.tree.map(lambda x: x + 1, target)
-    monkeypatch.setattr(loading, "_fit", lambda *_: [])
+    monkeypatch.setattr(loading, "misfits", lambda *_: [])
     with complains("embed_tokens.weight", "is not the target's"):
       dspark_jax.load_drafter(DSPARK, other)
   assert_same_weights(dspark_jax.load_drafter(tmp_path / "saved", qwen3()), wanted)

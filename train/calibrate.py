@@ -182,6 +182,8 @@ def read_questions(settings: Settings) -> list[tuple[str, str]]:
       if [len(turn) for turn in c.turns] != [1] or c.tools or c.thinking:
         raise ValueError(f'{settings.questions}, line {c.id} is no question: expected {{"prompt": TEXT}}, asked alone')
       questions.append((c.id, c.turns[0][0]["content"]))
+    if not questions:
+      raise ValueError(f"{settings.questions} holds no question, expected at least one")
   first = {}
   for name, text in questions:
     first.setdefault(text, name)

@@ -10,9 +10,9 @@ minutes.
 
 Flags override the experiment file, as in train.train: --batch 1 --microbatches 1 for a step of one row. With --rows,
 the number to train on (train.prepare says it), epochs become steps, and steps device hours. The floor is what a step
-cannot but move: the frozen target read once per microbatch, and the state (masters, both moments) read and written
-once; on a mesh, a device's part. A step is bound by its products: useful / compiled flops is what of them the formulas
-beside the models ask for (`training.step.step_flops`).
+cannot but move: the frozen target read once per microbatch, but for an untied embedding, and the state (masters, both
+moments) read and written once; on a mesh, a device's part. A step is bound by its products: useful / compiled flops is
+what of them the formulas beside the models ask for (`training.step.step_flops`).
 
 The last line of stdout is a JSON object with the keys step_seconds (what the operations take at the chip's published
 rates, or what the useful flops do where that is more: kernels of our own are not among the former), steps, device_hours
@@ -69,7 +69,7 @@ def main(config: CompileConfig) -> dict:
     found = compiled.read(lower(config, state, target, batch))
   blocks = config.row_length if state.drafter.every_position else config.anchors
   row = compiled.summary(
-      found, chip, floor_bytes=config.microbatches * compiled.size(target) + 2 * compiled.size(state),
+      found, chip, floor_bytes=floor(config, state, target),
       useful_flops=step_flops(about, drafting, rows=config.batch, length=config.row_length,
                               blocks=blocks) / mesh.size)
   for table in compiled.tables({"step": row}, chip):
@@ -80,6 +80,12 @@ def main(config: CompileConfig) -> dict:
   return {"target": config.target, "topology": config.topology, "chip": chip.name, "devices": mesh.size,
           "batch": config.batch, "step": row, **told,
           **{name: row[name] for name in ("fits", "useful_flops", "compiled_flops")}}
+
+
+def floor(config: TrainConfig, state: TrainState, target: Target) -> int:
+  """Bytes that a step cannot but move, of one device. Of an embedding that is not the head, too, only rows are read."""
+  frozen = compiled.size(target) - (compiled.size(target.embed_tokens) if target.lm_head else 0)
+  return config.microbatches * frozen + 2 * compiled.size(state)
 
 
 def costs(config: CompileConfig, seconds: float, devices: int, flops: float) -> dict[str, Any]:

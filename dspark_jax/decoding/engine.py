@@ -25,7 +25,7 @@ from dspark_jax.decoding.cost import Cost
 from dspark_jax.decoding.estimator import Estimator, observed
 from dspark_jax.decoding.executables import FEATURES, STOP_IDS, Executables, Knobs, empty_rows, on_host
 from dspark_jax.decoding.round import Chunk, Models, Report, Settings
-from dspark_jax.decoding.session import check
+from dspark_jax.decoding.session import check, check_models
 from dspark_jax.decoding.verify import Rule
 from dspark_jax.nn.attention import QUERY_BLOCK
 from dspark_jax.sampling import make_sampling
@@ -160,6 +160,7 @@ class Engine:
       drafter, config = None, dataclasses.replace(config, policy="plain")
     if config.survival == "auto":
       config = dataclasses.replace(config, survival="estimator")
+    check_models(target, drafter)
     self.target, self.drafter, self.config = target, drafter, config
     dispatch.check(config, drafter, cost, measured=measure is not None, positions=target.max_positions)
     buckets = () if config.policy in ("plain", "fixed") else config.buckets or (

@@ -65,6 +65,7 @@ class Session:
                budget: float | None = BUDGET):
     if batch is not None and batch < 1:
       raise ValueError(f"batch is {batch}, expected at least 1 row")
+    check_models(target, drafter)
     self.target, self.drafter, self.batch, self.budget = target, drafter, batch, budget
 
   @property
@@ -220,24 +221,56 @@ def check(*, max_new_tokens: int = 1, temperature: float = 0.0, top_k: int = 0, 
     raise ValueError(f"budget_gb is {budget_gb}, expected a number above 0")
 
 
+def check_models(target, drafter) -> None:
+  """ValueError for a drafter that was made for another target, and for jax_enable_x64: decoding would fail inside."""
+  check()
+  config = getattr(drafter, "config", None)  # drafters of others may have none
+  if problems := misfits(config, target.config) if config else []:
+    raise ValueError("; ".join(problems))
+
+
+def misfits(drafter, target) -> list[str]:
+  """What keeps a drafter of one config (DrafterConfig) from drafting for a target of the other (TargetConfig)."""
+  pairs = [("width", drafter.spec.hidden_size, target.spec.hidden_size),
+           ("vocabulary", drafter.vocab_size, target.vocab_size),
+           ("target layers", drafter.num_target_layers, target.num_layers)]
+  return [f"{what} is {got}, the target's is {expected}: this drafter was made for another target"
+          for what, got, expected in pairs if got != expected]
+
+
+def check_prompts(target, prompts: Sequence[Sequence[int]], *, max_new_tokens=128, stop_token_ids=()) -> None:
+  """ValueError for prompts, or settings of them as for `generate`, that a target cannot take. Of it a TargetConfig is
+  enough, which is there before the weights are."""
+  _limits(target, _prompts(target, prompts), max_new_tokens)
+  _stop_ids(stop_token_ids, len(prompts), target.vocab_size)
+
+
 def _settings(target, drafter, limits, policy, *, temperature=0.0, top_k=0, top_p=1.0, stop_token_ids=(),
               confidence_threshold=0.0, survival_threshold=0.0, calibration=None, verification="token") -> Settings:
   """What was asked for each prompt, on the host."""
   check(verification=verification)
   rows, block = len(limits), drafter.block_size if drafter else 0
-  each = lambda name, value: _each(name, value, rows)
+  each = lambda name, value: _numbers(name, value, rows)
   sampling = make_sampling(each("temperature", temperature), each("top_k", top_k), each("top_p", top_p))
   stop_ids = _stop_ids(stop_token_ids, rows, target.vocab_size)
   thresholds = [_thresholds(drafter, policy, name, each(name, value)) for name, value in (
       ("confidence_threshold", confidence_threshold), ("survival_threshold", survival_threshold))]
-  one = calibration is None or not any(table is None or _is_list(table) for table in calibration)
-  tables = each("calibration", [calibration] * rows if one else calibration)
-  tables = [np.ones(block) if table is None else np.asarray(table) for table in tables]
-  for table in tables:
-    if table.shape != (block,) or not (table > 0).all():
-      raise ValueError(f"calibration is {table.tolist()}, expected {block} positive numbers, one for each draft")
+  one = not _is_list(calibration) or not any(table is None or _is_list(table) for table in calibration)
+  tables = [_table(table, block) for table in _each("calibration", [calibration] * rows if one else calibration, rows)]
   return Settings(sampling, stop_ids, limits, np.asarray(tables, np.float32).reshape(rows, block),
                   np.asarray(thresholds, np.float32).T, verification)
+
+
+def _table(temperatures, block):
+  """f[G]; None: all 1"""
+  try:
+    found = np.ones(block) if temperatures is None else np.asarray(temperatures)
+  except (TypeError, ValueError):  # lists of several lengths, or of JAX's numbers
+    found = np.asarray(None)
+  if found.shape != (block,) or not _is_real(found) or not (found > 0).all():
+    got = temperatures.tolist() if hasattr(temperatures, "tolist") else temperatures  # whose own repr has several lines
+    raise ValueError(f"calibration is {shown(got)}, expected {block} positive numbers, one for each draft")
+  return found
 
 
 def _stop_ids(stop_token_ids, rows, vocab_size):
@@ -275,7 +308,8 @@ def _token_ids(name, value):
     ids = np.asarray(value)
   except ValueError:  # lists of several lengths
     ids = np.asarray(None)
-  if ids.ndim != 1 or ids.size and ids.dtype.kind not in "iu":  # rounded down they would be other tokens
+  mixed = isinstance(value, (list, tuple)) and any(isinstance(x, (bool, np.bool_)) for x in value)  # numpy: 0 and 1
+  if ids.ndim != 1 or mixed or ids.size and ids.dtype.kind not in "iu":  # rounded down they would be other tokens
     raise ValueError(f"{name} is {shown(value)}, expected a list of integers: give token ids, a list for each prompt")
   return ids
 
@@ -285,6 +319,19 @@ def _integer(name, value):
     return operator.index(value)
   except TypeError as error:
     raise ValueError(f"{name} is {shown(value)}, expected an integer: give Python's or numpy's") from error
+
+
+def _numbers(name, value, rows):
+  """One number per row, as `_each`."""
+  values = _each(name, value, rows)
+  for each in values:
+    if _is_list(each) or not (isinstance(each, int) or _is_real(np.asarray(each))) or isinstance(each, bool):
+      raise ValueError(f"{name} is {shown(each)}, expected a number: give one for all prompts, or one for each")
+  return values
+
+
+def _is_real(array):
+  return jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _each(name, value, rows):

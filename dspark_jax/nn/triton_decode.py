@@ -19,6 +19,9 @@ NEG = -1e30
 SLOTS = 64       # of a cache that are multiplied at a time
 ROWS = 64        # queries that a program holds at most: with heads 128 wide 64 registers of a thread for their sums
 FEWEST = 16      # of both that Triton multiplies
+# Bytes of a tile of keys and of one of queries. With as many of values, and weights, they are in shared memory at once:
+# 80 KB of the 99 that an L4 or an RTX has.
+KEYS, QUERIES = 2 ** 14, 2 ** 15
 PROGRAMS = 264   # two for each multiprocessor of an H100
 
 
@@ -49,10 +52,11 @@ def _context(q, far_k, far_v, lo, hi, *, interpret):
   """The largest scores f32[P,B,K,A,R], the sums of weights, and those of weighted values f32[P,B,K,A,R,h], of each of P
   parts of the slots that a block sees."""
   (batch, heads, blocks, rows, width), slots = q.shape, far_v.shape[2]
-  held = min(max(pl.next_power_of_2(rows), FEWEST), ROWS)
+  line = width * max(q.dtype.itemsize, far_k.dtype.itemsize)
+  held = max(min(pl.next_power_of_2(rows), ROWS, QUERIES // line), FEWEST)
   groups = -(-rows // held)
   padded = jnp.pad(q, [(0, 0)] * 3 + [(0, groups * held - rows), (0, 0)])
-  step = min(SLOTS, max(pl.next_power_of_2(slots), FEWEST))
+  step = max(min(pl.next_power_of_2(slots), SLOTS, KEYS // line), FEWEST)
   parts = max(min(PROGRAMS // (batch * heads * blocks * groups), -(-slots // step)), 1)
   row, head = lambda i: jax.lax.div(i, heads), lambda i: jax.lax.rem(i, heads)
   block, group = lambda j: jax.lax.div(j, groups), lambda j: jax.lax.rem(j, groups)

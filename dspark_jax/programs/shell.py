@@ -131,6 +131,20 @@ def check_paths(settings: Any) -> None:
                          f"a hidden-state store (--features, --out of train.cache_hidden) may be at a URL")
 
 
+def check_out(path: Path | None, *, folder: bool = False) -> None:
+  """ValueError for a path at which no file, or folder, can be written, which the end of the work would find out; None
+  is no path. Nothing is made."""
+  if path is None:
+    return
+  there = next(place for place in (path, *path.parents) if place.exists())
+  right = there.is_dir() == folder if there == path else there.is_dir()
+  if not right:
+    is_, wanted = ("a folder", "a file") if there.is_dir() else ("a file", "a folder")
+    raise ValueError(f"{there} is {is_}, expected {wanted} or nothing: choose another path than {path}")
+  if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
+    raise ValueError(f"{there} cannot be written: choose another path than {path}, or take the right to it")
+
+
 def at_least(settings: Any, **bounds: int) -> None:
   """ValueError for the first of these settings that is below its bound."""
   for name, bound in bounds.items():
