@@ -31,6 +31,10 @@ GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
 LLAMA = GOLDEN / "target_llama"
 DSPARK = GOLDEN / "generate_dspark_qwen3"
+LLAMA_CONFIG, QWEN3_CONFIG = (read_json(folder / "config.json") for folder in (LLAMA, QWEN3))
+TAPS = tuple(range(-1, LLAMA_CONFIG["num_hidden_layers"] - 1))[-2:]  # the last that a drafter of target_llama may read
+# Of the tests' tokenizer. Both targets know one token more, which is no word: the mask.
+WORDS = MASK = min(130, *(config["vocab_size"] - 1 for config in (LLAMA_CONFIG, QWEN3_CONFIG)))
 
 
 def slow_but(kept, values):
@@ -141,7 +145,7 @@ def fresh_drafter(words=None, seed: int = 0, **settings):
 
 def words() -> jnp.ndarray:
   """Five of the words of the golden Qwen3 target, the last of them two from the end."""
-  size = read_json(QWEN3 / "config.json")["vocab_size"]
+  size = QWEN3_CONFIG["vocab_size"]
   return jnp.asarray([0, 3, 4, size // 2, size - 3], jnp.int32)
 
 
@@ -153,8 +157,7 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
   """A copy of a target with a tokenizer of one word per token: w4, w5, ..."""
   shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.npz", "meta.json"))
   special = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
-  size = min(130, read_json(source / "config.json")["vocab_size"] - 1)
-  vocabulary = special + [f"w{i}" for i in range(len(special), size)]
+  vocabulary = special + [f"w{i}" for i in range(len(special), WORDS)]
   backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>"))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   chat.fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML,

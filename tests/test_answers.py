@@ -14,7 +14,7 @@ from dspark_jax.data.prompts import Conversation
 from train import answers, replies, servers
 from train.replies import Reply
 from chat_server import KEY, MODEL, Handler, completion, serving
-from folders import LLAMA, called, complains, files, with_tokenizer
+from folders import LLAMA, WORDS, called, complains, files, with_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_every_question_gets_its_own_answer(tmp_path):
   with_tokenizer(LLAMA, tmp_path / "target")
   (shard,) = conversations.shards(tmp_path / "a.jsonl", 2 ** 20)
   source = conversations.read_conversations(shard, chat.load_tokenizer(tmp_path / "target"), max_len=64,
-                                            vocab_size=130, encode_conversation=chat.encode_conversation,
+                                            vocab_size=WORDS, encode_conversation=chat.encode_conversation,
                                             encode_text=chat.encode_text)
   assert source.lost.too_short == 12 and source.lost.rewritten == 0
 

@@ -26,14 +26,13 @@ from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import scans
 from dspark_jax.text import read_json
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3,
-                     sharded, target_of, words)
+from folders import (DSPARK, GOLDEN, LLAMA, LLAMA_CONFIG, QWEN3, assert_same_weights, complains, copied, files,
+                     fresh_drafter, qwen3, sharded, target_of, words)
 
 DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original",
             "drafter_dspark_qwen3_vanilla", "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn",
             "drafter_dflash_qwen3", "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
-LLAMA_CONFIG = read_json(LLAMA / "config.json")
 THETA, HEAD = float(LLAMA_CONFIG["rope_parameters"]["rope_theta"]), LLAMA_CONFIG["head_dim"]
 FREQUENCIES = THETA ** (-np.arange(0, HEAD, 2) / HEAD)
 KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
