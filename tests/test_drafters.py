@@ -20,7 +20,7 @@ from dspark_jax.targets.decoder import Decoder, TargetConfig
 from dspark_jax.text import read_json
 from dspark_jax.training.anchors import all_blocks, blocks_at
 from dspark_jax.types import Committed, TargetOutput
-from folders import assert_same_weights, golden_cases, slow_but, thorough_but
+from folders import assert_same_weights, golden_cases, slow_but, thorough_but, tied
 from test_targets import GOLDEN, batch_of, close, packed, random_tokens, randomised, small_target, whole_blocks
 
 WORDS = (1, 2, 5, 7, 8, 11)
@@ -334,11 +334,11 @@ def golden_rounds(folder):
   return inputs, [of(inputs, r) for r in range(count)], outputs, [of(outputs, r) for r in range(count)]
 
 
-def head_only(case, config, frozen):
-  """A target of no layers, with the embedding and the head that a golden drafter was made with."""
+def head_only(case, config, stored):
+  """A target of no layers, with the embedding and the head, among these tensors, of a golden drafter."""
   raw = read_json(GOLDEN / case / "config.json")
   no_layers = TargetConfig(raw["model_type"], config.spec, 0, config.vocab_size, False, raw["max_position_embeddings"])
-  frozen = frozen | {"norm.weight": np.ones(config.spec.hidden_size, np.float32)}
+  frozen = dialects.stored_frozen(stored, tied(raw)) | {"norm.weight": np.ones(config.spec.hidden_size, np.float32)}
   return hf.fill(lambda: Decoder(no_layers, rngs=nnx.Rngs(0)), frozen, "embedding and head")
 
 
@@ -348,8 +348,8 @@ def test_golden_rounds(case):
   drafter, tensors = golden_drafter(case)
   config = drafter.config
   inputs, asked, _, answers = golden_rounds(GOLDEN / case)
-  frozen = {name: tensors.get(name, inputs.get(name.split(".")[0])) for name in dialects.FROZEN}
-  target = head_only(case, config, frozen)
+  given = {name: inputs[key] for name in dialects.FROZEN if (key := name.split(".")[0]) in inputs}
+  target = head_only(case, config, {**given, **tensors})
 
   @jax.jit
   def one_round(drafter, target, state, features, n, anchor):
@@ -385,7 +385,7 @@ def test_golden_rounds_of_eagle3(case):
   """Kills: an embedding paired with its own feature, a recurrence on normed states, scratch steps left in the cache."""
   drafter, tensors = golden_drafter(case)
   inputs, asked, outputs, answers = golden_rounds(GOLDEN / case)
-  target = head_only(case, drafter.config, {name: tensors[name] for name in dialects.FROZEN})
+  target = head_only(case, drafter.config, tensors)
 
   def extend(state, features, following):
     features = TargetOutput(features[..., :drafter.config.spec.hidden_size], features)  # hidden: not read

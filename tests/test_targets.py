@@ -1,5 +1,6 @@
 """Targets: goldens, identities of the cache and of packed rows; then the parts: attention, linear, RoPE."""
 
+import ast
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs.compilers import absent_tpu
 from dspark_jax.targets import TARGETS, decoder
 from dspark_jax.targets.decoder import Decoder, stack_layers
+from dspark_jax.text import read_json
 from dspark_jax.types import Batch
 import folders
 from folders import golden_cases, slow_but
@@ -153,6 +155,16 @@ def test_golden_cases_are_found(tmp_path, monkeypatch):
   np.savez(tmp_path / "sampled" / "outputs.npz", a=np.ones(1))
   assert golden_cases("target_", "train/a") == ["target_new"] and golden_cases("target_", "a") == []
   assert golden_cases("drafter_", "train/a") == ["drafter_b", "drafter_new"] and golden_cases("", "a") == ["sampled"]
+
+
+def test_every_golden_case_is_tested():
+  """Kills: a case that no test runs, for a key, a file or a family of its config.json that is spelled otherwise."""
+  calls = {call for path in GOLDEN.parent.glob("test_*.py")
+           for call in re.findall(r'golden_cases(\("[^"]*", "[^"]+"\))', path.read_text())}
+  listed = {case for call in calls for case in golden_cases(*ast.literal_eval(call))}
+  family = lambda config: read_json(config).get("model_type") if config.is_file() else None
+  missing = {folder.name for folder in GOLDEN.iterdir() if folder.is_dir()} - listed
+  assert {name for name in missing if family(GOLDEN / name / "config.json") not in folders.NOT_READ} == set()
 
 
 def test_cache_does_not_care_how_tokens_arrive(target):
