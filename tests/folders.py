@@ -75,6 +75,11 @@ def llama():
   return dspark_jax.load_target(LLAMA, scanned=True)
 
 
+def golden_dtype(case: str) -> np.dtype:
+  """What a golden case was computed in, whatever its weights are stored in."""
+  return jnp.dtype(read_json(GOLDEN / case / "meta.json").get("dtype", "float32"))
+
+
 def tied(config: dict) -> bool:
   """Whether a stored model's head is its embedding, as its config.json says: its file has none then."""
   return config.get("tie_word_embeddings", False)
