@@ -83,7 +83,7 @@ def assert_golden(name, schedule, best, expected):
 
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_golden_schedules(case):
-  """Kills: Theta without the bonus tokens, B off by one, ties admitted or broken by slot first, a zero admitted.
+  """Kills: Theta without the bonus tokens, B off by one.
 
   All cases at once, so padded to one shape with dead rows and confidences of 0, which must change nothing.
   """
