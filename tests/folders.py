@@ -31,6 +31,11 @@ GOLDEN = Path(__file__).parent / "golden"
 QWEN3 = GOLDEN / "target_qwen3"
 LLAMA = GOLDEN / "target_llama"
 DSPARK = GOLDEN / "generate_dspark_qwen3"
+NOT_READ = {"gemma4_text"}  # families of which there are golden cases, too
+LLAMA_CONFIG, QWEN3_CONFIG = (read_json(folder / "config.json") for folder in (LLAMA, QWEN3))
+TAPS = tuple(range(-1, LLAMA_CONFIG["num_hidden_layers"] - 1))[-2:]  # the last that a drafter of target_llama may read
+# Of the tests' tokenizer. Both targets know one token more, which is no word: the mask.
+WORDS = MASK = min(130, *(config["vocab_size"] - 1 for config in (LLAMA_CONFIG, QWEN3_CONFIG)))
 
 
 def slow_but(kept, values):
@@ -45,15 +50,16 @@ def thorough_but(kept, slow, values):
 
 
 def golden_cases(prefix: str, key: str) -> list[str]:
-  """The golden folders of this prefix whose outputs have the key, without those of families or architectures that we do
-  not read."""
+  """The golden folders of this prefix whose outputs have the key (or, of "/key", one that ends so), without those that
+  name a family or an architecture that we do not read."""
   def known(config):
-    name = (config.get("architectures") or [""])[0]
-    return config.get("model_type") in TARGETS and (name.endswith("ForCausalLM") or name in dialects.ARCHITECTURES)
+    name = (config.get("architectures") or [None])[0]
+    return (config.get("model_type") in (None, *TARGETS)
+            and (name is None or name.endswith("ForCausalLM") or name in dialects.ARCHITECTURES))
 
   def is_case(folder):
     outputs, config = folder / "outputs.npz", folder / "config.json"
-    return (outputs.is_file() and key in np.load(outputs)
+    return (outputs.is_file() and any(name == key or key[0] == "/" and name.endswith(key) for name in np.load(outputs))
             and (not config.is_file() or known(read_json(config))))
   return sorted(folder.name for folder in GOLDEN.glob(f"{prefix}*") if is_case(folder))
 
@@ -69,6 +75,16 @@ def llama():
   return dspark_jax.load_target(LLAMA, scanned=True)
 
 
+def golden_dtype(case: str) -> np.dtype:
+  """What a golden case was computed in, whatever its weights are stored in."""
+  return jnp.dtype(read_json(GOLDEN / case / "meta.json").get("dtype", "float32"))
+
+
+def tied(config: dict) -> bool:
+  """Whether a stored model's head is its embedding, as its config.json says: its file has none then."""
+  return config.get("tie_word_embeddings", False)
+
+
 @functools.cache
 def target_of(case: str):
   """The target of a golden drafter: the real one, or random layers between the drafter's own embedding and head."""
@@ -77,11 +93,12 @@ def target_of(case: str):
     return golden_target(meta["target"].split()[0])
   _, config = dialects.drafter_config(raw)
   target = nnx.eval_shape(lambda: Decoder(TargetConfig("qwen3", config.spec, config.num_target_layers,
-                                                       config.vocab_size, False, raw["max_position_embeddings"]),
+                                                       config.vocab_size, tied(raw), raw["max_position_embeddings"]),
                                           rngs=nnx.Rngs(0)))
-  stored, rng = load_file(GOLDEN / case / "model.safetensors"), np.random.default_rng(0)
+  stored = dialects.stored_frozen(load_file(GOLDEN / case / "model.safetensors"), tied(raw))
+  rng = np.random.default_rng(0)
   for name, variable in parameters(target).items():
-    frozen = stored.get(name) if name in dialects.FROZEN else None
+    frozen = stored.get(name)
     variable.set_value(jnp.asarray(rng.normal(size=variable.shape).astype("f4") if frozen is None else frozen))
   return target
 
@@ -141,7 +158,7 @@ def fresh_drafter(words=None, seed: int = 0, **settings):
 
 def words() -> jnp.ndarray:
   """Five of the words of the golden Qwen3 target, the last of them two from the end."""
-  size = read_json(QWEN3 / "config.json")["vocab_size"]
+  size = QWEN3_CONFIG["vocab_size"]
   return jnp.asarray([0, 3, 4, size // 2, size - 3], jnp.int32)
 
 
@@ -153,8 +170,7 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
   """A copy of a target with a tokenizer of one word per token: w4, w5, ..."""
   shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.npz", "meta.json"))
   special = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
-  size = min(130, read_json(source / "config.json")["vocab_size"] - 1)
-  vocabulary = special + [f"w{i}" for i in range(len(special), size)]
+  vocabulary = special + [f"w{i}" for i in range(len(special), WORDS)]
   backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>"))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   chat.fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHATML,

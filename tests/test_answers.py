@@ -14,7 +14,7 @@ from dspark_jax.data.prompts import Conversation
 from train import answers, replies, servers
 from train.replies import Reply
 from chat_server import KEY, MODEL, Handler, completion, serving
-from folders import LLAMA, called, complains, files, with_tokenizer
+from folders import LLAMA, WORDS, called, complains, files, with_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -100,14 +100,14 @@ def test_what_replies_hold():
 
 
 def test_every_question_gets_its_own_answer(tmp_path):
-  """Kills: seeds by order or by server; sampling that is not sent; fields that are left to a model's own
+  """Kills: seeds by order, by server or without --seed; sampling that is not sent; fields left to a model's own
   generation_config.json; a line that train.train does not read; more requests at once than were asked for."""
   slow = lambda body, number: time.sleep(0.01 * (number % 3))
   with serving(slow) as one, serving(slow) as two:
     questions(tmp_path)
     (tmp_path / "second").mkdir()
     questions(tmp_path / "second")
-    how = dict(temperature=0.7, top_p=0.8, top_k=20)
+    how = dict(temperature=0.7, top_p=0.8, top_k=20, seed=7)
     result = asked(tmp_path / "a.jsonl", one.url, f"{two.url}/v1/", concurrency=3, **how)
     assert set(result) == {"answers", "tokens", "tokens_per_second", "out", "failed"}
     assert result["answers"] == 12 and result["tokens"] == 84 and result["failed"] == {}
@@ -117,7 +117,7 @@ def test_every_question_gets_its_own_answer(tmp_path):
   lines = by_id(tmp_path / "a.jsonl")
   assert lines == by_id(tmp_path / "second" / "a.jsonl")
   assert lines[4] == {"id": "5", "messages": [{"role": "user", "content": "question 4"}, {
-      "role": "assistant", "content": f"1 {zlib.crc32(b'0/5')} 0.7 question 4"}],
+      "role": "assistant", "content": f"1 {zlib.crc32(b'7/5')} 0.7 question 4"}],
       "chat_template_kwargs": {"enable_thinking": False}, "finish": ["stop"]}
   body = one.asked[0]
   assert (body["model"], body["top_p"], body["top_k"], body["max_tokens"]) == (MODEL, 0.8, 20, 128)
@@ -125,7 +125,7 @@ def test_every_question_gets_its_own_answer(tmp_path):
   with_tokenizer(LLAMA, tmp_path / "target")
   (shard,) = conversations.shards(tmp_path / "a.jsonl", 2 ** 20)
   source = conversations.read_conversations(shard, chat.load_tokenizer(tmp_path / "target"), max_len=64,
-                                            vocab_size=130, encode_conversation=chat.encode_conversation,
+                                            vocab_size=WORDS, encode_conversation=chat.encode_conversation,
                                             encode_text=chat.encode_text)
   assert source.lost.too_short == 12 and source.lost.rewritten == 0
 

@@ -27,8 +27,10 @@ from dspark_jax.training.losses import EAGLE3
 from dspark_jax.types import Batch
 from train import cache_hidden, features, prepare, train
 from train.config import TrainConfig
-from folders import LLAMA, called, complains, copied, files, slow_but, with_tokenizer
+from folders import LLAMA, LLAMA_CONFIG, MASK, TAPS, WORDS, called, complains, copied, files, slow_but, with_tokenizer
 from test_store import ROOT, files_of_at_most
+
+WIDTH = LLAMA_CONFIG["hidden_size"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("programs")
   with_tokenizer(LLAMA, folder / "target")
   rng = np.random.default_rng(0)
-  lines = [{"tokens": rng.integers(5, 130, n).tolist(), "loss_mask": [0] * 4 + [1] * (n - 4)}
+  lines = [{"tokens": rng.integers(5, WORDS, n).tolist(), "loss_mask": [0] * 4 + [1] * (n - 4)}
            for n in (40, 21, 30, 44, 20)]
   (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   return folder
@@ -46,13 +48,13 @@ def folder(tmp_path_factory):
 def experiment(folder, out, **changes) -> TrainConfig:
   return TrainConfig(**{**dict(
       target=str(folder / "target"), out=Path(out), data=(folder / "data.jsonl",), steps=3, batch=2, row_length=48,
-      anchors=4, log_every=1, drafter=DSpark.Settings(taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3,
+      anchors=4, log_every=1, drafter=DSpark.Settings(taps=TAPS, mask_token_id=MASK, num_layers=1, block_size=3,
                                                       markov_rank=8)), **changes})
 
 
 def cached(folder, out, capsys, *args, code=0):
   return called(capsys, cache_hidden.main, cache_hidden.Settings, "--target", folder / "target", "--data",
-                folder / "data.jsonl", "--taps", 0, 1, "--row-length", 48, "--batch", 2, "--shard-tokens", 32,
+                folder / "data.jsonl", "--taps", *TAPS, "--row-length", 48, "--batch", 2, "--shard-tokens", 32,
                 "--chunk-tokens", 8, "--out", out, *args, code=code)
 
 
@@ -71,7 +73,7 @@ def once(folder, tmp_path_factory):
   """A bfloat16 store, whole."""
   out = tmp_path_factory.mktemp("once") / "s"
   cache_hidden.main(cache_hidden.Settings(str(out), target=str(folder / "target"), data=(folder / "data.jsonl",),
-                                          taps=(0, 1), row_length=48, batch=2, shard_tokens=32, chunk_tokens=8))
+                                          taps=TAPS, row_length=48, batch=2, shard_tokens=32, chunk_tokens=8))
   return out
 
 
@@ -79,8 +81,9 @@ def once(folder, tmp_path_factory):
 def test_programs_store_and_read(folder, online, capsys, tmp_path):
   """Kills: a store that no run accepts; losses that are not the target's own; runs that mix what they read."""
   result, err = cached(folder, tmp_path / "s", capsys, "--dtype", "float32")
-  assert result["tokens"] == 155 and result["rows"] == 4 and result["bytes_per_token"] == 3 * 48 * 4
-  assert result["missing"] == 0 and result["cost"] is None and "155 tokens of 576 bytes, 0.00 GB in 5 shards" in err
+  size = 3 * WIDTH * 4
+  assert result["tokens"] == 155 and result["rows"] == 4 and result["bytes_per_token"] == size
+  assert result["missing"] == 0 and result["cost"] is None and f"155 tokens of {size} bytes, 0.00 GB in 5 shards" in err
   config = experiment(folder, tmp_path / "stored", features=str(tmp_path / "s"))
   assert trained(config) == online
   with complains("features was float32, is None"):
@@ -98,8 +101,10 @@ def test_features_in_memory(folder, online, monkeypatch, tmp_path):
   assert trained(config) == online and len(asked) == 2  # four rows by two, in three steps
   shutil.rmtree(tmp_path / "run" / "drafter")
   assert train.main(config)["steps"] == 3 and train.main(dataclasses.replace(config, features=None))["steps"] == 3
-  with complains("those of 155 tokens take 8.93e-05 GB, expected at most 8e-05", "--memory-gb", "train.cache_hidden"):
-    train.main(experiment(folder, tmp_path / "other", features="memory", memory_gb=8e-5))
+  need, less = 155 * 3 * WIDTH * 4 / 1e9, 154 * 3 * WIDTH * 4 / 1e9
+  with complains(f"those of 155 tokens take {need:.3g} GB, expected at most {less:g}", "--memory-gb",
+                 "train.cache_hidden"):
+    train.main(experiment(folder, tmp_path / "other", features="memory", memory_gb=less))
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with complains("there are 2 processes, expected one", "train.cache_hidden"):
     train.main(experiment(folder, tmp_path / "other", features="memory"))
@@ -125,7 +130,7 @@ def test_steps_of_shorter_rows(where, folder, online, tmp_path):
 @pytest.mark.slow
 def test_shorter_rows_of_a_recurrent_drafter(folder, tmp_path):
   """Kills: a loss over all positions of a batch that weighs a step of short rows more."""
-  how = dict(drafter=Eagle3.Settings(taps=(0, 1), block_size=3), loss=EAGLE3)
+  how = dict(drafter=Eagle3.Settings(taps=TAPS, block_size=3), loss=EAGLE3)
   whole, cut = (trained(experiment(folder, tmp_path / str(len(lengths)), lengths=lengths, **how))
                 for lengths in ((), (43, 42)))
   np.testing.assert_allclose(cut, whole, rtol=1e-6)
@@ -149,8 +154,8 @@ def test_programs_refuse(folder, once, capsys, tmp_path):
   """Kills: a mismatch that is seen after the model was loaded, or never."""
   store = dict(features=str(once))
   for changes, parts in [
-      ({"drafter": dataclasses.replace(experiment(folder, "x").drafter, taps=(1, 0))},
-       ("taps [0, 1] there, [1, 0] here",)),
+      ({"drafter": dataclasses.replace(experiment(folder, "x").drafter, taps=TAPS[::-1])},
+       (f"taps {[*TAPS]} there, {[*TAPS[::-1]]} here",)),
       ({"target_dtype": "bfloat16"}, ("target_dtype float32 there, bfloat16 here",)), ({"row_length": 50}, ("rows",)),
       ({"features": str(tmp_path)}, ("holds no hidden-state store",))]:
     with complains(*parts):
@@ -208,10 +213,10 @@ def test_programs_killed(folder, tmp_path):
   """Kills: what only a real kill -9 leaves: half a shard, a lock that keeps the next run away, other bytes."""
   rng = np.random.default_rng(0)
   (tmp_path / "data.jsonl").write_text("".join(json.dumps(
-      {"tokens": rng.integers(5, 130, 48).tolist(), "loss_mask": [1] * 48}) + "\n" for _ in range(400)))
+      {"tokens": rng.integers(5, WORDS, 48).tolist(), "loss_mask": [1] * 48}) + "\n" for _ in range(400)))
   prepare.main(prepare.Settings(str(folder / "target"), (tmp_path / "data.jsonl",), tmp_path / "rows", row_length=48))
   command = [sys.executable, "-m", "train.cache_hidden", "--target", folder / "target", "--data", tmp_path / "rows",
-             "--taps", "0", "1", "--row-length", "48", "--batch", "2", "--shard-tokens", "480", "--chunk-tokens", "32"]
+             "--taps", *TAPS, "--row-length", "48", "--batch", "2", "--shard-tokens", "480", "--chunk-tokens", "32"]
   start = lambda out, *args: subprocess.Popen([*map(str, command), "--out", tmp_path / out, *args], cwd=ROOT,
                                               env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
   writers = [start("two", "--writers", "2", "--writer", str(writer)) for writer in (0, 1)]
@@ -232,7 +237,7 @@ def test_programs_int8(folder, capsys, tmp_path):
   """Kills: a cost that is not measured, or measured on the exact numbers."""
   result, err = cached(folder, tmp_path / "s", capsys, "--dtype", "int8")
   cost = result["cost"]
-  assert result["bytes_per_token"] == 3 * 48 + 3 * 4
+  assert result["bytes_per_token"] == 3 * WIDTH + 3 * 4
   assert all(0 < error < 0.02 for error in cost["relative_error"].values())
   assert 0 < abs(cost["exact"]["loss"] - cost["stored"]["loss"]) < 0.02 and "as int8: hidden states are" in err
 
@@ -271,7 +276,7 @@ def reference(folder):
   tokens, used = np.zeros((len(lines), 48), np.int32), np.arange(48) < np.array(sizes)[:, None]
   tokens[used] = np.concatenate([line["tokens"] for line in lines])
   batch = Batch(tokens, used, used.astype(np.int32), np.where(used, np.arange(48), 0).astype(np.int32))
-  said = jax.device_get(jax.jit(lambda target, batch: target.encode(batch, (0, 1)))(target, batch))
+  said = jax.device_get(jax.jit(lambda target, batch: target.encode(batch, TAPS))(target, batch))
   return [(line["tokens"], line["loss_mask"], said.features[i, :sizes[i]], said.hidden[i, :sizes[i]])
           for i, line in enumerate(lines)]
 
@@ -279,7 +284,7 @@ def reference(folder):
 def test_the_references_cache(folder, reference, capsys, tmp_path):
   """Kills: fields of a record in another order, features for hidden, the states of another conversation; a cache of
   another target, or one that is damaged, converted all the same."""
-  write_cache(tmp_path / "cache", reference, 48, [0, 1], lambda number: number // 3)
+  write_cache(tmp_path / "cache", reference, WIDTH, [*TAPS], lambda number: number // 3)
   run = lambda out, *args, code=0: called(
       capsys, cache_hidden.main, cache_hidden.Settings, "--from-deepspec", tmp_path / "cache", "--out", out, "--batch",
       2, "--shard-tokens", 32, "--chunk-tokens", 8, *(args or ("--target", folder / "target")), code=code)
@@ -302,7 +307,7 @@ def test_the_references_cache(folder, reference, capsys, tmp_path):
       shutil.copy(folder / "target" / name, other)
   assert "is not of this target" in run(tmp_path / "x", "--target", other, code=2)[1]
   assert not (tmp_path / "x").exists()
-  assert "leave --data" in run(tmp_path / "x", "--target", folder / "target", "--taps", 1, code=2)[1]
+  assert "leave --data" in run(tmp_path / "x", "--target", folder / "target", "--taps", 0, code=2)[1]
   path = tmp_path / "cache" / "shard-00001.bin"
   path.write_bytes(path.read_bytes()[:-2])
   assert "the hidden of sample 5 reach beyond the end" in run(tmp_path / "y", code=2)[1]
@@ -310,7 +315,7 @@ def test_the_references_cache(folder, reference, capsys, tmp_path):
 
 def test_the_references_cache_by_several(folder, reference, capsys, tmp_path):
   """Kills: writers that make the same conversations at once; a store of several that is another than one writer's."""
-  write_cache(tmp_path / "cache", reference, 48, [0, 1], lambda number: number // 3)
+  write_cache(tmp_path / "cache", reference, WIDTH, [*TAPS], lambda number: number // 3)
   run = lambda out, *args, code=0: called(
       capsys, cache_hidden.main, cache_hidden.Settings, "--from-deepspec", tmp_path / "cache", "--out", tmp_path / out,
       "--batch", 2, "--shard-tokens", 32, "--chunk-tokens", 8, "--target", folder / "target", *args, code=code)
@@ -327,13 +332,15 @@ def test_the_references_cache_by_several(folder, reference, capsys, tmp_path):
 def test_another_cache(folder, reference, capsys, tmp_path):
   """Kills: numpy's sentence about shapes for a target of another width, after the conversations were written; those of
   a cache that has grown since."""
-  write_cache(tmp_path / "wide", [([5] * 20, [1] * 20, [[1] * 98] * 20, [[1] * 49] * 20)], 49, [0, 1], lambda _: 0)
+  wide = WIDTH + 1
+  states = [[1] * 2 * wide] * 20, [[1] * wide] * 20
+  write_cache(tmp_path / "wide", [([5] * 20, [1] * 20, *states)], wide, [*TAPS], lambda _: 0)
   run = lambda cache, code: called(
       capsys, cache_hidden.main, cache_hidden.Settings, "--from-deepspec", tmp_path / cache, "--out", tmp_path / "s",
       "--target", folder / "target", code=code)[1]
-  assert "wide has hidden states 49 wide, the target's are 48: give the --target" in run("wide", 2)
+  assert f"wide has hidden states {wide} wide, the target's are {WIDTH}: give the --target" in run("wide", 2)
   assert [path.name for path in tmp_path.iterdir()] == ["wide"]
-  write_cache(tmp_path / "cache", reference, 48, [0, 1], lambda number: 0)
+  write_cache(tmp_path / "cache", reference, WIDTH, [*TAPS], lambda number: 0)
   cache_hidden.write_documents(Cache(tmp_path / "cache"), tmp_path / "s.jsonl")
   with complains("s.jsonl has 6 conversations", "wide has 1", "another --out"):
     cache_hidden.write_documents(Cache(tmp_path / "wide"), tmp_path / "s.jsonl")

@@ -18,7 +18,7 @@ from dspark_jax.decoding.calibration import fit_temperatures, mode_name, reliabi
 from dspark_jax.decoding.session import PromptBatch
 from dspark_jax.loading import save_temperatures
 from dspark_jax.programs import run_folder, shell
-from folders import DSPARK, GOLDEN, QWEN3, complains, cut, files, fresh_drafter, qwen3, with_tokenizer
+from folders import DSPARK, GOLDEN, QWEN3, WORDS, complains, cut, files, fresh_drafter, qwen3, with_tokenizer
 from infer import generate
 from train import calibrate
 
@@ -187,7 +187,7 @@ def folder(tmp_path_factory):
   with_tokenizer(QWEN3, folder / "target")
   dspark_jax.import_drafter(DSPARK, folder / "drafter", qwen3())
   rng = np.random.default_rng(0)
-  texts = [" ".join(f"w{i}" for i in rng.integers(5, 130, rng.integers(2, 9))) for _ in range(PROMPTS)]
+  texts = [" ".join(f"w{i}" for i in rng.integers(5, WORDS, rng.integers(2, 9))) for _ in range(PROMPTS)]
   (folder / "q.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in [texts[0], *texts]))
   return folder
 

@@ -318,10 +318,11 @@ def test_a_date_can_be_held(tokenizer, monkeypatch):
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ messages[0].content + 1 }}", "TypeError"), ("{% for %}", "Syntax"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{{ raise_exception('no') }}", "no"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "TimeoutError"),
-    pytest.param("{{ 'x' * 10 ** 10 }}", "MemoryError", marks=pytest.mark.skipif(
+    pytest.param("{{ 'x' * 3 * 10 ** 9 }}", "MemoryError", marks=pytest.mark.skipif(
         sys.platform != "linux", reason="no limit of memory for a part of a process"))])
 def test_templates_are_programs_of_others(template, part, tokenizer, monkeypatch):
   """Kills: a traceback, a hang, or all memory taken, by a template that is wrong or means harm."""
+  assert (limits.SECONDS, limits.BYTES) == (10, 2 * 10 ** 9)
   before = resource.getrlimit(resource.RLIMIT_DATA)
   monkeypatch.setattr(tokenizer, "chat_template", template)
   monkeypatch.setattr(limits, "SECONDS", 0.5)

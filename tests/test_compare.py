@@ -11,7 +11,7 @@ from dspark_jax.decoding.acceptance import Rounds, difference, interval
 from dspark_jax.programs import shell
 from dspark_jax.programs.results import Result
 from train import compare, train
-from folders import LLAMA, complains, with_tokenizer
+from folders import LLAMA, WORDS, complains, with_tokenizer
 
 CONFIG = """
 from dataclasses import replace
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("compare")
   with_tokenizer(LLAMA, folder / "target")
   rng = np.random.default_rng(0)
-  rows = [{"tokens": rng.integers(5, 130, 30).tolist(), "loss_mask": [0] * 8 + [1] * 22} for _ in range(8)]
+  rows = [{"tokens": rng.integers(5, WORDS, 30).tolist(), "loss_mask": [0] * 8 + [1] * 22} for _ in range(8)]
   (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   (folder / "asked.jsonl").write_text("".join(json.dumps({"turns": [f"w{i} w9"]}) + "\n" for i in (7, 20, 31)))
   (folder / "config.py").write_text(CONFIG.format(target=str(folder / "target"), dataset=str(folder / "asked.jsonl")))

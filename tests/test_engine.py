@@ -253,18 +253,21 @@ def test_who_fails_spoils_nobody():
   target, drafter = dspark_jax.load_target(QWEN3, scanned=True), models()[1]  # loaded with this one it would be refused
   assert target.lm_head is not None  # else every logit of that word would be spoiled
   rows, bad = (5, 2, 0, 3), 4  # short prompts last, in small chunks: NaN lies behind them
-  spoken = {token for row in rows for token in (*PROMPTS[row], *alone(row, True).tokens[0])}
-  at, spoiled = next((at, token) for at, token in enumerate(alone(bad, True).tokens[0]) if at > 1 and
-                     token not in spoken | set(PROMPTS[bad]))
-  weight = target.embed_tokens.weight
-  weight[...] = weight[...].at[spoiled].set(jnp.nan)
+  clean, said = target.embed_tokens.weight[...], alone(bad, True).tokens[0]
+  def heard(token):  # in a neighbour's prompt or text, or in a draft of it
+    target.embed_tokens.weight[...] = clean.at[token].set(jnp.nan)
+    try:
+      return any(dspark_jax.generate(target, drafter, [PROMPTS[row]], max_new_tokens=NEW, **ASKED[row]).tokens !=
+                 alone(row, True).tokens for row in rows)
+    except ValueError:
+      return True
+  at = next(at for at in range(2, NEW) if said[at] not in (*PROMPTS[bad], *said[:at]) and not heard(said[at]))
   served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=4, policy="fixed"))
-  read = Request((1, 2, spoiled, 4), max_new_tokens=NEW)
+  read = Request((1, 2, said[at], 4), max_new_tokens=NEW)
   found = answers(served, [asked(rows[0]), read, asked(rows[1]), asked(bad), asked(rows[2]), asked(rows[3])])
   assert [finish for _, finish, _ in found] == ["length", "failed", "length", "failed", "length", "length"]
-  for row, place in zip(rows, (0, 2, 4, 5)):
-    assert list(found[place][0]) == alone(row, True).tokens[0]
-  assert list(found[3][0][:at + 1]) == alone(bad, True).tokens[0][:at + 1]
+  assert [list(found[place][0]) for place in (0, 2, 4, 5)] == [alone(row, True).tokens[0] for row in rows]
+  assert list(found[3][0][:at + 1]) == said[:at + 1]
   assert all(np.isfinite([*state.weights, *state.intercepts, *state._c]).all() for state in served.estimators)
   assert np.isfinite(served._dispatcher._typical).all()
 

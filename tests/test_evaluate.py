@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import zlib
 from pathlib import Path
 
 import jax
@@ -253,9 +254,19 @@ def test_a_sample_does_not_know_its_batch(temperature, threshold, folder):
     assert [r.n_accept for r in seeds[0]] != [r.n_accept for r in seeds[1]]
 
 
+def test_seeds(folder, monkeypatch):
+  """Kills: a seed without the run's part, the sample's or the turn's: two of them that draw alike."""
+  given, answer = [], dict(text=[7, 8], tokens=2, seconds=0.0, n_accept=[0], n_verify=[0], n_commit=[1])
+  monkeypatch.setattr(evaluate, "decode_rows", lambda *args: given.append(args[-1]) or [{**answer} for _ in args[-1]])
+  m, samples = models(folder), [Sample("x", ("w5", "w6")), Sample("y", ("w7", "w8"))]
+  m.drafter = None
+  evaluate.ask(settings(folder, folder, turns="all", seed=5), Case("target", "none", "data", 0.0, None), m, samples)
+  assert given == [[zlib.crc32(f"5/{name}/{turn}".encode()) for name in "xy"] for turn in (0, 1)]
+
+
 def test_all_turns(folder):
-  """Kills: a second question without the first answer; an answer from the first turn's seed; rounds of one turn only; a
-  conversation that outgrows the target ending the whole run."""
+  """Kills: a second question without the first answer; rounds of one turn only; a conversation that outgrows the target
+  ending the whole run."""
   m, case = models(folder), Case("target", "none", "data", 0.0, None)
   m.drafter = None
   turns = ("w116 w94", "w16", "w7")

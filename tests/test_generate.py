@@ -22,7 +22,7 @@ from test_targets import GOLDEN, batch_of, encoded, golden_target, random_tokens
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (5, 1, 8, 3, 2, 7, 4, 6)]
 NEW = 12
 STOPS = (8, 2)  # rows stop at tokens 1, 2, 5 and 7, or not at all
-GOLDENS = golden_cases("generate_", "prompt0/ar_output_ids")
+GOLDENS = golden_cases("generate_", "/ar_output_ids")
 SLOW = ("generate_dflash_qwen3", "generate_dflash_original", "generate_eagle3_qwen3")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import dspark_jax
 from dspark_jax.programs import hosts
-from folders import LLAMA, complains, llama, slow_but, thorough_but, with_tokenizer
+from folders import LLAMA, MASK, TAPS, WORDS, complains, llama, slow_but, thorough_but, with_tokenizer
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 DEVICES = 4  # of all processes together, so that the mesh, and with it every sum, is the same
@@ -27,7 +27,7 @@ from dspark_jax.drafters import DSpark
 from train.config import TrainConfig
 config = TrainConfig(target={target!r}, out=Path({out!r}), data=(Path({data!r}),), steps={steps}, batch=4,
                      row_length=48, anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
-                         taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8,
+                         taps={taps}, mask_token_id={mask}, num_layers=1, block_size=3, markov_rank=8,
                          draft_vocab_size=64))
 """
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("hosts")
   with_tokenizer(LLAMA, folder / "target")
   rng = np.random.default_rng(0)
-  rows = [{"tokens": rng.integers(5, 130, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
+  rows = [{"tokens": rng.integers(5, WORDS, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
   (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   return folder
 
@@ -53,7 +53,7 @@ def started(folder: Path, out: str, processes: int, *more, steps: int = STEPS, a
   """The processes of a training, or the one of them that is named."""
   config = folder / f"{out}.py"
   config.write_text(CONFIG.format(target=str(folder / "target"), out=str(folder / out), data=str(folder / "data.jsonl"),
-                                  steps=steps))
+                                  steps=steps, mask=MASK, taps=TAPS))
   environment = os.environ | {
       "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes), "PYTHONPATH": str(ROOT)}
   joined = ["--hosts.coordinator", f"localhost:{free_port()}", "--hosts.processes", str(processes), "--hosts.silence",

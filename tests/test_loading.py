@@ -19,21 +19,18 @@ from safetensors.flax import load_file
 
 import dspark_jax
 from dspark_jax import loading
-from dspark_jax.checkpoints import hf
+from dspark_jax.checkpoints import dialects, hf
 from dspark_jax.loading import locate_target
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import parameters
 from dspark_jax.targets import TARGETS
 from dspark_jax.targets.decoder import scans
 from dspark_jax.text import read_json
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, assert_same_weights, complains, copied, files, fresh_drafter, qwen3,
-                     sharded, target_of, words)
+from folders import (DSPARK, GOLDEN, LLAMA, LLAMA_CONFIG, QWEN3, assert_same_weights, complains, copied, files,
+                     fresh_drafter, golden_cases, qwen3, sharded, target_of, tied, words)
 
-DRAFTERS = ["generate_dspark_qwen3", "generate_dflash_qwen3", "generate_dflash_original",
-            "drafter_dspark_qwen3_vanilla", "drafter_dspark_qwen3_gated", "drafter_dspark_qwen3_rnn",
-            "drafter_dflash_qwen3", "generate_eagle3_qwen3", "drafter_eagle3_qwen3"]
+DRAFTERS = golden_cases("drafter_", "infer/r0/sampled_tokens") + golden_cases("generate_", "/ar_output_ids")
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
-LLAMA_CONFIG = read_json(LLAMA / "config.json")
 THETA, HEAD = float(LLAMA_CONFIG["rope_parameters"]["rope_theta"]), LLAMA_CONFIG["head_dim"]
 FREQUENCIES = THETA ** (-np.arange(0, HEAD, 2) / HEAD)
 KINDS = {"vanilla": {}, "gated": {"markov_head": "gated"}, "rnn": {"markov_head": "rnn", "confidence": "hidden"},
@@ -45,13 +42,16 @@ def test_export_of_import_is_identity(case, dtype, tmp_path):
   """Kills: a lost or transposed tensor, weights cast on the way, a config rewritten or with other line ends."""
   target = target_of(case)
   source = copied(GOLDEN / case, tmp_path / "source", dtype=dtype)
+  with_head = lambda tensors: tensors | dialects.stored_frozen(tensors, tied(read_json(source / "config.json")))
+  whole = copied(source, tmp_path / "whole", tensors=with_head)  # an export has both frozen copies
   text = (source / "config.json").read_bytes()
-  (source / "config.json").write_bytes(text.replace(b"\n", b"\r\n") if dtype == "bfloat16" else text)
+  for folder in (source, whole):
+    (folder / "config.json").write_bytes(text.replace(b"\n", b"\r\n") if dtype == "bfloat16" else text)
   dspark_jax.import_drafter(source, tmp_path / "ours", target)
   dspark_jax.import_drafter(tmp_path / "ours", tmp_path / "again", target)
   for given in ("source", "ours", "again"):
     dspark_jax.export_drafter(tmp_path / given, tmp_path / "out", target)
-    assert files(tmp_path / "out") == files(source)
+    assert files(tmp_path / "out") == files(whole)
   assert_same_weights(dspark_jax.load_drafter(tmp_path / "ours", target), dspark_jax.load_drafter(source, target))
 
 

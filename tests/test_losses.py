@@ -27,7 +27,7 @@ from dspark_jax.training.anchors import all_blocks, blocks_at, candidates
 from dspark_jax.training.losses import EAGLE3, LossConfig, draft_loss, term_weights
 from dspark_jax.training.step import StepConfig, blocks_of, gradients
 from dspark_jax.types import Batch, DraftHead, DraftOutputs, TargetOutput
-from folders import complains, golden_cases, slow_but
+from folders import complains, golden_cases, golden_dtype, slow_but
 from test_drafters import head_only
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -53,8 +53,9 @@ def golden(case):
   given = {name[6:]: jnp.asarray(x) for name, x in given.items() if name.startswith("train/")}
   config_json, tensors = hf.read_folder(folder)
   kind, config = dialects.drafter_config(config_json)
-  drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, case, extra_ok=dialects.FROZEN)
-  target = head_only(case, config, {name: tensors[name] for name in dialects.FROZEN})
+  drafter = hf.fill(lambda: DRAFTERS[kind](config, rngs=nnx.Rngs(0)), tensors, case, dtype=golden_dtype(case),
+                    extra_ok=dialects.FROZEN)
+  target = head_only(case, config, tensors)
   rows, length = given["input_ids"].shape
   if kind == "eagle3":
     of_step = config_json["step_loss_decay"]

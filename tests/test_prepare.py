@@ -16,7 +16,7 @@ from dspark_jax.data import chat
 from dspark_jax.data.rows import Rows
 from dspark_jax.programs import run_folder
 from train import prepare
-from folders import LLAMA, called, complains, files, with_tokenizer
+from folders import LLAMA, WORDS, called, complains, files, with_tokenizer
 
 ROOT = Path(prepare.__file__).parents[1]
 KEYS = {"documents", "rows", "tokens", "supervised", "fill", "lost", "digest", "out"}
@@ -28,10 +28,10 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("prepare")
   with_tokenizer(LLAMA, folder / "target")
   rng = np.random.default_rng(0)
-  words = lambda n: " ".join(f"w{i}" for i in rng.integers(5, 130, n))
+  words = lambda n: " ".join(f"w{i}" for i in rng.integers(5, WORDS, n))
   records = [{"messages": [{"role": "user", "content": words(3)}, {"role": "assistant", "content": words(n)}]}
              for n in rng.integers(5, 40, 60)]
-  records += [{"tokens": rng.integers(5, 130, n).tolist(), "loss_mask": [0] * 4 + [1] * (n - 4)}
+  records += [{"tokens": rng.integers(5, WORDS, n).tolist(), "loss_mask": [0] * 4 + [1] * (n - 4)}
               for n in rng.integers(10, 60, 60).tolist()]
   (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records[:70])) + "\n\n")
   (folder / "b.jsonl").write_text("\n".join(map(json.dumps, records[70:])))
@@ -226,7 +226,7 @@ def test_rows_of_other_settings(change, said, folder, whole, tmp_path):
   tokenizer = chat.load_tokenizer(prepare.locate_tokenizer(asked.target))
   asked.data = (whole[1],)
   with complains(f"{whole[1]} was prepared with other settings", said, "another --data"):
-    prepare.rows_of(asked, tokenizer, 131)
+    prepare.rows_of(asked, tokenizer, WORDS + 1)
   assert files(whole[1]) == before
 
 
@@ -293,8 +293,8 @@ def test_a_part_damaged_inside(array, folder, whole, monkeypatch, tmp_path):
 def test_what_cannot_be_prepared(folder, whole, tmp_path):
   """Kills: a bad line that is skipped, or whose number is that in its part; a folder that a mistake spoils for other
   data; tokens of two tokenizers in one row; half of a prepared folder and half of something else."""
-  (tmp_path / "bad.jsonl").write_text((folder / "a.jsonl").read_text() + '{"tokens": [130], "loss_mask": [1]}\n')
-  with complains("bad.jsonl, line 72: token 130 is beyond the target's vocabulary, which has 130"):
+  (tmp_path / "bad.jsonl").write_text((folder / "a.jsonl").read_text() + f'{{"tokens": [{WORDS}], "loss_mask": [1]}}\n')
+  with complains(f"bad.jsonl, line 72: token {WORDS} is beyond the target's vocabulary, which has {WORDS}"):
     prepare.main(settings(tmp_path, tmp_path / "rows", ("bad.jsonl",), target=str(folder / "target")))
   (tmp_path / "none.jsonl").write_text('{"tokens": [7, 8, 9], "loss_mask": [0, 0, 0]}\n' * 3)
   with complains("the data hold nothing to learn (left out: 3 conversations without a reply)"):
@@ -308,9 +308,9 @@ def test_what_cannot_be_prepared(folder, whole, tmp_path):
   for data, said in (((whole[1], folder / "a.jsonl"), "expected one prepared folder, or files alone"),
                      ((folder / "target",), "has no manifest.json, so it holds no prepared rows")):
     with complains(said):
-      prepare.rows_of(settings(folder, tmp_path / "run", data=data), tokenizer, 130)
-  with complains("(vocab_size was 130, is 100)"):
-    prepare.rows_of(settings(folder, tmp_path / "run", data=(whole[1],)), tokenizer, 100)
+      prepare.rows_of(settings(folder, tmp_path / "run", data=data), tokenizer, WORDS)
+  with complains(f"(vocab_size was {WORDS}, is 50)"):
+    prepare.rows_of(settings(folder, tmp_path / "run", data=(whole[1],)), tokenizer, 50)
   run_folder.write_record(tmp_path / "train", {"program": "train.train"})
   with complains("is of 'train.train', not of train.prepare"):
     prepare.main(settings(folder, tmp_path / "train"))

@@ -14,13 +14,11 @@ import pytest
 
 import dspark_jax
 from dspark_jax.data import chat
-from dspark_jax.text import read_json
 from infer import convert, generate
 from train import answers, cache_hidden, prepare
-from folders import (DSPARK, GOLDEN, LLAMA, QWEN3, called, files, llama, with_tokenizer)
+from folders import DSPARK, GOLDEN, LLAMA, QWEN3, QWEN3_CONFIG, WORDS, called, files, llama, with_tokenizer
 
-TARGET = read_json(QWEN3 / "config.json")
-POSITIONS = TARGET["max_position_embeddings"]
+POSITIONS = QWEN3_CONFIG["max_position_embeddings"]
 LIMIT = int(np.load(DSPARK / "inputs.npz")["max_new_tokens"])
 ROOT = Path(dspark_jax.__file__).parents[1]
 GENERATED = {"tokens", "text", "n_accept", "accepted_length", "rounds", "tokens_per_second", "compile_seconds"}
@@ -29,24 +27,25 @@ TRAINED = {"steps", "loss", "tau", "accept_rate", "tokens_per_second", "checkpoi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Golden prompts without stop tokens, a target with a tokenizer, and data to train on."""
+  """Golden prompts that no stop token ended, a target with a tokenizer, and data to train on."""
   folder = tmp_path_factory.mktemp("programs")
   golden, wanted = np.load(DSPARK / "inputs.npz"), np.load(DSPARK / "outputs.npz")
-  names = [key.removesuffix("/stop_token_ids") for key in golden
-           if key.endswith("/stop_token_ids") and not golden[key].size]
-  prompts = [golden[f"{name}/input_ids"][0].tolist() for name in names]
-  whole = [wanted[f"{name}/ar_output_ids"][0].tolist() for name in names]
-  assert names and {len(w) - len(p) for w, p in zip(whole, prompts)} == {LIMIT}
+  names = [key.removesuffix("/input_ids") for key in golden if key.endswith("/input_ids")]
+  texts = {name: (golden[f"{name}/input_ids"][0].tolist(), wanted[f"{name}/ar_output_ids"][0].tolist())
+           for name in names}
+  names = [name for name, (prompt, whole) in texts.items()
+           if len(whole) - len(prompt) == LIMIT and whole[-1] not in golden[f"{name}/stop_token_ids"]]
+  assert names
+  prompts, whole = zip(*map(texts.get, names))
   gained = [wanted[f"t0/{name}/acceptance_lengths"] for name in names]
   (folder / "rounds.json").write_text(str(sum(int(np.sum(1 + np.cumsum(g) - g < LIMIT)) for g in gained)))
   (folder / "prompts.json").write_text(json.dumps(prompts))
   (folder / "wanted.json").write_text(json.dumps([w[len(p):] for w, p in zip(whole, prompts)]))
   with_tokenizer(LLAMA, folder / "target")
   rng = np.random.default_rng(0)
-  size = min(130, read_json(LLAMA / "config.json")["vocab_size"] - 1)
-  rows = [{"tokens": rng.integers(5, size, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
+  rows = [{"tokens": rng.integers(5, WORDS, 40).tolist(), "loss_mask": [0] * 8 + [1] * 32} for _ in range(12)]
   (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  (folder / "data.txt").write_text(" ".join(f"w{i}" for i in rng.integers(5, size, 100)))
+  (folder / "data.txt").write_text(" ".join(f"w{i}" for i in rng.integers(5, WORDS, 100)))
   return folder
 
 
@@ -127,7 +126,8 @@ MISTAKES = [
   ("--prompt-tokens", "[1, 2]", "not a list of lists of token ids"),
   ("--prompt-tokens", "{}", "expected a list"),
   ("--prompt-tokens", "[[1.5]]", "not a list of lists of token ids"),
-  ("--prompt-tokens", f"[[{TARGET['vocab_size']}]]", f"the target's vocabulary is 0..{TARGET['vocab_size'] - 1}"),
+  ("--prompt-tokens", f"[[{QWEN3_CONFIG['vocab_size']}]]",
+   f"the target's vocabulary is 0..{QWEN3_CONFIG['vocab_size'] - 1}"),
   ("--prompt-tokens", "[[1", "is not JSON"),
   ("--prompt", "w5", "exactly one of --prompt, --prompts and --prompt-tokens"),
   ("--max-new-tokens", str(POSITIONS), f"do not fit the target's {POSITIONS} positions"),

@@ -42,17 +42,19 @@ def test_tools_are_told(folder):
 
 @pytest.mark.slow
 def test_settings_of_a_line(folder, capsys, tmp_path):
-  """Kills: a line's own max_tokens, temperature or seed passed over; one line's settings used for another."""
+  """Kills: a line's own max_tokens, temperature or seed passed over; one line's settings used for another; one seed for
+  all lines that have none."""
   lines = [{"prompt": "w7"}, {"prompt": "w7", "max_tokens": 2, "id": "a"},
            {"prompt": "w7", "temperature": 5.0, "seed": 3, "top_k": 0, "top_p": 1, "max_completion_tokens": 3}]
   (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 6)
-  result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl")
   tokenizer = chat.load_tokenizer(folder / "target")
   prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "w7"}])] * 3
-  wanted = dspark_jax.generate(llama(), None, prompts, max_new_tokens=[6, 2, 3], temperature=[0, 0, 5.0],
-                               seeds=[0, 1, 3], stop_token_ids=(2,)).tokens
-  assert result["tokens"] == wanted and wanted[1] == wanted[0][:2]
+  for more, temperature, seeds in (((), 0, [0, 1, 3]), (("--seed", 5, "--temperature", 1), 1, [5, 6, 3])):
+    result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", tmp_path / "p.jsonl", *more)
+    wanted = dspark_jax.generate(llama(), None, prompts, max_new_tokens=[6, 2, 3], seeds=seeds,
+                                 temperature=[temperature, temperature, 5.0], stop_token_ids=(2,)).tokens
+    assert result["tokens"] == wanted and (wanted[1] == wanted[0][:2]) == (temperature == 0)
 
 
 def test_logprobs_of_texts_that_a_kernel_does_not_take(folder, capsys, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_stored_and_exported(kind, reduced, tmp_path):
   """Kills: a sidecar read as another drafter's; a DeepSpec folder written for what that format cannot say."""
   config = qwen3().config
   shape = DRAFTERS[kind].Config(spec=config.spec, vocab_size=config.vocab_size, num_target_layers=config.num_layers,
-                                taps=(0, 1, 2, 3, 4), block_size=4)
+                                taps=tuple(range(config.num_layers - 1)), block_size=4)
   drafter = dspark_jax.new_drafter(shape, words=words() if reduced else None, seed=3)
   dspark_jax.save_drafter(tmp_path / "ours", drafter, qwen3())
   again = dspark_jax.load_drafter(tmp_path / "ours", qwen3())

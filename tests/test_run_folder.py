@@ -16,7 +16,7 @@ from dspark_jax.programs import hosts, run_folder
 from infer import evaluate, generate
 from train import answers, calibrate, compare, demo, train
 from train.config import read_config
-from folders import LLAMA, QWEN3, called, complains, files, thorough_but, with_tokenizer
+from folders import LLAMA, MASK, QWEN3, TAPS, called, complains, files, thorough_but, with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -369,7 +369,7 @@ def test_answers_without_a_record(targets, answered, tmp_path):
 @pytest.mark.slow
 def test_the_demo_goes_on(targets, monkeypatch, tmp_path):
   """Kills: a demo that locks itself out, asks again after a kill, or takes another program's folder."""
-  small = DSpark.Settings(taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=4)
+  small = DSpark.Settings(taps=TAPS, mask_token_id=MASK, num_layers=1, block_size=3, markov_rank=4)
   settings = demo.Settings(minutes=1e-6, out=tmp_path / "demo", held_out=2, new_tokens=8, config=config(
       tmp_path, "demo", f"from dspark_jax.drafters.dspark import DSparkSettings\nconfig = replace(config, target="
       f"{str(targets / 'llama')!r}, batch=2, row_length=64, anchors=4, drafter={small!r})"))

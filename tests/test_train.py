@@ -25,7 +25,7 @@ from dspark_jax.programs import hosts, run_folder, shell
 from infer import generate
 from train import train
 from train.config import TrainConfig, read_config
-from folders import LLAMA, assert_same_weights, called, complains, copied, cut, files, llama
+from folders import LLAMA, MASK, TAPS, assert_same_weights, called, complains, copied, cut, files, llama
 from test_programs import TRAINED, folder, read, spawn  # noqa: F401 (a fixture)
 
 STEPS = 8
@@ -36,7 +36,7 @@ def experiment(folder, out, **changes) -> TrainConfig:
       target=str(folder / "target"), out=Path(out), data=(folder / "data.jsonl", folder / "data.txt"), steps=STEPS,
       batch=2,
       row_length=48, anchors=4, save_every=3, log_every=1, drafter=DSpark.Settings(
-          taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8, draft_vocab_size=64)), **changes})
+          taps=TAPS, mask_token_id=MASK, num_layers=1, block_size=3, markov_rank=8, draft_vocab_size=64)), **changes})
 
 
 def log_of(out: Path) -> list[dict]:
@@ -61,7 +61,7 @@ def test_training_leaves_what_it_promises(folder, uninterrupted):
   assert result["steps"] == STEPS and result["checkpoint"] == str(out) and len(result["accept_rate"]) == 3
   assert [r["step"] for r in log_of(out)] == list(range(1, STEPS + 1))
   run = read(out / "run.json")
-  assert run["total_steps"] == STEPS and run["config"]["drafter"]["taps"] == [0, 1] and run["data"] and run["versions"]
+  assert run["total_steps"] == STEPS and run["config"]["drafter"]["taps"] == [*TAPS] and run["data"] and run["versions"]
   drafter = dspark_jax.load_drafter(out, llama())
   assert drafter.words.shape == (64,) and 2 in drafter.words  # the end of a reply can always be drafted
   assert len(dspark_jax.generate(llama(), drafter, [[5, 6, 7]], max_new_tokens=6).tokens[0]) == 6
@@ -351,7 +351,8 @@ def test_a_run_that_begins_with_a_trained_drafter(folder, uninterrupted, monkeyp
   with complains("start_from was"):
     run("whole", start_from=str(tmp_path / "whole"))
   drafter = experiment(folder, first).drafter
-  for changes, parts in ((dict(block_size=4, taps=(0,)), ["taps is (0, 1), the run's (0,)", "block_size is 3"]),
+  for changes, parts in ((dict(block_size=4, taps=TAPS[:1]), [f"taps is {TAPS}, the run's {TAPS[:1]}",
+                                                             "block_size is 3"]),
                          (dict(lens=True), ["lens is False, the run's True"])):
     with complains(str(first), *parts):
       run("other", drafter=dataclasses.replace(drafter, **changes))

@@ -14,7 +14,7 @@ from dspark_jax.data.conversations import Lost
 from dspark_jax.drafters import DSpark
 from train import train
 from train.config import TrainConfig
-from folders import CHATML, LLAMA, complains, llama, today, with_tokenizer
+from folders import CHATML, LLAMA, MASK, TAPS, complains, llama, today, with_tokenizer
 
 LONG = "a long enough answer that has more than fourteen tokens in it, surely it does by now."
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {
@@ -32,7 +32,7 @@ QWEN3 = """{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }
 def experiment(data, out, **changes) -> TrainConfig:
   return TrainConfig(**{**dict(
       target="t", out=Path(out), data=(data,), steps=2, batch=2, row_length=48, anchors=4, save_every=3, log_every=1,
-      drafter=DSpark.Settings(taps=(0, 1), mask_token_id=130, num_layers=1, block_size=3, markov_rank=8)), **changes})
+      drafter=DSpark.Settings(taps=TAPS, mask_token_id=MASK, num_layers=1, block_size=3, markov_rank=8)), **changes})
 
 
 def lines(path, *records):

@@ -96,9 +96,18 @@ def test_learning_rate_of_short_runs(steps, ratio, wanted):
   np.testing.assert_allclose(rate, 2 * np.array(wanted), rtol=1e-5)
 
 
+def test_epsilon():
+  """Kills Adam's epsilon inside the root: gradients far below its own root would hardly move anything."""
+  config, gradient = OptimizerConfig(learning_rate=0.01, warmup_ratio=0), np.full(3, 1e-6, np.float32)
+  transform = subject.optimizer(config, span(config, 10))
+  with jax.numpy_dtype_promotion("standard"):
+    update, _ = transform.update({"w": gradient}, transform.init({"w": gradient}), {"w": gradient})
+  np.testing.assert_allclose(update["w"], -0.01 * 1e-6 / (1e-6 + 1e-8), rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", golden_cases("", "grad_norm"))
 def test_clipped_adamw(case):
-  """Kills clipping per tensor, clipping after the moments, Adam's epsilon inside the root."""
+  """Kills clipping per tensor, clipping after the moments."""
   given, expected = optimizer_arrays(case)
   config = OptimizerConfig(learning_rate=float(given["lr"]), warmup_ratio=float(given["warmup_ratio"]),
                            weight_decay=float(given["weight_decay"]), clip=float(given["max_grad_norm"]))

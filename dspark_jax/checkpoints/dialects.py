@@ -24,8 +24,8 @@ from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
 from dspark_jax.types import Target
 
-FROZEN = {"embed_tokens.weight": lambda target: target.embed_tokens.weight[...],
-          "lm_head.weight": lambda target: target.head().weight}
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+FROZEN = {EMBEDDING: lambda target: target.embed_tokens.weight[...], HEAD: lambda target: target.head().weight}
 
 ORIGINAL = "DFlashDraftModel"
 # (kind of drafter, reader of its layers) by architecture: DeepSpec's say which family's layers the drafter repeats, the
@@ -200,21 +200,27 @@ def stores_frozen(config: DrafterConfig) -> bool:
   return getattr(config, "sample_from_anchor", True)  # recurrent drafters have no such choice
 
 
+def stored_frozen(tensors: Mapping, tied: bool) -> dict:
+  """The frozen copies among these tensors. A tied model's file has no head: that is the embedding."""
+  found = {name: tensors[name] for name in FROZEN if name in tensors}
+  return {HEAD: found[EMBEDDING]} | found if tied and EMBEDDING in found else found
+
+
 def check_frozen(tensors: Mapping, target: Target) -> list[str]:
   """Problems: frozen copies that a DeepSpec file lacks, or that are not this target's (in the coarser dtype)."""
-  problems = []
+  problems, found = [], stored_frozen(tensors, target.config.tie_word_embeddings)
   for name, own in FROZEN.items():
-    if name not in tensors:
+    if name not in found:
       problems.append(f"tensor {name} is missing")
       continue
-    stored, mine = tensors[name], own(target)
+    stored, mine = found[name], own(target)
     if str(stored.dtype) not in FLOATS:
       problems.append(f"{name} is {stored.dtype}, expected floating point: get the drafter as it was trained")
       continue
     # Equal shapes prove nothing: another target's drafter would load, and no draft of it would be accepted.
     # As coarse as either, and of two halves each: a float16 lacks small numbers, a bfloat16 digits.
     equal = lambda dtype: bool(jnp.array_equal(
-        placed(np.asarray(name, object), tensors, mine.shape, dtype, mine.sharding), mine.astype(dtype)))
+        placed(np.asarray(name, object), found, mine.shape, dtype, mine.sharding), mine.astype(dtype)))
     halves = sorted({stored.dtype, mine.dtype}, key=lambda d: jnp.finfo(d).bits)
     if stored.shape != mine.shape or not any(map(equal, halves)):
       problems.append(f"{name} {list(stored.shape)} is not the target's {list(mine.shape)}: this drafter was made for "
