@@ -213,11 +213,13 @@ def test_who_is_late_makes_no_mistake(said, kind, monkeypatch):
 
 @pytest.mark.parametrize("more, flags, asked", [
     ({}, dict(coordinator="a:1"), ("a:1", 4, 2, [1])), ({}, dict(coordinator="a:1", processes=2, process=1),
-                                                        ("a:1", 2, 1, [1])),
+                                                        ("a:1", 2, 1, None)),
+    ({"JAX_LOCAL_DEVICE_IDS": "0,1"}, dict(coordinator="a:1"), ("a:1", 4, 2, None)),
     ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}, {}, (None, None, None, None)), ({}, {}, None)])
 def test_open_mpi(more, flags, asked, monkeypatch):
   """Kills: "coordinator_address should be defined" for Open MPI 5, of which JAX knows nothing; processes that all take
-  all GPUs of the host there; older versions, which JAX knows, that are told something else."""
+  all GPUs of the host there, or one alone where they were placed by hand; older versions, which JAX knows, that are
+  told something else."""
   def initialize(**how):
     assert tuple(how[name] for name in ("coordinator_address", "num_processes", "process_id",
                                         "local_device_ids")) == asked

@@ -149,9 +149,9 @@ def test_a_run_that_diverges(folder, tmp_path):
 @pytest.mark.parametrize("change", [dict(microbatches=2), dict(save_every=2), dict(mesh=MeshConfig(data=2))])
 def test_hosts_with_other_settings(change, folder, tmp_path, monkeypatch):
   """Kills: processes that compile other programs, or save at other steps, and wait for one another for ever, after the
-  target was loaded; a process that may not have a number of its own."""
+  target was loaded; a process that may not have a number, or a way to process 0, of its own."""
   one = experiment(folder, tmp_path / "run", hosts=hosts.HostsConfig("host:1", 2, 1))
-  zero = dataclasses.replace(one, hosts=hosts.HostsConfig("host:1", 2, 0))
+  zero = dataclasses.replace(one, hosts=hosts.HostsConfig("localhost:1", 2, 0))
   said = []
   monkeypatch.setattr(hosts, "agree", lambda make: said.append(make()) or said[0])  # the first asked is process 0
   monkeypatch.setattr(shell, "load", lambda *_: pytest.fail("loads"))

@@ -82,10 +82,12 @@ def main(config: TrainConfig) -> dict:
 
 
 def check_same_settings(config: TrainConfig) -> None:
-  """ValueError where this process was given other settings than process 0, beside its number: with other programs, or
-  saves at other steps, all would wait for ever."""
+  """ValueError where this process was given other settings than process 0: with other programs, or saves at other
+  steps, all would wait for ever. How it finds the others, and where its data lie, is its own affair: data count by
+  content."""
   settings = run_folder.plain(dataclasses.asdict(config))
-  del settings["hosts"]["process"]
+  for own in ("hosts", "data", "features"):
+    del settings[own]
   hosts.check_same("configuration", settings)
 
 

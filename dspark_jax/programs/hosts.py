@@ -153,16 +153,20 @@ def _told() -> int:
 
 
 def _by_open_mpi(config):
-  """(config, the device that is this process's): filled in where Open MPI 5 says it, which JAX does not read."""
+  """(config, the device that is this process's): filled in where Open MPI 5 says it, which JAX does not read. None: all
+  that it sees, or what JAX_LOCAL_DEVICE_IDS says."""
   size = os.environ.get("OMPI_COMM_WORLD_SIZE", "")
   if not size.isdigit() or int(size) < 2 or "OMPI_MCA_orte_hnp_uri" in os.environ:  # which older versions set
     return config, None
   if config.coordinator is None:
     raise ValueError("Open MPI 5 does not say where process 0 listens: give --hosts.coordinator HOST:PORT, with the "
                      "host of rank 0, to all processes")
+  if config.process is not None or "JAX_LOCAL_DEVICE_IDS" in os.environ:  # placed by hand
+    devices = None
+  else:
+    devices = [int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
   own = int(os.environ["OMPI_COMM_WORLD_RANK"]) if config.process is None else config.process
-  return (dataclasses.replace(config, processes=config.processes or int(size), process=own),
-          [int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])])
+  return dataclasses.replace(config, processes=config.processes or int(size), process=own), devices
 
 
 def refuse(program: str) -> None:
