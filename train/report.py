@@ -45,11 +45,11 @@ class Settings:
 
 
 def main(settings: Settings) -> dict:
+  shell.check_out(settings.out, folder=True)
   try:
     record = run_folder.read_record(settings.run, "train.train", {"config": dict, "total_steps": int})
   except ValueError as error:  # who writes a run chooses another place for it, who reads one another run
     raise ValueError(str(error).replace("choose another --out", "give another --run")) from error
-  shell.check_out(settings.out or settings.run, folder=True)
   lines = read(settings.run / LOG)
   if not lines:
     raise ValueError(f"{settings.run / LOG} has no lines yet: wait for the first steps, or give another --run")
