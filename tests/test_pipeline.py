@@ -10,6 +10,7 @@ from dspark_jax.data import pipeline
 from dspark_jax.data.conversations import Document
 from dspark_jax.data.rows import row_indices
 from folders import complains, packed_rows
+from train.features import Batches
 
 FIELDS = ("tokens", "loss_mask", "segments", "positions")
 
@@ -124,3 +125,12 @@ def test_a_source_can_be_pickled(rows):
   assert step == 3
   assert_same(batch, source[3][2])
   assert np.array_equal(indices, row_indices(len(rows), 3, 8, seed=7)[[4, 1, 7]])
+
+
+def test_more_hosts_than_rows(rows, monkeypatch):
+  """Kills: hosts that all read the same few rows, several times in a step, without a word."""
+  monkeypatch.setattr("jax.process_count", lambda: len(rows) + 1)
+  with complains(f"there are {len(rows) + 1} processes for {len(rows)} rows, expected at least a row for each"):
+    Batches(None, rows, None)
+  monkeypatch.setattr("jax.process_count", lambda: len(rows))
+  Batches(None, rows, None)

@@ -430,6 +430,7 @@ def test_best_words_of_tiles(monkeypatch):
   compile_as("tpu", monkeypatch)
   monkeypatch.setattr(layers, "TILE", 1024)  # of 8 rows: 128 words
   logits = np.random.default_rng(0).integers(0, 4, (8, 300)).astype(np.float32)
+  logits[np.arange(4), [127, 128, 256, 299]] = 5  # the other rows have ties in all tiles
   head, rows = layers.WordHead(jnp.asarray(logits.T)), jnp.eye(8)
   np.testing.assert_array_equal(head.best(rows), logits.argmax(-1))
   np.testing.assert_array_equal(head.best(jnp.full((1, 8, 8), jnp.nan)), np.full((1, 8), 300))

@@ -84,9 +84,12 @@ def _store(config):
 
 class Batches:
   """The batch of any step and what the target says of it, where that is known, on the mesh. Of its rows this process
-  reads those of its own devices, ahead of steps that follow one another."""
+  reads those of its own devices, ahead of steps that follow one another. ValueError for fewer rows than processes."""
 
   def __init__(self, config: TrainConfig, data: Some, features: Features):
+    if (processes := jax.process_count()) > len(data):
+      raise ValueError(f"there are {processes} processes for {len(data)} rows, expected at least a row for each: run "
+                       f"fewer processes, or give more data")
     self.config, self.data, self.features = config, data, features
     self.waited = 0.0  # seconds that the device waited, for all batches so far
     self.done = None   # a future of the time at which it has done all that it was given; None: it waits

@@ -404,9 +404,7 @@ class Engine:
       tokens = tuple(row["tokens"][:min(row["n_new"], left)].tolist())
       finish = self._finish(seat, tokens, row) if row["done"] else None
       numbers = (self.block, int(row["n_verify"]), int(row["n_accept"])) if drafted and live else (0, 0, 0)
-      log_probs = None
-      if seat.request.log_probabilities:
-        log_probs = tuple(row["log_probs"][:len(tokens)].tolist())
+      log_probs = tuple(row["log_probs"][:len(tokens)].tolist()) if seat.request.log_probabilities else None
       self._events.append(Event(seat.id, tokens, log_probs, *numbers, finish))
       seat.sent += len(tokens)
       seat.tokens += tokens
