@@ -114,7 +114,7 @@ class Fed(features.Batches):
   """Batches of nothing that the host takes so many seconds for."""
 
   def __init__(self, seconds: float):
-    super().__init__(None, None, SimpleNamespace(at=lambda *_: time.sleep(seconds), ask=lambda *_: None))
+    super().__init__(None, [None], SimpleNamespace(at=lambda *_: time.sleep(seconds), ask=lambda *_: None))
 
   def _begin(self, step):
     self._ahead = (step, None, None)
