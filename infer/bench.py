@@ -15,6 +15,7 @@ step, a draft, a verification and a round; with --transformers also the seconds 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import time
 from pathlib import Path
@@ -81,6 +82,8 @@ def main(settings: Settings) -> dict:
   if settings.transformers and 1 not in settings.batches:
     raise ValueError(f"batches are {', '.join(map(str, settings.batches))}, expected 1 among them with --transformers, "
                      f"which is timed at batch 1")
+  if settings.transformers and not importlib.util.find_spec("torch"):
+    raise ValueError("--transformers needs torch, which is not installed: pip install -e '.[bench]'")
   prompts = read_prompts(settings)
   shell.check_drafter(settings.drafter, "random")
   with shell.stderr.status("loading"):
@@ -218,11 +221,8 @@ def fastest(function, repeats: int):
 
 def transformers_step(settings: Settings) -> float:
   """Seconds of a greedy step of Hugging Face transformers with the same weights, dtype, cache and length."""
-  try:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-  except ImportError as error:
-    raise ValueError(f"--transformers needs torch ({error}): pip install -e '.[bench]'") from error
+  import torch
+  from transformers import LlamaConfig, LlamaForCausalLM
   from dspark_jax.checkpoints.gguf import read_gguf
   path, dtype = locate_target(settings.target), getattr(torch, settings.dtype)
   if path.is_file():

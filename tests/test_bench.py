@@ -71,13 +71,14 @@ def test_a_random_drafter_is_of_the_asked_dtype(dtype, capsys, monkeypatch):
 
 
 def test_the_same_work_is_compared(capsys, monkeypatch):
-  """Kills: transformers at batch 1 over the first of --batches; its weights in float32 beside ours in bfloat16."""
+  """Kills: transformers at batch 1 over the first of --batches; its weights in float32 beside ours in bfloat16; minutes
+  of our own steps before it turns out that torch is not there."""
   said = {}
   def load(path, dtype):
     said.update(path=path, dtype=dtype)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=99), generate=lambda *_, **__: 0)
     return SimpleNamespace(eval=lambda: model)
-  torch = SimpleNamespace(bfloat16="two bytes", randint=lambda *_: 0, ones_like=lambda x: x,
+  torch = SimpleNamespace(__spec__=True, bfloat16="two bytes", randint=lambda *_: 0, ones_like=lambda x: x,
                           no_grad=contextlib.nullcontext)
   monkeypatch.setitem(sys.modules, "torch", torch)
   monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
@@ -91,6 +92,8 @@ def test_the_same_work_is_compared(capsys, monkeypatch):
   args = ("--target", QWEN3, "--drafter", "random", "--layers", 1, "--transformers", "--batches", 2)
   assert called(capsys, bench.main, bench.Settings, *args, 1)[0]["speedup_over_transformers"] == 3
   monkeypatch.setattr(dspark_jax, "load_target", lambda *_, **__: pytest.fail("a model was loaded"))
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  assert "--transformers needs torch" in called(capsys, bench.main, bench.Settings, *args, 1, code=2)[1]
   assert "batches are 2, expected 1 among them" in called(capsys, bench.main, bench.Settings, *args, code=2)[1]
 
 

@@ -223,6 +223,26 @@ def test_a_copy_inside_a_fusion_is_no_copy():
   assert ops["f"].read == 2 * 64 * 128 + 4
 
 
+@pytest.mark.parametrize("last, read_terms", [
+    ("%view = bf16[8,4,384]{2,1,0} bitcast(%half)\n"
+     "ROOT %r = bf16[8,4,128]{2,1,0} slice(%view), slice={[0:8], [0:4], [256:384]}", 2 * 32 * 128),
+    ("ROOT %r = bf16[384,32]{1,0} transpose(%half), dimensions={1,0}", 2 * 32 * 384)])
+def test_of_a_sum_that_is_sliced_its_terms_are_read(last, read_terms):
+  """Kills: the halves of a product of [q, k, v], which GPUs add up in each of what q, k and v go into, read whole by
+  each; and halves of which a part is counted where all of the sum is asked for."""
+  others = computation("slices", f"""
+    %halves = f32[2,32,384]{{2,1,0}} parameter(0)
+    %zero = f32[] constant(0)
+    %sum = f32[32,384]{{1,0}} reduce(%halves, %zero), dimensions={{0}}, to_apply=%add
+    %half = bf16[32,384]{{1,0}} convert(%sum)
+    {last}""")
+  shape = re.search(r"ROOT %r = (\S+) ", last)[1]
+  ops = read(program(f"""
+    %halves = f32[2,32,384]{{2,1,0}} parameter(0)
+    ROOT %f = {shape} fusion(%halves), kind=kLoop, calls=%slices""", others))
+  assert ops["f"].read == 4 * read_terms
+
+
 def test_slices_and_updates_outside_fusions():
   """Kills: a slice or a gathered row that costs the whole array; one on its way to the chip; a scatter of elements."""
   ops = read(program("""

@@ -6,8 +6,8 @@ and memory on the chip like memory beside it. Here
 - an operation reads each of its operands once and writes each result once, as far as they lie in main memory: an array
   in another memory space (S(1) is on the chip) costs nothing where it is used, only where it is copied from or to;
 - arrays are as large as they lie: padded to the tiles of their layout;
-- of a value that is only sliced or gathered from, the slices are read; of one that is updated in place, the update is
-  written: also inside fusions, at any depth;
+- of a value that is only sliced or gathered from, the slices are read, and of a sum inside a fusion that is sliced the
+  terms of the slices; of one that is updated in place, the update is written: also inside fusions, at any depth;
 - the body of a loop counts as often as it runs, and of a conditional the branch that moves most;
 - a kernel moves what its author says (the cost estimate of a Pallas call), else its operands and results, whole.
 What a fusion reads several times, because it does not fit on the chip at once, is counted once: a lower bound.
@@ -256,7 +256,7 @@ class Module:
         return 1.0
       elif user.opcode in UPDATES and first:
         pass  # what is not updated stays where it is
-      elif user.opcode in ELEMENTWISE or self._is_view(user):
+      elif user.opcode in ELEMENTWISE or user.opcode == "reduce" and first or self._is_view(user):
         share += self._read_share(at, user.name)
       elif user.opcode == "fusion":
         share += sum(self._read_share(user.called, self._parameter(user.called, i))
