@@ -124,6 +124,22 @@ def test_the_basis_by_hand():
   assert logit(jnp.asarray([0.0, 0.5, 1.0])).tolist() == [-40.0, 0.0, 40.0]
 
 
+def test_what_is_believed_is_of_many_prompts():
+  """Prompts of 50 rounds, each with a survival of its own (logits 0.3 apart). Kills: a memory of some 20 steps, whose
+  survival at the first position is that of the last forty prompts: off by 0.008 on average, not 0.0035."""
+  off = []
+  for seed in range(12):
+    rng = np.random.default_rng(seed)
+    prompts = 0.3 * np.repeat(rng.normal(size=300), 50)
+    truth = 1 / (1 + np.exp(-(prompts[:, None] + np.zeros(BLOCK))))
+    kept = np.cumprod(rng.random(truth.shape) < truth, axis=1).sum(1)
+    found = Estimator(BLOCK)
+    for n in kept:
+      found.observe(np.zeros((1, BLOCK, 1)), np.array([BLOCK]), n[None])
+    off.append(abs(1 / (1 + np.exp(-found.intercepts[0])) - truth[:, 0].mean()))
+  assert np.mean(off) < 0.0055, off
+
+
 def test_a_logit_that_bends_is_followed():
   """Planted: the logit of survival falls by 1.1 per unit below 0, rises by 0.5 above, and by 0.3 more behind the first
   position. Kills: one weight for all, whose predictions are off by up to 0.08 however much it has seen."""
