@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import itertools
 import math
+import re
 import types
 import typing
 from typing import Annotated, Any
 
 # Problems of one list, and characters of one value, of one problem and of all, that fit a sentence.
 MOST, SHOWN, PROBLEM, ALL = 3, 60, 240, 450
+# Of a file server, or a way to it, that does not answer now; and how TensorStore's drivers say so.
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)
+AGAIN = r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED):|Input/output error"
 PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null",
          Any: "anything"}
 
@@ -44,6 +49,14 @@ def error_shown(error: BaseException) -> str:
   """What another library's error says, for a sentence: on one line, printable, and cut where it is long."""
   text = " ".join(str(error).split())
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:200]
+
+
+def unwritten(what: str, place: object, error: Exception, remedy: str) -> OSError:
+  """What to raise where another library could not write `what` into a place: with the remedy, as of a full disk; with
+  EIO, which a program ends as one that may be started again for, where a store or file server does not answer now."""
+  if getattr(error, "errno", None) in PASSING or re.search(AGAIN, str(error)):
+    return OSError(errno.EIO, f"{what} cannot be written ({error_shown(error)})", str(place))
+  return OSError(f"{what} cannot be written ({error_shown(error)}): {remedy}")
 
 
 def wrong_choices(config) -> list[str]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dspark_jax.config import unwritten
 from dspark_jax.drafters import DSpark
 from dspark_jax.programs import hosts, run_folder
 from infer import evaluate, generate
@@ -245,6 +246,24 @@ def test_what_passes_by_itself(error, code, part, capsys):
   main.__module__ = __name__
   _, err = called(capsys, main, generate.Settings, "--target", "t", "--drafter", "none", code=code)
   assert part in err
+
+
+@pytest.mark.parametrize("said, passes", [
+    (ValueError("UNAVAILABLE: Error writing \"gs://b/r/c/0\": HTTP response code: 503"), True),
+    (ValueError("Error in async save: ABORTED: Error writing local file \"/r/c/0\": Stale file handle"), True),
+    (ValueError("UNKNOWN: Error writing local file \"/r/c/0\": Input/output error"), True),
+    (OSError(errno.ESTALE, "Stale file handle", "/r"), True),
+    (ValueError("OUT_OF_RANGE: Error writing local file \"/r/c/0\": File too large"), False),
+    (ValueError("RESOURCE_EXHAUSTED: Error writing local file \"/r/c/0\": No space left on device"), False),
+    (OSError(errno.ENOSPC, "No space left on device", "/r"), False)])
+def test_what_a_store_could_not_write(said, passes, capsys):
+  """Kills: a save in a bucket's bad minute that is told to free some space; a full disk that is tried on and on."""
+  def main(settings):
+    raise unwritten("/r at step 7", "/r", said, "free some space")
+  main.__module__ = __name__
+  _, err = called(capsys, main, generate.Settings, "--target", "t", "--drafter", "none",
+                  code=hosts.AGAIN if passes else 2)
+  assert "/r at step 7 cannot be written" in err and ("it may pass by itself" if passes else "free some space") in err
 
 
 def test_the_folder_that_one_is_in(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dspark_jax.checkpoints.atomic import new_folder
 from dspark_jax.checkpoints.tensors import Stored
-from dspark_jax.config import error_shown, raise_all
+from dspark_jax.config import error_shown, raise_all, unwritten
 from dspark_jax.nn.sharding import on_host, shardings
 from dspark_jax.text import read_json
 
@@ -145,7 +145,7 @@ def _save(folder, name, sidecar, weights, carry=lambda folder: None):
     except jax.errors.JaxRuntimeError:
       raise  # of an exchange with a process that is gone: no disk is at fault
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
-      raise OSError(f"{folder} cannot be written ({error}): free some space or choose another place") from error
+      raise unwritten(f"{folder}", folder, error, "free some space or choose another place") from error
     if jax.process_index():
       return
     carry(new)
@@ -233,8 +233,8 @@ class Checkpointer(ocp.training.Checkpointer):
     except jax.errors.JaxRuntimeError:
       raise  # as above
     except Exception as error:  # Orbax has no common error; what is left to fail is the disk
-      raise OSError(f"{self.directory} cannot be written ({type(error).__name__}) {when}: free some space, and go on "
-                    f"with the same command") from error
+      raise unwritten(f"{self.directory} {when}", self.directory, error,
+                      "free some space, and go on with the same command") from error
 
 
 def checkpointer(folder: Path, every: int, keep: int = 2) -> Checkpointer:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from dspark_jax.config import Count, Range, error_shown, from_json, raise_all, to_json, wrong_choices
+from dspark_jax.config import Count, Range, error_shown, from_json, raise_all, to_json, unwritten, wrong_choices
 from dspark_jax.text import parsed
 from dspark_jax.types import Array, TargetOutput
 
@@ -46,6 +46,7 @@ Tokens = Annotated[int, Range(0, 2 ** 62)]  # or bytes: more than an int32 count
 DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
 CLOSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 TRIES = 3
+AGAIN = "free some space and give the same command again; finished shards are kept"
 # What a run must share with the store, in words.
 SHARED = {"target": "target", "target_dtype": "target_dtype", "taps": "taps", "norm": "norm convention",
           "tokenizer": "tokenizer", "template": "chat template", "rows": "rows"}
@@ -188,7 +189,7 @@ class Store:
           files.write(OFFSETS, data).result()
           files.write(MANIFEST, json.dumps(to_json(manifest), indent=1).encode() + b"\n").result()
         except Exception as error:  # TensorStore's are those of its drivers
-          raise _unwritten(f"{place}", error) from error
+          raise unwritten(f"{place}", place, error, AGAIN) from error
     store = cls(place)
     names = {field.name: field.name for field in dataclasses.fields(Manifest) if field.name != "date"}
     if differ := _differences(store.manifest, to_json(manifest), names | SHARED):
@@ -265,7 +266,7 @@ class Store:
         for future in done:
           future.result()
       except Exception as error:  # TensorStore's are those of its drivers
-        raise _unwritten(f"shard {shard} of {self.place}", error) from error
+        raise unwritten(f"shard {shard} of {self.place}", self.place, error, AGAIN) from error
     return wait
 
   @functools.cached_property
@@ -370,8 +371,3 @@ def _differences(manifest, wanted, names):
   differ = [f"{names[name]} {plain(getattr(manifest, name))} there, {plain(value)} here"
             for name, value in wanted.items() if name in names and plain(getattr(manifest, name)) != plain(value)]
   return "; ".join(differ)
-
-
-def _unwritten(what, error):
-  return OSError(f"{what} cannot be written ({error_shown(error)}): free some space and give the same command again; "
-                 f"finished shards are kept")

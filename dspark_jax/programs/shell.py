@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import dspark_jax
+from dspark_jax.config import PASSING
 from dspark_jax.data import chat
 from dspark_jax.decoding import session
 from dspark_jax.loading import drafter_folder, locate_target
@@ -31,7 +32,6 @@ from dspark_jax.types import Target
 
 stderr = Console(stderr=True)
 ONE_DEVICE = MeshConfig()
-PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of a file server, or a way to it, that does not answer now
 URLS = "gs:", "s3:", "http:", "https:", "file:"
 
 
