@@ -9,9 +9,9 @@
 # runs on every host of SLICES (1) slices; JAX finds the others by what GKE sets. /shared is a file system that all
 # hosts mount (Filestore, by xpk storage attach). So is JAX_COMPILATION_CACHE_DIR (/shared/xla-cache), by which a
 # restart does not compile: gs:// would need gcsfs in the image.
-# Preemption, maintenance, dead hosts: xpk starts all hosts again on exit codes 42 and 127 to 255, among them the 143 of
-# host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who ends as another one did or
-# as a file server gave no answer.
+# Preemption, maintenance, dead hosts: xpk (1.16, by its --dry-run) starts all hosts again on exit codes 42 and 127 to
+# 255, among them the 143 of host.sh and the aborts of JAX; added here are 1, an exception of Python's, and 75, of who
+# ends as another one did or as a file server gave no answer.
 # 2, a mistake in the input, ends it.
 # An own JobSet, for clusters without xpk: jobset.yaml.
 set -eu
