@@ -20,7 +20,8 @@ from orbax.checkpoint import v1 as ocp
 import dspark_jax
 from dspark_jax.checkpoints import atomic, state
 from dspark_jax.loading import save_temperatures
-from folders import DSPARK, assert_same_weights, complains, copied, cut, files, fresh_drafter, qwen3, spoiled, words
+from folders import (DSPARK, QWEN3, assert_same_weights, complains, copied, cut, files, fresh_drafter, qwen3, spoiled,
+                     words)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
 
@@ -146,7 +147,8 @@ def test_a_rename_that_fails(tmp_path, monkeypatch):
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path):
-  """Kills: `--destination ~`: a folder with other things in it moved aside and deleted."""
+  """Kills: `--destination ~`: a folder with other things in it moved aside and deleted; a target, another program's
+  weights or a tokenizer that are called as ours are."""
   for name in ("mine", "file"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / "mine").mkdir()
@@ -154,6 +156,23 @@ def test_nothing_of_the_users_is_replaced(tmp_path):
   (tmp_path / "file").write_text("x")
   with complains("mine holds thesis.tex, which would be lost", "choose another place"):
     dspark_jax.save_drafter(tmp_path / "mine", fresh_drafter(), qwen3())
+  for names, others in (({"weights/pytorch_model.bin"}, "weights"), ({"config.json", "model.safetensors"}, "config")):
+    for name in names:  # as of another program's checkpoint, or a target's
+      (tmp_path / others / name).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / others / name).write_text("{}")
+    before = files(tmp_path / others)
+    with complains(f"{others} holds ", "which would be lost", "choose another place"):
+      if others == "weights":
+        dspark_jax.save_drafter(tmp_path / others, fresh_drafter(), qwen3())
+      else:
+        dspark_jax.export_drafter(DSPARK, tmp_path / others, qwen3())
+    assert files(tmp_path / others) == before
+  with complains("tokenizer.json, which would be lost"):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    dspark_jax.import_target(QWEN3, tmp_path / "words")
+  for _ in range(2):
+    dspark_jax.export_drafter(DSPARK, tmp_path / "exported", qwen3())
   with complains("file is a file, expected a folder or nothing"):
     dspark_jax.save_drafter(tmp_path / "file", fresh_drafter(), qwen3())
   source = copied(DSPARK, tmp_path / "source")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,10 +14,11 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, ours: set[str]):
+def new_folder(folder: Path, ours: set[str], is_ours: Callable[[Path], bool] = bool):
   """Yields a scratch folder beside `folder` that takes its place when the block ends without an error.
 
-  ours: the names a folder of this kind consists of. A full disk or a kill leaves the previous folder as it was, and
+  ours, is_ours: the names a folder of this kind consists of, and what more one that is not empty is known by (left out:
+  nothing), where other programs have such names. A full disk or a kill leaves the previous folder as it was, and
   what the kill left is swept away by the next call (of two writers at once the later one wins, the other one fails).
   ValueError as `check_place` has it. Of several processes all must call it, and get the same scratch folder; the first
   makes it and takes it into place.
@@ -26,7 +28,7 @@ def new_folder(folder: Path, ours: set[str]):
   if jax.process_index():
     yield folder.with_name(prefix + _told(b"    ").hex())
     return
-  check_place(folder, ours)  # puts back, too: of what the sweep below finds, `.old` may be the only copy
+  check_place(folder, ours, is_ours)  # puts back, too: of what the sweep below finds, `.old` may be the only copy
   folder.parent.mkdir(parents=True, exist_ok=True)
   old = _old(folder)
   for left in [old, *(p for p in folder.parent.iterdir() if p.name.startswith(prefix))]:
@@ -49,7 +51,7 @@ def new_folder(folder: Path, ours: set[str]):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_place(folder: Path, ours: set[str]) -> None:
+def check_place(folder: Path, ours: set[str], is_ours: Callable[[Path], bool] = bool) -> None:
   """ValueError if the place of a `new_folder` is taken by a file, or by a folder with other things in it: they would be
   lost. To call before long work, too."""
   folder = Path(folder).resolve()
@@ -57,7 +59,8 @@ def check_place(folder: Path, ours: set[str]) -> None:
   there = next(place for place in (folder, *folder.parents) if place.exists())
   if not there.is_dir():
     raise ValueError(f"{there} is a file, expected a folder or nothing: choose another place")
-  others = sorted({p.name for p in folder.iterdir()} - ours) if there == folder else []
+  names = {p.name for p in folder.iterdir()} if there == folder else set()
+  others = sorted(names - ours if names - ours or is_ours(folder) else names)
   if others:
     raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected "
                      f"{', '.join(sorted(ours))} or nothing: choose another place")

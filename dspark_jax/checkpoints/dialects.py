@@ -6,9 +6,11 @@ head, which are compared with the target and dropped; on export they are put bac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -33,6 +35,13 @@ ORIGINAL = "DFlashDraftModel"
 ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family in TARGETS.values()
                  for name, kind in (("DSpark", "dspark"), ("Eagle3", "eagle3"))}
 ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
+
+
+def is_stored(folder: Path) -> bool:
+  """Whether a folder's config.json is of a drafter."""
+  with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    return any(name in ARCHITECTURES for name in json.loads((folder / "config.json").read_text())["architectures"])
+  return False
 
 
 # What only other dialects write; a later sign never overrides an earlier one.

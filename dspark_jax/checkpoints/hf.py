@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,13 @@ def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: 
   return module
 
 
-def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array], metadata: dict[str, str] | None) -> None:
-  """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all."""
-  with new_folder(folder, FILES) as new:
+def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array], metadata: dict[str, str] | None,
+                 is_ours: Callable[[Path], bool]) -> None:
+  """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all.
+
+  is_ours: as of `new_folder`.
+  """
+  with new_folder(folder, FILES, is_ours) as new:
     (new / "config.json").write_bytes(config.encode())  # bytes: line ends as they came in
     try:
       save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata=metadata)
