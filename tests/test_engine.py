@@ -291,10 +291,10 @@ def test_a_full_queue_and_what_an_engine_was_not_started_for():
 @pytest.mark.parametrize("asked, says", [
     (dict(policy="fastest"), "expected plain"), (dict(policy="scheduled"), "no cost table"),
     (dict(policy="threshold", buckets=(16, 8)), "rising"), (dict(policy="threshold", buckets=(0,)), "rising"),
-    (dict(policy="threshold", buckets=(10 ** 6,)), "expected fewer tokens"),
-    (dict(policy="fixed", confidence_threshold=0.5), "no confidence_threshold"),
+    (dict(policy="threshold", buckets=(10 ** 6,)), "fewer tokens"), (dict(confidence_threshold=0.5), "no confidence_"),
     (dict(policy="fixed", chunk=192), "chunk is 192, expected at most 128 or a multiple"),
-    (dict(policy="fixed", capacity=CHUNK, chunk=CHUNK), "no room for a prompt")])
+    (dict(policy="fixed", capacity=16, chunk=16), "more than chunk"),
+    (dict(policy="fixed", capacity=CHUNK + 1, chunk=CHUNK), "no room for a prompt")])
 def test_what_an_engine_cannot_be_is_refused(asked, says):
   """Kills: an engine that compiles for a minute before it finds out, or serves something else."""
   with pytest.raises(ValueError, match=says):
