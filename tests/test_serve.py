@@ -20,10 +20,10 @@ from starlette.requests import ClientDisconnect
 
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Full
-from dspark_jax.programs.openai_api import Answer, parse
+from dspark_jax.programs.openai_api import parse
 from infer import serve, serve_app
 from infer.serve import Serving
-from infer.serve_app import App, Stream, build
+from infer.serve_app import Stream, build
 from test_openai_api import HELLO, TEXT
 
 
@@ -369,20 +369,3 @@ def test_the_page_shows_where_tokens_come_from(toy):
     assert "max_tokens" in page.text_content("#talk .error")
     browser.close()
   assert [fault for fault in faults if "400" not in fault] == []
-
-
-def test_an_answer_that_is_over_is_not_decoded_on(tokenizer):
-  """Of two answers one meets its stop text. Kills: a seat that writes what nobody will read until its sibling ends."""
-  cancelled, events = [], asyncio.Queue()
-  serving = SimpleNamespace(engine=Scripted([]), draining=False, error=None, cancel=cancelled.append)
-  job = parse({"prompt": "Once", "n": 2, "stop": "They", "stream": True}, tokenizer, chat_form=False,
-              most=lambda prompt: 99)
-
-  async def first():
-    for id, text in ((2, "Lists"), (1, "Lists. They have")):
-      events.put_nowait(Event(id, tuple(tokenizer.encode(text)), None, 0, 0, 0, None))
-    told = App(SimpleNamespace(), serving, tokenizer)._tell(job, Answer(job, "toy"), [1, 2], events, 0.0)
-    return [json.loads((await anext(told)).removeprefix("data: "))["choices"][0] for _ in range(2)]
-
-  ends = [(choice["index"], choice["finish_reason"]) for choice in asyncio.run(first())]
-  assert ends == [(1, None), (0, "stop")] and cancelled[0] == [1]
