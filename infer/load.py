@@ -80,8 +80,7 @@ class Settings:
   seats: int = EngineConfig.seats
   capacity: int = EngineConfig.capacity
   cost: Path | None = None
-  """cost table of infer.profile_sps; one that is missing is measured and kept here by the first of early-stop and
-  scheduled, which alone go by it"""
+  """cost table of infer.profile_sps, for early-stop and scheduled, which measure a missing one and keep it here"""
   dtype: Literal["float32", "bfloat16"] = "float32"
   beside: tuple[Path, ...] = ()
   """load.json of other runs, for the figures"""

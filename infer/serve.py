@@ -60,8 +60,7 @@ class Settings(EngineConfig):
   host: str = "127.0.0.1"
   """0.0.0.0 lets every machine that reaches this one ask"""
   cost: Path | None = None
-  """cost table of infer.profile_sps; one that is missing is measured and kept here by early-stop and scheduled, which
-  alone go by it, and with a drafter"""
+  """cost table of infer.profile_sps, for early-stop and scheduled, which measure a missing one and keep it here"""
   max_tokens: Annotated[int, Range(1)] = 256
   """new tokens of a request that names none"""
   max_body: Annotated[int, Range(1)] = 2 ** 20
