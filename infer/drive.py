@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import httpx2
@@ -146,6 +146,17 @@ async def over_http(url: str, bodies: list[tuple[Arrival, dict]], drain: float) 
   return answers
 
 
+async def lines(response: httpx2.Response) -> AsyncIterator[str]:
+  """Lines of server-sent events, which end at CR, LF or both; of both, an empty line follows. httpx's end at U+2028,
+  U+2029 and U+0085 too, which JSON may hold as they are."""
+  rest = b""
+  async for part in response.aiter_bytes():
+    *whole, rest = (rest + part).replace(b"\r", b"\n").split(b"\n")
+    for line in whole:
+      yield line.decode(errors="replace")
+  yield rest.decode(errors="replace")
+
+
 async def _stream(client, url, body, answer, now):
   """Reads a stream of server-sent events into an answer. Failed for what is none, and for one without an end."""
   finish = usage = None
@@ -153,7 +164,7 @@ async def _stream(client, url, body, answer, now):
     if response.status_code != 200:
       said = await response.aread()
       raise Failed(f"HTTP {response.status_code}", " ".join(said.decode(errors="replace").split())[:SHOWN])
-    async for line in response.aiter_lines():
+    async for line in lines(response):
       if not line.startswith("data:"):
         continue  # blank lines, comments and names of events
       data = line.removeprefix("data:").strip()

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from dspark_jax.config import Range, from_json, to_json
+from dspark_jax.config import Range, from_json, raise_all, to_json, wrong_choices
 from dspark_jax.data import benchmarks, chat
 from dspark_jax.decoding.dispatch import POLICIES
 from dspark_jax.decoding.engine import EngineConfig
@@ -66,8 +66,8 @@ class Settings:
   """of the engine, each with an engine of its own; without a drafter there is only plain"""
   rates: tuple[float, ...] = (0.5, 1, 2, 4)
   """arrivals per second, each for so many seconds"""
-  seconds: float = 30.0
-  drain: float = 60.0
+  seconds: Annotated[float, Range(0.001)] = 30.0
+  drain: Size = 60.0
   """seconds that answers are waited for after the last arrival; what is open then has failed"""
   prompts: Path | None = None
   """JSONL with turns, of which the first is asked; default: held-out questions about the standard library"""
@@ -75,12 +75,12 @@ class Settings:
   """questions in a prompt, drawn from these"""
   new_tokens: tuple[int, ...] = (32, 64, 128)
   """limits of a text, drawn from these"""
-  temperature: float = 0.0
-  seed: int = 0
-  seats: int = 8
-  capacity: int = 1024
+  temperature: Size = 0.0
+  seed: Annotated[int, Range(0)] = 0
+  seats: int = EngineConfig.seats
+  capacity: int = EngineConfig.capacity
   cost: Path | None = None
-  """cost table of infer.profile_sps; one that is missing is measured and kept here"""
+  """cost table of infer.profile_sps, for early-stop and scheduled, which measure a missing one and keep it here"""
   dtype: Literal["float32", "bfloat16"] = "float32"
   beside: tuple[Path, ...] = ()
   """load.json of other runs, for the figures"""
@@ -153,12 +153,11 @@ def check(settings: Settings) -> None:
     raise ValueError("expected either --url of a server or --target of the engine in this process, not both")
   if settings.url is not None:
     check_url(settings.url)
+  raise_all("load", wrong_choices(settings))
   for name in ("rates", "policies", "questions", "new_tokens"):
-    if not getattr(settings, name) or name != "policies" and not min(getattr(settings, name)) > 0:
-      raise ValueError(f"{name} is {getattr(settings, name)}, expected one or more, above 0")
-  if not (settings.seconds > 0 and settings.drain >= 0 and settings.temperature >= 0 and settings.seed >= 0):
-    raise ValueError(f"seconds {settings.seconds:g}, drain {settings.drain:g}, temperature {settings.temperature:g}, "
-                     f"seed {settings.seed}: expected none below 0, and seconds above")
+    values = getattr(settings, name)
+    if not values or name != "policies" and not all(0 < value < math.inf for value in values):
+      raise ValueError(f"{name} is {values}, expected one or more, above 0 and finite")
   if settings.seconds * max(settings.rates) > 1e5:
     raise ValueError(f"{settings.seconds * max(settings.rates):.0f} arrivals at a rate of {max(settings.rates):g}, "
                      f"expected at most 100000: fewer --seconds")

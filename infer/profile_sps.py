@@ -47,6 +47,8 @@ from infer import compile as compile_
 SHORT, LONG = 1 / 8, 3 / 4  # of a seat's capacity: the two contexts
 ADMINISTRATION = ("own", "copy", "retire")  # programs that are no round
 CHAIN = 4                   # rounds of a run, dispatched one after another as the engine does
+# Settings of one way to a table that the other does not know.
+MEASURED, COMPILED = ("drafter", "repeats", "dtype"), ("block_size", "draft_layers")
 
 
 @dataclasses.dataclass
@@ -79,9 +81,13 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, seats=1, chunk=1, repeats=1, capacity=64)
+  word, unread = ("with", MEASURED) if settings.compiler else ("without", COMPILED)
+  for name in unread:
+    if (value := getattr(settings, name)) != getattr(Settings, name):
+      raise ValueError(f"{name} is {value}, which means nothing {word} --compiler: leave it out")
   shell.check_out(settings.out)
-  check_engine(settings)
   check_room(settings.capacity, settings.chunk, settings.block_size if settings.compiler else 0)
+  check_engine(settings)
   if settings.compiler:
     cost = compiled_cost(settings)
   else:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import socket
 import threading
 import time
@@ -34,11 +35,11 @@ import dspark_jax
 from dspark_jax.config import Range
 from dspark_jax.data import chat
 from dspark_jax.decoding import cost as costs
+from dspark_jax.decoding import dispatch
 from dspark_jax.decoding.calibration import mode_name
 from dspark_jax.decoding.cost import Cost
-from dspark_jax.decoding.dispatch import BY_COST
 from dspark_jax.decoding.engine import Engine, EngineConfig, Event
-from dspark_jax.loading import locate_target, stored_temperatures
+from dspark_jax.loading import locate_target, stored_temperatures, target_config
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import shell
@@ -59,7 +60,7 @@ class Settings(EngineConfig):
   host: str = "127.0.0.1"
   """0.0.0.0 lets every machine that reaches this one ask"""
   cost: Path | None = None
-  """cost table of infer.profile_sps; one that is missing is measured and kept here"""
+  """cost table of infer.profile_sps, for early-stop and scheduled, which measure a missing one and keep it here"""
   max_tokens: Annotated[int, Range(1)] = 256
   """new tokens of a request that names none"""
   max_body: Annotated[int, Range(1)] = 2 ** 20
@@ -121,14 +122,19 @@ def start_engine(settings: Settings) -> tuple[Engine, Any]:
   config = EngineConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(EngineConfig)})
   cost = read_cost(settings)
   shell.check_drafter(settings.drafter, "none")
-  tokenizer = chat.load_tokenizer(locate_target(settings.target))
+  measures = cost is None and settings.drafter != "none" and config.policy in dispatch.BY_COST
+  if measures:
+    profile_sps.check_room(config.capacity, config.chunk, 0)
+  path = locate_target(settings.target)
+  dispatch.check(config, None, None, measured=True, positions=target_config(path).max_positions)
+  tokenizer = chat.load_tokenizer(path)
   target = shell.load_target(settings.target, settings.dtype, settings.kernels)
   drafter = stored = None
   if settings.drafter != "none":
     drafter = dspark_jax.load_drafter(settings.drafter, target, dtype=settings.dtype)
     stored = stored_temperatures(settings.drafter, drafter)
 
-  if cost is None and drafter and config.policy in BY_COST:
+  if measures:
     profile_sps.check_room(config.capacity, config.chunk, drafter.block_size)
   unfitted = set()
 
@@ -244,7 +250,10 @@ def serve(settings: Settings, engine: Engine, tokenizer: Any, listener: socket.s
         return await super().on_tick(counter) or serving.draining and not serving.busy
 
     app = build(settings, serving, tokenizer)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5,
+    # An end by force cancels what is at work, of which each would log a traceback: the lifespan, and requests.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="off",
                             timeout_graceful_shutdown=LEAVE)
     host, port = listener.getsockname()[:2]
     shell.say(f"serving {settings.target} on http://{host}:{port}")

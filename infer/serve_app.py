@@ -91,6 +91,10 @@ class App:
       job = await asyncio.to_thread(
           parse, body, self.reader, chat_form=chat_form, model=self.settings.target,
           most=lambda prompt: max(min(self.settings.max_tokens, room(prompt)), 1))
+    most = self.settings.queue + self.settings.seats
+    if len(job.requests) > most:  # by the queue it would be told to try again later, for ever
+      raise Refused(f"n is {len(job.requests)}, but only {most} requests may be here at a time: ask for fewer answers, "
+                    f"or start the server with a longer --queue", "n")
     self._must_be_open()  # it may have taken long
     answer, events, ids = Answer(job, self.settings.target), asyncio.Queue(), []
     try:

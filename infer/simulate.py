@@ -27,11 +27,12 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from rich.table import Table
 
+from dspark_jax.config import Range, raise_all, wrong_choices
 from dspark_jax.decoding import cost as costs
 from dspark_jax.decoding.cost import Cost
 from dspark_jax.decoding.dispatch import ROUNDS, Dispatcher
@@ -64,9 +65,9 @@ class Settings:
   """accepted lengths of more workloads, such as that of your own drafter"""
   context: int | None = None
   """slots of a seat, all read each round, default 1,024; of --costs the mean context, default: the table's own"""
-  packing: float = 0.5
+  packing: Annotated[float, Range(0, 1)] = 0.5
   """part of the measured price of packing rows that is kept: 0 is a kernel that reads packed queries"""
-  concentration: float = 3.0
+  concentration: Annotated[float, Range(1e-9, 1e9)] = 3.0
   """of c over rounds; the larger, the less a round differs from the next"""
   draws: int = 4000
   """rows drawn, and at least 300 rounds"""
@@ -181,14 +182,12 @@ def outcomes(cost: Cost, name: str, lengths: tuple[float, ...], rows: int, setti
 
 
 def main(settings: Settings) -> dict:
+  raise_all("simulate", wrong_choices(settings))
   shell.at_least(settings, draws=1, seed=0)
   if settings.context is not None:
     shell.at_least(settings, context=1)
   if not settings.concurrencies or not all(1 <= count <= 65536 for count in settings.concurrencies):
     raise ValueError(f"concurrencies are {settings.concurrencies}, expected numbers of 1 to 65536")
-  if not 0 <= settings.packing <= 1 or not settings.concentration > 0:
-    raise ValueError(f"packing is {settings.packing} and concentration {settings.concentration}, expected 0..1 and "
-                     f"more than 0")
   workloads = {name: WORKLOADS[name] for name in settings.workloads}
   workloads |= {f"length {length:g}": (length,) for length in settings.lengths}
   if not workloads:

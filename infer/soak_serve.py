@@ -34,6 +34,7 @@ import httpx2
 
 from dspark_jax.config import Range
 from dspark_jax.programs import shell
+from infer import drive
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def reverse(items):", "A list of primes: 2, 3, 5,",
            "My favourite fruit is the", "In the year 1900, the", "To be or not to be", "Water boils at",
@@ -177,7 +178,7 @@ class Soak:
       if response.status_code == 429:
         self.counts["full"] += 1
         return
-      async for line in response.aiter_lines():
+      async for line in drive.lines(response):
         if chunks is not None and len(text) >= chunks:
           return
         if line.startswith("data: ") and line != "data: [DONE]":

@@ -14,7 +14,7 @@ from dspark_jax.decoding.engine import EngineConfig
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.programs import run_folder, shell
 from dspark_jax.text import read_json
-from folders import QWEN3, complains, with_tokenizer
+from folders import DSPARK, QWEN3, complains, with_tokenizer
 from infer import convert, device_report, evaluate, generate, head_cost, load, plots, profile_sps, serve, simulate
 from train import answers, calibrate, prepare, report
 from train.config import TrainConfig, read_config
@@ -161,10 +161,15 @@ def test_results_that_could_not_be_written(tmp_path, monkeypatch):
 
 
 def test_seats_that_no_drafter_fits(monkeypatch):
-  """Kills: a capacity that leaves no room to measure in, whatever the drafter, told once the target is loaded."""
+  """Kills: a capacity that leaves no room to measure in, whatever the drafter, or for a prompt, or that no text could
+  fill, told once the target is loaded."""
   monkeypatch.setattr(shell, "load_target", lambda *_: pytest.fail("the target was loaded"))
   with complains("capacity is 64, expected at least 86"):
     profile_sps.main(profile_sps.Settings("t", capacity=64, chunk=64))
+  for drafter, capacity, part in (("none", 10, "expected more than chunk, which is 64"), (DSPARK, 85, "at least 86"),
+                                  ("none", 10 ** 6, "expected at most ")):
+    with complains(f"capacity is {capacity}", part):
+      serve.start_engine(serve.Settings(target=str(QWEN3), drafter=str(drafter), capacity=capacity))
 
 
 def test_questions_of_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """The engine: whoever comes and goes, every request gets the text that it gets alone."""
 
 import functools
+import time
 import types
 from collections import Counter
 
@@ -14,7 +15,7 @@ import dspark_jax
 from dspark_jax.decoding.cost import Cost, Step
 from dspark_jax.decoding.engine import Engine, EngineConfig, Full, Request
 from dspark_jax.nn.sharding import MeshConfig
-from folders import DSPARK, GOLDEN, QWEN3, thorough_but
+from folders import DSPARK, QWEN3, thorough_but
 
 CAPACITY, CHUNK, NEW = 192, 16, 20
 PROMPTS = [tuple(np.random.default_rng(row).integers(0, 100, n).tolist())
@@ -276,9 +277,9 @@ def test_a_full_queue_and_what_an_engine_was_not_started_for():
   """Kills: a queue without an end, or one that is full while seats are free; a sampled request answered greedily."""
   target, _ = models()
   small = Engine(target, None, EngineConfig(seats=1, capacity=128, chunk=CHUNK, sampling="greedy", queue=2))
-  with pytest.raises(ValueError, match="greedy"):
+  with pytest.raises(ValueError, match="for greedy: .* or start it with --sampling full"):
     small.submit(Request((1, 2), max_new_tokens=3, temperature=1.0))
-  with pytest.raises(ValueError, match="log-probabilities"):
+  with pytest.raises(ValueError, match="start it with --log-probabilities"):
     small.submit(Request((1, 2), max_new_tokens=3, log_probabilities=True))
   ids = [small.submit(Request((1, 2), max_new_tokens=3)) for _ in range(3)]  # one for the seat
   with pytest.raises(Full, match="3 requests"):
@@ -291,10 +292,10 @@ def test_a_full_queue_and_what_an_engine_was_not_started_for():
 @pytest.mark.parametrize("asked, says", [
     (dict(policy="fastest"), "expected plain"), (dict(policy="scheduled"), "no cost table"),
     (dict(policy="threshold", buckets=(16, 8)), "rising"), (dict(policy="threshold", buckets=(0,)), "rising"),
-    (dict(policy="threshold", buckets=(10 ** 6,)), "expected fewer tokens"),
-    (dict(policy="fixed", confidence_threshold=0.5), "no confidence_threshold"),
+    (dict(policy="threshold", buckets=(10 ** 6,)), "fewer tokens"), (dict(confidence_threshold=0.5), "no confidence_"),
     (dict(policy="fixed", chunk=192), "chunk is 192, expected at most 128 or a multiple"),
-    (dict(policy="fixed", capacity=CHUNK, chunk=CHUNK), "no room for a prompt")])
+    (dict(policy="fixed", capacity=16, chunk=16), "more than chunk"),
+    (dict(policy="fixed", capacity=CHUNK + 1, chunk=CHUNK), "no room for a prompt")])
 def test_what_an_engine_cannot_be_is_refused(asked, says):
   """Kills: an engine that compiles for a minute before it finds out, or serves something else."""
   with pytest.raises(ValueError, match=says):
@@ -325,6 +326,29 @@ def test_how_far_predictions_are_off():
   played = engine("fixed")
   answers(played, [Request(PROMPTS[0], NEW)])
   assert played.metrics()["predicted_accepted"] > 0
+
+
+def test_counters_add_up():
+  """Prompts in chunks, seats that wait and seats that are given back. Kills: a budget that is not the tokens which the
+  programs run; rounds and tokens of rows that do not play, or of the prompt's own pass; idle time that is nobody's."""
+  served, requests = engine("fixed"), [asked(row, reuse=False) for row in range(len(PROMPTS))]
+  before, began = Counter(served.metrics()), time.perf_counter()
+  found = answers(served, requests)
+  more = {name: n - before[name] for name, n in served.metrics().items()}
+  rounds = [event for _, _, events in found for event in events if event.drafted]
+  assert more["row_rounds"] == len(rounds) > 0 and more["tokens"] == NEW * len(PROMPTS)
+  assert more["round_tokens"] == sum(len(event.tokens) for event in rounds) == more["tokens"] - len(PROMPTS)
+  assert more["prompt_tokens"] == sum(map(len, PROMPTS)) and more["finished"] == more["requests"] == len(PROMPTS)
+  runs = lambda name: more.get(f"program_{name}", 0) + more.get(f"program_{name}+chunk", 0)
+  assert more["rounds"] == runs("plain") + runs("full")
+  assert more["budget"] == 3 * (runs("plain") + runs("full") * (served.block + 1))
+  served.submit(asked(5, reuse=False))
+  for _ in range(4):
+    served.step()
+    jax.block_until_ready(served._flights[-1].report.done)
+    time.sleep(0.1)
+  list(served.run())
+  assert 0 < served.metrics()["idle_seconds"] - before["idle_seconds"] < time.perf_counter() - began
 
 
 def test_each_kind_of_sampling_learns_from_its_own():
@@ -400,32 +424,6 @@ def test_a_mesh_changes_no_text(policy):
   assert [list(tokens) for tokens, _, _ in found] == want
   assert list(again) == greedy(PROMPTS[5] + (1, 2, 3)) and served.metrics()["prefix_tokens_reused"] > 0
   assert not packs or mixes(served)
-
-
-@pytest.mark.slow
-def test_a_drafter_without_confidence_serves():
-  """Eagle3, by what the estimator learns: prompts in chunks, then the beginning of a seat's own and of a neighbour's.
-  Kills: a copied beginning that the drafter does not get, or that is another row's; a draft that starts from a
-  rejected column; a schedule that asks for a confidence head."""
-  target = models()[0]
-  drafter = dspark_jax.load_drafter(GOLDEN / "generate_eagle3_qwen3", target)
-  served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=CHUNK, sampling="greedy"),
-                  cost=mixed(drafter, 2, sampling="greedy"))
-  served._dispatcher.landed = unpaced
-  for policy in ("fixed", "scheduled"):  # by the same programs
-    served.use(policy)
-    began = [PROMPTS[row] for row in (5, 4, 2)]  # the last keeps its seat
-    found = answers(served, [Request(prompt, NEW, reuse=False) for prompt in began])
-    before = served.metrics()["prefix_tokens_reused"]
-    later = [PROMPTS[2] + found[2][0] + (7, 9, 11), PROMPTS[2] + (1, 2, 3)]
-    found += answers(served, [Request(prompt, NEW) for prompt in later])
-    assert served.metrics()["prefix_tokens_reused"] - before == len(PROMPTS[2]) + NEW - 2 + len(PROMPTS[2]) - 1
-    for prompt, (tokens, _, events) in zip(began + later, found):
-      assert list(tokens) == greedy(prompt)
-      if policy == "fixed":
-        want = dspark_jax.generate(target, drafter, [prompt], max_new_tokens=NEW)
-        assert [event.accepted for event in events if event.drafted] == want.n_accept[0] and sum(want.n_accept[0])
-  assert mixes(served)
 
 
 def mixed(drafter, seats, **more):

@@ -1,4 +1,4 @@
-"""The engine with the drafter that the demo trains: few words, and a lens on what the target says."""
+"""The engine with the drafter that the demo trains, few words and a lens on what the target says, and with others."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 import dspark_jax
 from dspark_jax.decoding.engine import Engine, EngineConfig, Request
 from dspark_jax.nn.parameters import parameters
-from folders import complains, slow_but
+from folders import GOLDEN, complains, slow_but
 from test_engine import CAPACITY, CHUNK, NEW, PROMPTS, answers, asked, greedy, mixed, mixes, models, unpaced
 
 
@@ -93,3 +93,29 @@ def test_a_seat_forgets_how_the_request_before_survived(monkeypatch):
     answers(served, [asked(row, reuse=False)])
     known = [rounds for rounds, in filter(None, seen)]
     assert known[0] == 0 < known[-1]
+
+
+@pytest.mark.slow
+def test_a_drafter_without_confidence_serves():
+  """Eagle3, by what the estimator learns: prompts in chunks, then the beginning of a seat's own and of a neighbour's.
+  Kills: a copied beginning that the drafter does not get, or that is another row's; a draft that starts from a
+  rejected column; a schedule that asks for a confidence head."""
+  target = models()[0]
+  drafter = dspark_jax.load_drafter(GOLDEN / "generate_eagle3_qwen3", target)
+  served = Engine(target, drafter, EngineConfig(seats=2, capacity=CAPACITY, chunk=CHUNK, sampling="greedy"),
+                  cost=mixed(drafter, 2, sampling="greedy"))
+  served._dispatcher.landed = unpaced
+  for policy in ("fixed", "scheduled"):  # by the same programs
+    served.use(policy)
+    began = [PROMPTS[row] for row in (5, 4, 2)]  # the last keeps its seat
+    found = answers(served, [Request(prompt, NEW, reuse=False) for prompt in began])
+    before = served.metrics()["prefix_tokens_reused"]
+    later = [PROMPTS[2] + found[2][0] + (7, 9, 11), PROMPTS[2] + (1, 2, 3)]
+    found += answers(served, [Request(prompt, NEW) for prompt in later])
+    assert served.metrics()["prefix_tokens_reused"] - before == len(PROMPTS[2]) + NEW - 2 + len(PROMPTS[2]) - 1
+    for prompt, (tokens, _, events) in zip(began + later, found):
+      assert list(tokens) == greedy(prompt)
+      if policy == "fixed":
+        want = dspark_jax.generate(target, drafter, [prompt], max_new_tokens=NEW)
+        assert [event.accepted for event in events if event.drafted] == want.n_accept[0] and sum(want.n_accept[0])
+  assert mixes(served)

@@ -213,7 +213,8 @@ END = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
     (["[1, 2]"], "no completion in the stream", 0), ([{"choices": [3]}], "no completion in the stream", 0),
     ([WORDS, WORDS], "closed mid-stream", 2), ([WORDS, {"error": {"message": "died"}}], "error in the stream", 1),
     ([WORDS, END], None, 1), ([WORDS, WORDS, END, "[DONE]"], None, 2), ([END], None, 0),
-    ([END, {"usage": {"completion_tokens": 5}}], None, 5), ("hang", "unfinished", None)])
+    ([END, {"usage": {"completion_tokens": 5}}], None, 5), ("hang", "unfinished", None),
+    ([json.dumps(WORDS | {"note": "a\u2028b\x85"}, ensure_ascii=False), END], None, 1)])
 def test_servers_that_fail(how, failure, tokens, monkeypatch, capsys):
   """Kills: a failure that ends the run, is taken for an answer, or is tried again; a key that is shown; a hang;
   a speed of a text that was counted and never sent."""
@@ -228,6 +229,22 @@ def test_servers_that_fail(how, failure, tokens, monkeypatch, capsys):
   found = load.row("p", "x", 1.0, 1.0, coming(0.0, 0.1, 0.2), answers)
   assert found.failures == ({failure: 1} if failure else {}) and found.answered == 3 - bool(failure)
   assert found.kept_up == (failure is None)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_lines_end_where_those_of_a_stream_do(size):
+  """Kills: a text with a line separator of Unicode in it that counts as a failure; a character, or CR and LF, that come
+  in two parts."""
+  told = ['data: "a\u2028b\u2029c\x85d\x0b 😀"', "data: 2", "data: 3", "data: 4"]
+  sent = "{}\r\n\r\n{}\r{}\n\n{}".format(*told).encode()
+
+  async def parts():
+    for at in range(0, len(sent), size):
+      yield sent[at:at + size]
+
+  async def read():
+    return [line async for line in drive.lines(types.SimpleNamespace(aiter_bytes=parts)) if line]
+  assert asyncio.run(read()) == told
 
 
 def test_no_server_at_all():
@@ -310,7 +327,7 @@ def test_what_was_measured_is_kept(capsys, tmp_path, monkeypatch):
   args = ("--target", "t", "--drafter", "d", "--rates", 20, 40, "--seconds", 0.2, "--prompts", prompts(tmp_path),
           "--out", tmp_path / "o", "--policies", "plain", "fixed")
   for change in ({"seats": 9}, {"capacity": 65}, {"sampling": "full"}, {"chunk": 9}, {"drafter": "e"}):
-    sizes = {"seats": 8, "capacity": 1024, "chunk": load.EngineConfig.chunk}
+    sizes = {"seats": 8, "capacity": load.EngineConfig.capacity, "chunk": load.EngineConfig.chunk}
     (tmp_path / "cost.json").write_text(json.dumps(table(**sizes | change).to_json()))
     _, err = called(capsys, load.main, load.Settings, *args, "--cost", tmp_path / "cost.json", code=2)
     ((name, value),) = change.items()
@@ -324,16 +341,20 @@ def test_what_was_measured_is_kept(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args, part", [
     ((), "expected either --url"), (("--url", "u", "--target", "t"), "expected either --url"),
-    (("--target", "t", "--rates", "0"), "rates is (0.0,)"), (("--target", "t", "--seconds", "0"), "seconds 0"),
+    (("--target", "t", "--rates", "0"), "rates is (0.0,)"), (("--target", "t", "--seconds", "0"), "seconds is 0.0"),
     (("--target", "t", "--new-tokens", "0"), "new_tokens is (0,)"),
     (("--url", "http://x:y", "--model", "m"), "url is http://x:y"),
     (("--url", "localhost:8000", "--model", "m"), "expected one such as http://localhost:8000/v1"),
     (("--target", "t"), "policies are plain, fixed, scheduled, but without a drafter"),
     (("--target", "t", "--rates", "1e6"), "expected at most 100000"),
     (("--target", "t", "--drafter", "d", "--prompts", "nowhere"), "dataset nowhere"),
-    (("--target", "t", "--drain", "nan"), "drain nan")])
+    (("--target", "t", "--rates", "1", "nan"), "rates is (1.0, nan)"),
+    (("--target", "t", "--rates", "inf"), "rates is (inf,)"),
+    *((("--target", "t", f"--{name}", value), f"{name} is {value}") for name in ("seconds", "drain", "temperature")
+      for value in ("nan", "inf"))])
 def test_mistakes(args, part, capsys, tmp_path):
-  """Kills: tracebacks, and folders of what did not run; one measurement under the names of three policies."""
+  """Kills: tracebacks, and folders of what did not run; one measurement under the names of three policies; settings
+  that are no JSON, told once a rate was measured."""
   _, err = called(capsys, load.main, load.Settings, "--out", tmp_path / "o", *args, code=2)
   assert part in err and not (tmp_path / "o").exists()
 

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 
 from dspark_jax.data import chat
-from dspark_jax.decoding.engine import Event
+from dspark_jax.decoding.engine import Event, Request
 from dspark_jax.decoding.generate import Text
-from dspark_jax.programs.openai_api import Refused, Speaker, parse
+from dspark_jax.programs.openai_api import Job, Refused, Speaker, parse
 from infer import generate
 
 TEXT = "Lists hold things — naïve ones, 😀 too. They have an order. " * 4
@@ -130,6 +130,24 @@ def test_options_of_a_stream(tokenizer, options, usage):
   """Kills: an option that a client sends and that is taken for an unknown one."""
   body = {"prompt": "Once", "stream": True, "stream_options": options}
   assert parse(body, tokenizer, chat_form=False, most=lambda prompt: 3).usage is usage
+
+
+def test_what_is_asked_for_reaches_the_engine(tokenizer):
+  """Kills: a setting that is taken for understood, and passed on as its default or as another's; a field that clients
+  send along, which changes no answer, refused."""
+  along = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "s",
+           "prompt_cache_key": "k"}
+  body = {"prompt": [5, 6, 7], "max_completion_tokens": 9, "max_tokens": 11, "temperature": 0.25, "top_p": 0.5,
+          "top_k": 3, "seed": 40, "n": 2, "stop_token_ids": [8], "logprobs": 0, "stop": "x", "stream": True,
+          "dspark": True} | along
+  ask = lambda body: parse(body, tokenizer, chat_form=False, most=lambda prompt: 33)
+  job = ask(body)
+  stops = job.requests[0].stop_token_ids  # in any order
+  assert sorted(stops) == sorted([8, *chat.stop_ids(tokenizer)])
+  assert job == Job(tuple(Request((5, 6, 7), max_new_tokens=9, temperature=0.25, top_k=3, top_p=0.5, seed=seed,
+                                  stop_token_ids=stops, log_probabilities=True) for seed in (40, 41)),
+                    ("x",), chat=False, stream=True, usage=False, details=True)
+  assert ask({"prompt": [5], "max_tokens": 11}).requests[0].max_new_tokens == 11
 
 
 def test_defaults_are_openais(tokenizer):

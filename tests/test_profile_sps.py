@@ -8,7 +8,7 @@ import pytest
 
 from dspark_jax.nn.attention import Kernels
 from folders import complains
-from infer import profile_sps, serve
+from infer import load, profile_sps, serve
 
 SECONDS = {"draft": 0.25, "plain": 0.5, "4": 0.75, "full": 1.0, "plain+chunk": 1.5, "full+chunk": 2.0}
 SLOWER = 0.125  # at the longer of the two contexts
@@ -95,10 +95,24 @@ def test_noise_is_no_slope(machine, monkeypatch):
 
 
 def test_the_documented_commands_fit_each_other():
-  """Kills: a table of other seats, chunks or requests than those that infer.serve has unless told."""
+  """Kills: a table of other seats, chunks or requests than those that infer.serve, or infer.load, has unless told."""
   measured, served = profile_sps.Settings("smollm2"), serve.Settings(target="smollm2", drafter="none")
   shared = ("seats", "capacity", "chunk", "buckets", "sampling", "kernels", "mesh", "dtype")
   assert [getattr(measured, name) for name in shared] == [getattr(served, name) for name in shared]
+  loaded = load.served(load.Settings(None, target="smollm2"), "scheduled")
+  assert [getattr(loaded, name) for name in shared] == [getattr(served, name) if name != "sampling" else "greedy"
+                                                        for name in shared]
+
+
+@pytest.mark.parametrize("given, word", [(dict(compiler="v5e:1x1", drafter="runs/demo"), "with"),
+                                         (dict(compiler="v5e:1x1", dtype="bfloat16"), "with"),
+                                         (dict(compiler="v5e:1x1", repeats=6), "with"),
+                                         (dict(block_size=8), "without"), (dict(draft_layers=4), "without")])
+def test_what_would_go_unread_is_refused(given, word):
+  """Kills: a table of another drafter, or of other runs, than were asked for."""
+  (*_, (name, value)) = given.items()
+  with complains(f"{name} is {value}, which means nothing {word} --compiler: leave it out"):
+    profile_sps.main(profile_sps.Settings("smollm2", **given))
 
 
 @pytest.mark.parametrize("change, part", [

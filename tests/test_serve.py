@@ -5,7 +5,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,13 +20,10 @@ from starlette.requests import ClientDisconnect
 
 from dspark_jax.data import chat
 from dspark_jax.decoding.engine import Event, Full
-from dspark_jax.programs import shell
-from dspark_jax.programs.openai_api import Answer, parse
-from folders import complains
+from dspark_jax.programs.openai_api import parse
 from infer import serve, serve_app
 from infer.serve import Serving
-from infer.serve_app import App, Stream, build
-from test_cost import table
+from infer.serve_app import Stream, build
 from test_openai_api import HELLO, TEXT
 
 
@@ -95,7 +91,8 @@ HERE = {"host": "127.0.0.1", "port": 0}
 @contextlib.contextmanager
 def served(tokenizer, engine, **limits):
   """A server of this engine in this process: its address."""
-  settings = SimpleNamespace(**{"target": "toy", "max_tokens": 40, "max_body": 5000} | HERE | limits)
+  settings = SimpleNamespace(**{"target": "toy", "max_tokens": 40, "max_body": 5000, "queue": 4, "seats": 4} | HERE |
+                             limits)
   with Serving(engine) as serving, contextlib.closing(serve.open_port(settings)) as listener:
     server = uvicorn.Server(uvicorn.Config(build(settings, serving, tokenizer), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -142,9 +139,8 @@ def test_several_answers_and_log_probabilities(toy):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_across_tokens(toy, tokenizer, stream):
-  """Kills: a stop text that is seen only inside one token, a part of it that was told already, decoding on,
-  tokens behind it that count as said, or whose log-probabilities are told."""
-  before = len(toy.engine.cancelled)
+  """Kills: a stop text that is seen only inside one token, a part of it that was told already, tokens behind it that
+  count as said, or whose log-probabilities are told."""
   found = toy.client.completions.create(model="toy", prompt="Once", max_tokens=40, stop=["ones, 😀 t", "zzz"],
                                         stream=stream, logprobs=0)
   if stream:
@@ -158,7 +154,6 @@ def test_a_stop_text_across_tokens(toy, tokenizer, stream):
     assert len(less) < len(text) <= len(said)
   assert (text, last) == (TEXT[:TEXT.index("ones,")], "stop")
   assert "".join(words) == text + "ones"  # one token with the space before it
-  assert len(toy.engine.cancelled) >= before and toy.engine.idle is not None
 
 
 @pytest.mark.parametrize("change, says", [
@@ -233,6 +228,15 @@ def test_a_full_queue_is_429_and_who_leaves_is_cancelled(tokenizer):
     assert sorted(engine.cancelled) == list(range(1, 9))
 
 
+def test_more_answers_than_may_ever_be_here(toy):
+  """Kills: 429 for what an idle server refuses for ever, while clients try again and again."""
+  before = len(toy.engine.asked)
+  with pytest.raises(openai.BadRequestError, match="n is 9, but only 8 requests may be here at a time") as refused:
+    toy.client.completions.create(model="toy", prompt="Once", n=9, max_tokens=2)
+  assert refused.value.body["param"] == "n" and len(toy.engine.asked) == before
+  assert len(toy.client.completions.create(model="toy", prompt="Once", n=8, max_tokens=2).choices) == 8
+
+
 def test_an_engine_that_fails_is_told(tokenizer):
   """Kills: clients that wait for ever, health that is ok while nothing works."""
   engine = Scripted(tokenizer.encode(TEXT))
@@ -304,23 +308,6 @@ def test_the_first_text_is_waited_for_from_the_arrival_on(tokenizer, monkeypatch
   assert float(took) > 0.5
 
 
-def test_a_port_is_had_once():
-  """Kills: a second server that hears of the first only when all is loaded; one that does not start again at once, as
-  connections of the one before linger."""
-  with contextlib.closing(serve.open_port(SimpleNamespace(**HERE))) as listener:
-    again = SimpleNamespace(**HERE | {"port": listener.getsockname()[1]})
-    with complains(f"port {again.port} of 127.0.0.1 cannot be had", "choose another"):
-      serve.open_port(again)
-    with pytest.raises(ConnectionRefusedError):  # nobody waits for minutes
-      socket.create_connection(listener.getsockname())
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `serve` does
-    listener.listen()
-    with socket.create_connection(listener.getsockname()) as client:
-      listener.accept()[0].close()  # who closes first is the one that lingers
-      assert client.recv(1) == b""
-  serve.open_port(again).close()
-
-
 @pytest.mark.slow
 def test_the_real_thing_answers_and_ends_in_order():
   """SmolLM2 in a process of its own: the text of infer.generate; SIGTERM finishes what runs, refuses the rest, exits 0
@@ -382,50 +369,3 @@ def test_the_page_shows_where_tokens_come_from(toy):
     assert "max_tokens" in page.text_content("#talk .error")
     browser.close()
   assert [fault for fault in faults if "400" not in fault] == []
-
-
-@pytest.mark.parametrize("change, part", [({"dtype": "bfloat16"}, "dtype 'bfloat16', not 'float32'"),
-                                          ({"target": "other"}, "target 'other', not 'smollm2'"),
-                                          ({"drafter": "runs/other"}, "drafter 'runs/other', not 'runs/demo'")])
-def test_costs_of_something_else_are_refused(change, part, tmp_path):
-  """Before anything is loaded. Kills: rounds that are chosen by what another model's, or another dtype's, take."""
-  shell.write_json(tmp_path / "cost.json", table(**{"target": "smollm2"} | change).to_json())
-  with complains(part):
-    serve.start_engine(serve.Settings(target="smollm2", drafter="runs/demo" if "drafter" in change else "none",
-                                      cost=tmp_path / "cost.json"))
-
-
-def test_what_starting_says(monkeypatch, capsys):
-  """Kills: a confidence head that is believed as it is without a word, or with one for every request; programs whose
-  time and memory nobody sees."""
-  stored = SimpleNamespace(by_mode={"greedy": 1}, for_mode=lambda mode: [1.0])
-  for place, name, made in ((chat, "load_tokenizer", None), (serve, "locate_target", None),
-                            (serve.shell, "load_target", None), (serve.shell, "check_drafter", None),
-                            (serve, "stored_temperatures", stored),
-                            (serve.dspark_jax, "load_drafter", SimpleNamespace(block_size=7))):
-    monkeypatch.setattr(place, name, lambda *_, made=made, **__: made)
-  monkeypatch.setattr(serve, "Engine", lambda target, drafter, config, **more: SimpleNamespace(
-      config=config, compile_costs={"draft": (3.25, 12_000_000)}, **more))
-  for survival, said in (("head", 1), ("auto", 0)):
-    engine, _ = serve.start_engine(serve.Settings(target="t", drafter="d", policy="fixed", survival=survival))
-    assert [engine.calibration(temperature) for temperature in (0.0, 0.7, 0.7)] == [[1.0], None, None]
-    err = capsys.readouterr().err
-    assert err.count("were fitted for T=0.7") == said and "for greedy" not in err
-    assert "compiled draft in 3.2 s with temporaries of 12 MB" in err
-
-
-def test_an_answer_that_is_over_is_not_decoded_on(tokenizer):
-  """Of two answers one meets its stop text. Kills: a seat that writes what nobody will read until its sibling ends."""
-  cancelled, events = [], asyncio.Queue()
-  serving = SimpleNamespace(engine=Scripted([]), draining=False, error=None, cancel=cancelled.append)
-  job = parse({"prompt": "Once", "n": 2, "stop": "They", "stream": True}, tokenizer, chat_form=False,
-              most=lambda prompt: 99)
-
-  async def first():
-    for id, text in ((2, "Lists"), (1, "Lists. They have")):
-      events.put_nowait(Event(id, tuple(tokenizer.encode(text)), None, 0, 0, 0, None))
-    told = App(SimpleNamespace(), serving, tokenizer)._tell(job, Answer(job, "toy"), [1, 2], events, 0.0)
-    return [json.loads((await anext(told)).removeprefix("data: "))["choices"][0] for _ in range(2)]
-
-  ends = [(choice["index"], choice["finish_reason"]) for choice in asyncio.run(first())]
-  assert ends == [(1, None), (0, "stop")] and cancelled[0] == [1]

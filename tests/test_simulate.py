@@ -202,8 +202,10 @@ def test_measured_tables(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag, value, part", [
     ("--concurrencies", "0", "concurrencies are (0,)"), ("--packing", "1.5", "packing is 1.5"),
-    ("--concentration", "0", "concentration 0.0"), ("--draws", "0", "draws is 0"), ("--chips", "v9", "v9")])
+    ("--concentration", "0", "concentration is 0.0"), ("--concentration", "inf", "concentration is inf"),
+    ("--concentration", "1e300", "concentration is 1e+300"), ("--packing", "nan", "packing is nan"),
+    ("--draws", "0", "draws is 0"), ("--chips", "v9", "v9")])
 def test_mistakes(flag, value, part, capsys, tmp_path):
-  """Kills: tracebacks, and minutes before a mistake is seen."""
+  """Kills: tracebacks, and minutes before a mistake is seen; survivals that are no numbers, and a gain made of them."""
   _, err = called(capsys, simulate.main, simulate.Settings, "--out", tmp_path, flag, value, code=2)
   assert part in err and not files(tmp_path)

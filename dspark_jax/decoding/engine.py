@@ -141,6 +141,8 @@ class EngineConfig:
                       f"threshold")
     if self.chunk > QUERY_BLOCK and self.chunk % QUERY_BLOCK:
       problems.append(f"chunk is {self.chunk}, expected at most {QUERY_BLOCK} or a multiple of it")
+    if self.capacity <= self.chunk:
+      problems.append(f"capacity is {self.capacity}, expected more than chunk, which is {self.chunk}")
     raise_all("engine", problems)
 
 
@@ -269,8 +271,8 @@ class Engine:
     mode = make_sampling(request.temperature, request.top_k, request.top_p).mode
     if MODES.index(mode) > MODES.index(self.config.sampling):
       raise ValueError(f"the request asks for {mode} sampling, the engine was started for "
-                       f"{self.config.sampling}: change its temperature, top_k and top_p, or start the engine with "
-                       f"sampling={mode}")
+                       f"{self.config.sampling}: change its temperature, top_k and top_p, or start it with --sampling "
+                       f"{mode}")
     if not request.prompt:
       raise ValueError("the prompt is empty: expected at least one token")
     for name, ids in (("prompt", request.prompt), ("stop_token_ids", request.stop_token_ids)):
@@ -285,7 +287,7 @@ class Engine:
                        f"{max(room, 0)} after this prompt: shorten it, or ask for fewer")
     if request.log_probabilities and not self.config.log_probabilities:
       raise ValueError("log-probabilities are asked for, and the engine was started without them: start it with "
-                       "log_probabilities")
+                       "--log-probabilities")
 
   def _temperatures(self, request):
     """f32[1,G] of the head's confidences."""
