@@ -43,10 +43,14 @@ def test_the_same_drafter(tmp_path):
 
 
 def test_what_it_refuses(tmp_path, capsys):
-  """Kills: somebody else's folder, emptied."""
+  """Kills: somebody else's folder, emptied, though it has logs; one of its own, refused."""
+  (tmp_path / "logs").mkdir()
   (tmp_path / "mine.txt").write_text("mine")
   with complains(str(tmp_path), "another --out"):
     rehearse.emptied(tmp_path)
+  for _ in range(2):
+    rehearse.emptied(tmp_path / "own")
+    (tmp_path / "own" / "logs" / "first-0.log").write_text("x")
   assert (tmp_path / "mine.txt").read_text() == "mine"
   _, err = called(capsys, soak.main, soak.Settings, "--every", 0, code=2)
   assert "every is 0" in err

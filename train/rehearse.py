@@ -27,6 +27,7 @@ from pathlib import Path
 from dspark_jax.programs import hosts, run_folder, shell
 from train.watch import LOG
 
+MADE = "rehearsal.txt"  # by which its folder is known
 LIMIT = 1200  # seconds for a program: what takes longer hangs
 MINUTE = 60   # within which who is left must have ended
 
@@ -73,11 +74,12 @@ def main(settings: Settings) -> dict:
 
 
 def emptied(out: Path) -> None:
-  """Makes a folder with nothing in it but logs/. ValueError when it holds what no rehearsal or soak wrote."""
-  if out.exists() and not (out / "logs").is_dir() and any(out.iterdir()):
+  """Makes a folder with nothing in it but logs/ and MADE. ValueError when it holds what no rehearsal or soak wrote."""
+  if out.exists() and not (out / MADE).is_file() and any(out.iterdir()):
     raise ValueError(f"{out} holds something that no rehearsal wrote: choose another --out")
   shutil.rmtree(out, ignore_errors=True)
   (out / "logs").mkdir(parents=True)
+  (out / MADE).write_text("What a rehearsal or a soak wrote; the next one here begins with an empty folder.\n")
 
 
 def lose(settings: Settings, train: list, run: Path) -> dict:
