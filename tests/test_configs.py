@@ -1,6 +1,7 @@
 """Configurations of drafters: one per kind, what is refused, what stored files and the command line hold them to."""
 
 import dataclasses
+import functools
 import json
 import runpy
 from pathlib import Path
@@ -152,10 +153,17 @@ def test_what_a_kind_does_not_have(kind, fields, tmp_path):
     (lambda: MTP.Settings(draft_vocab_size=-1), "draft_vocab_size is -1"),
     (lambda: OptimizerConfig(name="sgd"), "name is 'sgd', expected adamw or muon"),
     (lambda: LossConfig(per="tokens"), "per is 'tokens', expected slots or positions"),
+    *[(functools.partial(OptimizerConfig, **{name: value}), f"{name} is {value}") for name, value in (
+        ("clip", 0), ("clip", -1), ("learning_rate", -1e-3), ("learning_rate", float("nan")), ("b1", 1.5), ("b2", 1),
+        ("eps", -1), ("eps", 0), ("weight_decay", float("inf")))],
+    *[(functools.partial(LossConfig, **{name: value}), f"{name} is {value}") for name, value in (
+        ("tv", -1), ("decay", 0), ("decay", -0.5), ("ce", float("nan")), ("chunk", -5), ("chunk", 0))],
+    (lambda: LossConfig(0, 0, 0), "ce, tv, confidence and soft are all 0"),
     (lambda: StepConfig(compute_dtype="float16"), "compute_dtype is 'float16', expected float32 or bfloat16"),
     (lambda: TrainConfig("t", DSpark.Settings(taps=(0,)), Path("o"), target_dtype="int8"), "target_dtype is 'int8'")])
 def test_other_values_than_the_listed(make, part):
-  """Kills: a choice that only the command line checks: one in an experiment file would go through."""
+  """Kills: a choice that only the command line checks: one in an experiment file would go through; a run that learns
+  nothing, or climbs, and ends well (a clip of 0, which others take for none)."""
   with complains(part):
     make()
 

@@ -14,39 +14,43 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.config import Count, Range, raise_all, wrong_choices
 from dspark_jax.metrics import Mean, weighted
 from dspark_jax.nn.sharding import local
 from dspark_jax.types import Array, Blocks, Drafter, DraftHead, DraftOutputs, Head, Target
 
 EPSILON = 1e-6  # the reference's, in the denominators: a batch without supervision has loss 0
+Weight = Annotated[float, Range(0, 1e9)]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
   """Weights of the terms."""
-  ce: float = 0.1
-  tv: float = 0.9
-  confidence: float = 1.0
-  soft: float = 0.0
-  decay: float = 4.0  # the reference's, with G = 7; the paper's text says G
+  ce: Weight = 0.1
+  tv: Weight = 0.9
+  confidence: Weight = 1.0
+  soft: Weight = 0.0
+  decay: Annotated[float, Range(1e-3, 1e9)] = 4.0  # the reference's, with G = 7; the paper's text says G
   # what a term is divided by: the sum of w * mask ("slots": records of runs have that word for draft positions), or
   # the blocks of the batch, dummies too ("positions", of rows)
   per: Literal["slots", "positions"] = "slots"
-  chunk: int = 512    # draft positions whose logits exist at a time on a device
+  chunk: Count = 512  # draft positions whose logits exist at a time on a device
   # of sampling, each for an equal share of the blocks. A confidence head does not know which: it learns their mean.
   temperatures: tuple[float, ...] = (1.0,)
 
   def __post_init__(self):
     right = self.temperatures and all(t == 0 or 0.01 <= t <= 100 for t in self.temperatures)
-    raise_all("loss config", wrong_choices(self) + ([] if right else [
-        f"temperatures are {self.temperatures}, expected at least one, each 0 or 0.01 to 100"]))
+    problems = wrong_choices(self) + ([] if right else [
+        f"temperatures are {self.temperatures}, expected at least one, each 0 or 0.01 to 100"])
+    if not any((self.ce, self.tv, self.confidence, self.soft)):
+      problems.append("ce, tv, confidence and soft are all 0, expected one that is not: nothing would be learnt")
+    raise_all("loss config", problems)
 
 
 # The reference's; of Eagle3 step k weighs 0.8 ** k.

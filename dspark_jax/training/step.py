@@ -7,14 +7,14 @@ Parameters and optimizer moments are flat dictionaries under the names that chec
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from dspark_jax.config import raise_all, wrong_choices
+from dspark_jax.config import Range, raise_all, wrong_choices
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.metrics import Mean, add, once, weighted
 from dspark_jax.nn.parameters import values, with_values
@@ -28,13 +28,14 @@ from dspark_jax.types import Array, Batch, Drafter, Target, TargetOutput
 class OptimizerConfig:
   """The released settings."""
   name: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the layers and fc; AdamW for everything else
-  learning_rate: float = 6e-4  # one rate for both: Muon's updates are scaled to AdamW's size
+  # One rate for both: Muon's updates are scaled to AdamW's size.
+  learning_rate: Annotated[float, Range(1e-12, 1e3)] = 6e-4
   warmup_ratio: float = 0.04
-  weight_decay: float = 0.0
-  clip: float = 1.0            # of the global gradient norm
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
+  weight_decay: Annotated[float, Range(0, 1e3)] = 0.0
+  clip: Annotated[float, Range(1e-9, 1e9)] = 1.0  # of the global gradient norm; 1e9 never clips
+  b1: Annotated[float, Range(0, 1 - 1e-9)] = 0.9
+  b2: Annotated[float, Range(0, 1 - 1e-9)] = 0.999
+  eps: Annotated[float, Range(1e-30, 1)] = 1e-8
 
   def __post_init__(self):
     problems = wrong_choices(self)
