@@ -237,7 +237,8 @@ def remember(settings: Settings, run: dict, name: str, loaded: dict[str, Models]
   # The temperatures, too: thresholds act on calibrated confidences, and those are what the samples hold.
   new |= {f"{name}--{label}": [loading.drafter_id(models.drafter), models.temperatures]
           for label, models in loaded.items() if models.drafter}
-  run |= run_folder.merged(settings.out, run, {"models": new}, growing=("models",))
+  run |= run_folder.merged(settings.out, run, {"models": new}, growing=("models",),
+                           remedy="it was trained, calibrated or edited since, choose another --out")
   run_folder.write_record(settings.out, run)
 
 

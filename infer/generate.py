@@ -231,13 +231,13 @@ def decode(settings: Settings, tokenizer, target, drafter, prompts: list[Prompt]
       **{name: [values[row] for row in todo] for name, values in how.items()}) if todo else []
   count, compile_seconds, seconds = 0, 0.0, 0.0
   with shell.bar() as bar:
-    task = bar.add_task("generating", total=len(prompts), completed=len(known), note="compiling")
+    task = bar.add_task("compiling", total=len(prompts), completed=len(known), note="")
     for batch in batches:
-      bar.update(task, note="compiling")
+      bar.update(task, description="compiling")
       began = time.perf_counter()
       batch.compile()  # apart from decoding: the first call would count the compilation as tokens that took minutes
       compiled = time.perf_counter()
-      bar.update(task, note="")
+      bar.update(task, description="generating")
       texts = batch.run()
       seconds += time.perf_counter() - compiled  # without what follows, which is no part of decoding
       compile_seconds += compiled - began

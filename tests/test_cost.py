@@ -164,10 +164,14 @@ def test_a_table_comes_back_as_it_was(tmp_path):
     ({"sampling": "hot"}, "key 'sampling' is 'hot'"),
     ({"full": {"seconds": -1.0, "slope": 0}}, "key 'full.seconds' is -1.0"), ({"packed": []}, "key 'packed' is []")])
 def test_damaged_tables_are_refused(change, part, tmp_path):
-  """Kills: an unknown key passed over, a bucket nothing fits in, free programs, half a drafter."""
+  """Kills: an unknown key passed over, a bucket nothing fits in, free programs, half a drafter; eighteen keys that
+  another file lacks."""
   shell.write_json(tmp_path / "c.json", table().to_json() | change)
   with complains("c.json is no cost table", part):
     costs.read(tmp_path / "c.json")
+  shell.write_json(tmp_path / "run.json", {"program": "train.train", "target": "t", "config": {}})
+  with complains("run.json is no cost table: give a file that infer.profile_sps wrote"):
+    costs.read(tmp_path / "run.json")
   whole = table().to_json()
   for name in whole:
     with complains(f"key '{name}' is missing"):

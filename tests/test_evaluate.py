@@ -351,7 +351,7 @@ def test_calibrated_confidences(folder, tmp_path):
     np.testing.assert_allclose(fitted[0]["reliability_before"][name], raw[0]["reliability"][name], atol=1e-4)
   assert fitted[0]["reliability"]["pred_mean"] != pytest.approx(raw[0]["reliability"]["pred_mean"], abs=1e-2)
   assert fitted[1]["reliability_before"] is fitted[1]["temperatures"] is None  # T=1 has none
-  with complains("holds a run with other settings", "target--drafter has changed since"):
+  with complains("holds a run with other settings", "target--drafter has changed since", "calibrated or edited since"):
     evaluate.main(settings(folder, tmp_path / "raw", **common))
 
 

@@ -7,13 +7,18 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.progress import Progress
+from rich.status import Status
 
 import dspark_jax
 from dspark_jax.data import chat
+from dspark_jax.programs import shell
 from infer import convert, generate
 from train import answers, cache_hidden, prepare
 from folders import DSPARK, GOLDEN, LLAMA, QWEN3, QWEN3_CONFIG, WORDS, called, files, llama, with_tokenizer
@@ -104,10 +109,13 @@ def test_generate_llama_and_nothing_to_do(folder, capsys):
 
 
 def test_generate_text(folder, capsys):
-  """Kills: a template left out, text that is not what the tokens say, a stop token that is not the template's."""
+  """Kills: a template left out, text that is not what the tokens say, a stop token that is not the template's; a
+  compilation that is called generating."""
   (folder / "prompts.jsonl").write_text('{"prompt": "w7 w9"}\n\n{"messages": [{"role": "user", "content": "w5"}]}\n')
   common = ("--target", folder / "target", "--drafter", "none", "--max-new-tokens", 4)
-  result, _ = called(capsys, generate.main, generate.Settings, *common, "--prompts", folder / "prompts.jsonl")
+  result, err = called(capsys, generate.main, generate.Settings, *common, "--prompts", folder / "prompts.jsonl")
+  assert [line.split(",")[0] for line in err.splitlines()[-3:]] == [
+      "compiling: 0 of 2", "generating: 0 of 2", "generating: 2 of 2"]
   tokenizer = chat.load_tokenizer(folder / "target")
   prompts = [tokenizer(f"<|im_start|> user {t} <|im_end|> <|im_start|> assistant")["input_ids"]
              for t in ("w7 w9", "w5")]
@@ -235,7 +243,8 @@ PROGRAMS = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for part i
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help(name, monkeypatch, capsys):
-  """Kills: a program that cannot say what it does, e.g. for an import of something that is not installed."""
+  """Kills: a program that cannot say what it does, e.g. for an import of something that is not installed; one that is
+  called by the path of its file, which does not run so."""
   experiment = {"train.train": "TrainConfig", "train.compile": "CompileConfig"}.get(name)
   args = ["--config", str(ROOT / "configs" / "demo.py"), "--help"] if experiment else ["--help"]
   monkeypatch.setattr(sys, "argv", [name, *args])
@@ -243,21 +252,98 @@ def test_help(name, monkeypatch, capsys):
   with pytest.raises(SystemExit) as exit_:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
   out = capsys.readouterr().out
-  assert exit_.value.code == 0
+  assert exit_.value.code == 0 and out.startswith(f"usage: python -m {name} ")
   settings = getattr(importlib.import_module(name), experiment or "Settings")
   for field in dataclasses.fields(settings):
     assert "--" + field.name.replace("_", "-") in out, field.name
 
 
-def test_help_of_train_without_a_config(monkeypatch, capsys):
-  """Kills: `--help` that asks for a config first; a start without a config that does not say what is missing."""
+@pytest.mark.parametrize("name", ["train.train", "train.compile"])
+def test_help_without_a_config(name, monkeypatch, capsys):
+  """Kills: `--help` that asks for a config first, is told on stderr, or does not say where the options are; a start
+  without a config that does not say what is missing."""
+  more = f"python -m {name} --config configs/demo.py --help\n"
   for args, code in ((["--help"], 0), ([], 2), (["--config"], 2)):
-    monkeypatch.setattr(sys, "argv", ["train.train", *args])
-    monkeypatch.delitem(sys.modules, "train.train", raising=False)
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit) as exit_:
-      runpy.run_module("train.train", run_name="__main__", alter_sys=True)
-    assert exit_.value.code == code
-    assert "--config configs/demo.py" in "".join(capsys.readouterr())
+      runpy.run_module(name, run_name="__main__", alter_sys=True)
+    out, err = capsys.readouterr()
+    assert (exit_.value.code or 0) == code
+    if code:
+      assert out == "" and err.startswith("error: --config is missing: ") and err.endswith(more)
+    else:
+      assert err == "" and out.endswith(f"All options: {more}") and f"python -m {name} --config configs/qwen3" in out
+
+
+def test_a_flag_that_is_not_there(capsys):
+  """Kills: help that is looked for in a file's path, which does not run so."""
+  _, err = called(capsys, generate.main, generate.Settings, "--target", QWEN3, "--drafter", "none", "--prmpt", "a",
+                  code=2)
+  assert "python -m infer.generate --help" in err
+
+
+# Progress
+
+
+def test_bars_where_no_terminal_shows_them(capsys):
+  """Kills: a log that is silent until the end; a line for each of many updates; no line at the start, for the first
+  news or at the end; the steps of an earlier start counted as this one's speed; the same line twice."""
+  bar, clock = shell.bar(), 0.0
+  bar.get_time = lambda: clock
+  with bar:
+    task = bar.add_task("training", total=1000, completed=500, note="")
+    for step in range(501, 701):
+      clock += 1
+      bar.update(task, completed=step, note=f"loss {step}")
+  assert capsys.readouterr().err.splitlines() == [
+      "training: 500 of 1000", "training: 501 of 1000, loss 501, 0:00:01 so far",
+      *(f"training: {500 + s} of 1000, loss {500 + s}, 0:0{s // 60}:{s % 60:02} so far, 0:0{(500 - s) // 60}:"
+        f"{(500 - s) % 60:02} left" for s in (31, 61, 91, 121, 151, 181, 200))]
+  with shell.bar() as bar:
+    one, two = (bar.add_task(name, total=2, note="") for name in ("a", "b"))
+    bar.advance(one), bar.advance(one), bar.advance(two)
+  assert capsys.readouterr().err.splitlines() == ["a: 0 of 2", "b: 0 of 2", "a: 1 of 2", "a: 2 of 2", "b: 1 of 2"]
+
+
+def test_slow_steps_have_a_time_left(capsys):
+  """Kills: time left by the newest seconds alone, in which no step of minutes ended."""
+  bar, clock = shell.bar(), 0.0
+  bar.get_time = lambda: clock
+  with bar:
+    task = bar.add_task("training", total=10, note="")
+    for step in (1, 2, 3):
+      clock += 600
+      bar.update(task, completed=step)
+  assert capsys.readouterr().err.splitlines()[-1] == "training: 3 of 10, 0:30:00 so far, 1:10:00 left"
+
+
+def test_a_long_part_is_named_while_it_runs(capsys, monkeypatch):
+  """Kills: news that came soon after a line, and minutes before the next; a bar's thread that outlives it."""
+  monkeypatch.setattr(shell, "LINES", 0.2)
+  others, said, until = set(threading.enumerate()), "", time.monotonic() + 30
+  with shell.bar() as bar:
+    (thread,) = set(threading.enumerate()) - others
+    task = bar.add_task("measuring", total=9, note="")
+    bar.update(task, note="short")
+    bar.update(task, advance=1, note="long")
+    while "long" not in said and time.monotonic() < until:
+      time.sleep(0.01)
+      said += capsys.readouterr().err
+  thread.join(30)
+  assert said.splitlines() == ["measuring: 0 of 9", "measuring: 0 of 9, short", "measuring: 1 of 9, long"]
+  assert thread.daemon and not thread.is_alive()
+
+
+def test_what_a_program_is_at_where_no_terminal_shows_it(capsys, monkeypatch):
+  """Kills: minutes of loading or compiling without a word, or with one at their end; lines in a terminal."""
+  with shell.stderr.status("loading [a]") as status:
+    assert capsys.readouterr().err == "loading [a]\n"
+    status.update("compiling")
+    assert capsys.readouterr().err == "compiling\n"
+  assert capsys.readouterr().err == ""
+  monkeypatch.setattr(shell.stderr, "is_interactive", True)
+  assert type(shell.bar()) is Progress and type(shell.stderr.status("loading")) is Status
 
 
 # train.answers

@@ -47,6 +47,15 @@ def losses(out: Path) -> dict[int, tuple]:
   return {r["step"]: (r["loss"], r["tau"], r["grad_norm"]) for r in log_of(out)}
 
 
+def test_what_precedes_the_first_step_is_named(folder, tmp_path, capsys):
+  """Kills: minutes without a word in which a start from target and bigrams is made, or the step is compiled."""
+  drafter = dataclasses.replace(experiment(folder, tmp_path).drafter, from_target=True, from_bigrams=True)
+  train.main(experiment(folder, tmp_path / "run", drafter=drafter, steps=1))
+  said = capsys.readouterr().err.splitlines()
+  phases = ["counting words", "starting from the target", "counting bigrams", "compiling the training step"]
+  assert [line for line in said if line in phases] == phases and said.index(phases[-1]) < said.index("training: 0 of 1")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
   out = folder / "uninterrupted"

@@ -162,14 +162,18 @@ class CompareConfig:
 
 
 def experiment(doc: str) -> tuple[str, list[str]]:
-  """(the experiment file that the command line names, its other words). Without one, says how to use the program.
+  """(the experiment file that the command line names, its other words). Without one, ends with what to give.
 
   The file gives the defaults that tyro then overrides, so its two words are taken out before.
   """
   words = [w for arg in sys.argv[1:] for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
   if "--config" not in words[:-1]:
-    shell.stderr.print(doc, markup=False, highlight=False)
-    sys.exit(0 if {"-h", "--help"} & set(words) else 2)
+    more = f"{shell.command()} --config configs/demo.py --help"
+    if {"-h", "--help"} & set(words):
+      print(f"{doc}\nAll options: {more}")
+      sys.exit()
+    shell.complain(f"--config is missing: give an experiment file with it; all options: {more}")
+    sys.exit(2)
   where = words.index("--config")
   return words[where + 1], words[:where] + words[where + 2:]
 

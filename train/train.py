@@ -209,13 +209,16 @@ def build_drafter(config: TrainConfig, target, rows: Some, stops):
   s = config.drafter
   words = None
   if s.draft_vocab_size:
-    words = top_words(rows, s.draft_vocab_size, target.config.vocab_size, stops)
+    with shell.stderr.status("counting words"):
+      words = top_words(rows, s.draft_vocab_size, target.config.vocab_size, stops)
   drafter = dspark_jax.new_drafter(drafter_config(s, target.config), words=words, seed=config.seed)
   if s.from_target:
-    drafter = starts.from_target(drafter, target)
+    with shell.stderr.status("starting from the target"):
+      drafter = starts.from_target(drafter, target)
   if getattr(s, "from_bigrams", False):  # not every kind has a head for them
-    factors = bigram_factors(rows, words, target.config.vocab_size, s.markov_rank)
-    drafter = starts.from_bigrams(drafter, *factors)
+    with shell.stderr.status("counting bigrams"):
+      factors = bigram_factors(rows, words, target.config.vocab_size, s.markov_rank)
+      drafter = starts.from_bigrams(drafter, *factors)
   return drafter
 
 

@@ -144,7 +144,10 @@ def from_json(data: dict[str, Any], what: str = "a cost table") -> Cost:
 
 def read(path: str | os.PathLike) -> Cost:
   """The table in a file; ValueError for another file, and for all that is wrong in it."""
-  return from_json(read_json(path), f"{path} is no cost table, measure it again with infer.profile_sps")
+  data = read_json(path)
+  if not {"plain", "seats", "capacity"} & data.keys():
+    raise ValueError(f"{path} is no cost table: give a file that infer.profile_sps wrote")
+  return from_json(data, f"{path} is no cost table, measure it again with infer.profile_sps")
 
 
 def _tokens(name):

@@ -145,8 +145,8 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
   shell.write_json(record_path(out), record)
 
 
-def merged(out: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), growing=(), shrunk=()
-           ) -> dict[str, Any]:
+def merged(out: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), growing=(), shrunk=(),
+           remedy: str = "give the same ones to go on with it, or another --out") -> dict[str, Any]:
   """`known` with the parts of `new`, if both describe the same run; else a ValueError that names all that differs.
 
   A part is an object of settings, an object of digests by name that may get more names (`growing`), or a digest.
@@ -166,8 +166,7 @@ def merged(out: Path, known: dict[str, Any], new: dict[str, Any], *, free=(), gr
     elif known.get(name, part) != part:
       differ.append(f"{name} has changed since")
   if differ:
-    raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): give the same ones to go on "
-                     f"with it, or another --out")
+    raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): {remedy}")
   return both
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import inspect
 import io
@@ -11,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import jax
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 
 import dspark_jax
 from dspark_jax.config import PASSING
@@ -30,9 +33,80 @@ from dspark_jax.nn.sharding import MeshConfig
 from dspark_jax.programs import hosts
 from dspark_jax.types import Target
 
-stderr = Console(stderr=True)
 ONE_DEVICE = MeshConfig()
+LINES = 30  # seconds between two lines of a bar where no terminal shows it
 URLS = "gs:", "s3:", "http:", "https:", "file:"
+
+
+class Stderr(Console):
+  """For people: a terminal shows bars and spinners; a file, a pipe or a launcher's log gets lines in their place."""
+
+  def status(self, status, **how):
+    return super().status(status, **how) if self.is_interactive else StatusLine(status, console=self)
+
+
+class StatusLine(Status):
+  """A line at the start, and at each update."""
+
+  def start(self):
+    say(self.status)
+
+  def stop(self):
+    pass  # there is no spinner
+
+  def update(self, status=None, **_):
+    say(status)
+
+
+class BarLines(Progress):
+  """Of each task a line when it begins, at the first news, then at most one in LINES seconds, and at the end."""
+
+  def __init__(self, *columns, **how):
+    super().__init__(*columns, disable=True, **how)
+    self.told = {}  # by task: the last news, and when there may be a line again
+    self.ended = threading.Event()
+
+  def start(self):
+    threading.Thread(target=self._late, daemon=True).start()
+
+  def _late(self):
+    """Tells what came too soon after a line: a part that takes minutes is named at its start alone."""
+    while not self.ended.wait(LINES):
+      for task_id in self.task_ids:
+        self._tell(task_id)
+
+  def stop(self):
+    self.ended.set()
+    for task_id in self.task_ids:
+      self._tell(task_id, last=True)
+
+  def add_task(self, *args, **how):
+    task_id = super().add_task(*args, **how)
+    self._tell(task_id, first=True)
+    return task_id
+
+  def update(self, task_id, **changes):
+    super().update(task_id, **changes)
+    self._tell(task_id)
+
+  def advance(self, task_id, advance=1):
+    self.update(task_id, advance=advance)
+
+  def _tell(self, task_id, first=False, last=False):
+    """Says how far a task is, unless that was said, or something a moment ago."""
+    with self._lock:
+      task, now, span = self._tasks[task_id], self.get_time(), lambda s: datetime.timedelta(seconds=round(s))
+      count, note = f"{task.description}: {task.completed:.0f} of {task.total:.0f}", task.fields["note"]
+      told, due = self.told.get(task_id, (None, now))
+      if (count, note) == told or now < due and not (last or task.finished):
+        return
+      self.told[task_id] = (count, note), now if first else now + LINES
+      spent = f"{span(task.elapsed)} so far" if task.elapsed >= 1 else ""
+      left = f"{span(task.time_remaining)} left" if task.time_remaining else ""
+      say(", ".join(filter(None, (count, note, spent, left))))
+
+
+stderr = Stderr(stderr=True)
 
 
 def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> None:
@@ -46,7 +120,8 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
   """
   try:
     more = {"default": default()} if default else {}
-    asked = tyro.cli(settings, description=sys.modules[main.__module__].__doc__, args=args, **more)
+    asked = tyro.cli(settings, prog=command(main.__module__), args=args,
+                     description=sys.modules[main.__module__].__doc__, **more)
     check_paths(asked)
     apart = not hasattr(asked, "hosts")
     if apart and getattr(asked, "writers", 1) == 1:  # several know their shares without a word to one another
@@ -59,7 +134,7 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
     passes = isinstance(error, hosts.Apart) or isinstance(error, OSError) and error.errno in PASSING
     code, sentence = hosts.AGAIN if passes else 2, _sentence(error)
     stderr.quiet = False
-    stderr.print(f"error: {sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    complain(sentence)
     hosts.leave(sentence, code)
     sys.exit(code)
   except KeyboardInterrupt:
@@ -76,14 +151,24 @@ def run(main, settings: type, *, default=None, args=None, mesh: bool = True) -> 
     _print(json.dumps(result, allow_nan=False))  # NaN and Infinity are no JSON: a program that gives them is wrong
 
 
+def command(module: str = "__main__") -> str:
+  """How a program is started. Its file, by which argparse would call it, does not run by itself."""
+  return f"python -m {getattr(sys.modules[module].__spec__, 'name', module)}"
+
+
+def complain(sentence: str) -> None:
+  """Says what is wrong, last of all."""
+  stderr.print(f"error: {sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
 def _print(result):
   try:
     print(result, flush=True)
   except BrokenPipeError:
     _leave_stdout(141)  # 128 + SIGPIPE, as a shell has it
   except OSError as error:
-    stderr.print(f"error: the work is done, but its result cannot be written to stdout ({error.strerror}): give the "
-                 f"same command again", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    complain(f"the work is done, but its result cannot be written to stdout ({error.strerror}): give the same command "
+             f"again")
     _leave_stdout(2)
 
 
@@ -226,9 +311,11 @@ def image(figure: Any, kind: str = "png") -> bytes:
 
 
 def bar() -> Progress:
-  """A progress bar on stderr, with time left and one free text field `note`."""
-  return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=stderr)
+  """Progress on stderr, with time left and one free text field `note`: a bar, or lines where no terminal shows one."""
+  # The time left is of an hour's steps: one may take minutes, and of the last seconds alone there would be none.
+  return (Progress if stderr.is_interactive else BarLines)(
+      TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+      TextColumn("{task.fields[note]}"), console=stderr, speed_estimate_period=3600)
 
 
 def memory_report(compiled: jax.stages.Compiled) -> str:
