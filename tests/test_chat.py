@@ -293,6 +293,32 @@ def test_tools_reach_the_template(tokenizer, monkeypatch):
       encode(tokenizer, CHAT[:2], tools=tools)
 
 
+CALLING = """{% for m in messages if m.role != 'developer' or not deaf %}{{ m.role }}: {{ m.content }}
+{% for c in (m.tool_calls or [])[:most | default(9)] %}{{ c.function | tojson }}{% endfor %}{% endfor %}"""
+
+
+def test_what_a_template_passes_over(tokenizer, monkeypatch):
+  """Kills: a call of a tool that is learned as an empty reply, where the template knows none or the first alone; words
+  of a developer that no model hears; conversations without either rendered once more."""
+  call = lambda name: {"id": name, "function": {"name": name, "arguments": {"x": 1}}}
+  talk = [{"role": "developer", "content": "be kind"}, *CHAT[:1],
+          {"role": "assistant", "content": "", "tool_calls": [call("weather"), call("tide")]}, *CHAT[2:]]
+  said = lambda messages, **how: tokenizer.decode(chat.encode_conversation(tokenizer, messages, **how)[0][0])
+  monkeypatch.setattr(tokenizer, "chat_template", CALLING)
+  assert "weather" in (text := said(talk)) and "tide" in text and "be kind" in text
+  for most in (0, 1):
+    with complains("the chat template passes over a call of a tool", "leave it out"):
+      said(talk, most=most)
+  with complains("passes over what a developer says"):
+    said(talk, deaf=True)
+  with complains("passes over what a developer says"):
+    chat.encode_prompt(tokenizer, talk[:2], deaf=True)
+  rendered = []
+  monkeypatch.setattr(chat, "render", lambda tokenizer, messages, **how: rendered.append(messages) or "")
+  chat._variables(tokenizer, CHAT, None, {})
+  assert not rendered
+
+
 def test_ends_of_all_files(tokenizer, tmp_path):
   """Kills: a model that runs on past an end that only generation_config.json or config.json names."""
   tokenizer.save_pretrained(tmp_path)

@@ -127,6 +127,20 @@ def test_tools_reach_the_template(tmp_path):
   assert [bytes(d.tokens.tolist()[:7]) for d in read([lines]).documents] == [b"ttttthi", b"hia rep"]
 
 
+def test_columns_that_say_nothing(tmp_path):
+  """Kills: a data set refused for a column of another form that is null in this line; thinking that is dropped where it
+  has vLLM's name, or that a null beside it hides."""
+  others = dict(tokens=None, conversations=None)
+  lines = write_lines(tmp_path / "a.jsonl", chat("hi", "a reply of some length", **others),
+                      {"messages": None, "conversations": chat("hi", "a reply of some length")["messages"]})
+  assert [bytes(d.tokens.tolist()) for d in read([lines]).documents] == [b"hia reply of some length"] * 2
+  conversations.check_texts(lines, letters)
+  for more in ({}, {"reasoning_content": None}):
+    (message,) = conversations.messages_of({"messages": [
+        {"role": "assistant", "content": "a", "reasoning": "because", **more}]})
+    assert message == {"role": "assistant", "content": "a", "reasoning_content": "because"}
+
+
 def test_calls_as_the_api_has_them():
   """Kills: arguments of a call left as a text, which templates quote; a reply refused that calls and says no more;
   calls changed that templates can read."""
@@ -147,6 +161,9 @@ def test_calls_as_the_api_has_them():
     ({"prompt": "a", "answer": "b"}, "one of \"messages\", \"conversations\" and \"tokens\""),
     (chat("hi", "reply", conversations=[]), "one of \"messages\""),
     ({"messages": []}, "not empty"),
+    (chat("hi", "reply", tokens=None, conversations=None) | {"messages": None}, "one of \"messages\""),
+    ({"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+     "a message has \"function_call\", which would change what is learned"),
     ({"messages": [{"role": "user"}]}, "a message must have"),
     ({"conversations": [{"from": "human", "value": None}]}, "a message must have"),
     ({"messages": [{"role": "assistant", "tool_calls": []}]}, "a message must have"),
@@ -209,7 +226,7 @@ def test_errors_name_the_file(tmp_path):
 def test_replies_are_replaced():
   """Kills: answers of another model that are learned, or fed back; a system message that is lost; a result of a tool
   that answers a call which was never made; ShareGPT's words taken for roles; a question refused for the form of a
-  call that is dropped, or for a column that says nothing."""
+  call that is dropped, for a column that says nothing, or for a prompt beside its messages."""
   say = lambda role, text: {"role": role, "content": text}
   talk = [say("system", "s"), say("user", "a"), say("assistant", "old") | {"weight": 1}, say("user", "b")]
   got = prompts._conversation({"messages": talk, "id": "x"}, "1", "f")
@@ -217,6 +234,9 @@ def test_replies_are_replaced():
   shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"}, {"from": "human", "value": "b"}]
   assert prompts._conversation({"conversations": shared}, "1", "f").turns == ((say("user", "a"),), (say("user", "b"),))
   assert prompts._conversation({"prompt": "a", "system": "", "tools": None, "response_format": {}}, "1", "f").turns
+  assert prompts._conversation({"prompt": "x", "messages": talk}, "1", "f").turns[0] == (talk[0], talk[1])
+  old = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
+  assert prompts._conversation({"messages": [talk[1], old, talk[3]]}, "1", "f").turns == ((talk[1],), (talk[3],))
   tool = [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": "f(2)"}, say("tool", "3"),
           say("user", "b")]
   schema = [{"type": "function"}]
@@ -229,7 +249,8 @@ def test_replies_are_replaced():
 
 @pytest.mark.parametrize("line, part", [
   ({"prompt": " "}, "is no question"), ({"text": "a"}, "is no question"), ({"prompt": "a", "top_k": 3}, "has top_k"),
-  ({"prompt": "a", "messages": []}, "is no question"), ({"messages": []}, "must be a list that is not empty"),
+  ({"messages": [{}], "conversations": [{}]}, "expected one of {"), ({"prompt": "a", "messages": []}, "is not empty"),
+  ({"messages": []}, "must be a list that is not empty"),
   ({"messages": [{"role": "king", "content": "a"}]}, "unknown role 'king'"), ({"prompt": "a", "tools": "x"}, "tools"),
   ({"prompt": "a", "tools": [{"x": float("nan")}]}, "JSON compliant"),
   ({"prompt": "a", "system": "be kind"}, '"system"')])

@@ -1,12 +1,14 @@
 """train.soak: what it compares, and what it refuses. The soak itself takes an hour: make soak."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 import dspark_jax
 from dspark_jax.drafters.dspark import DSparkChoices, DSparkConfig
+from dspark_jax.programs import run_folder
 from folders import called, complains, llama
 from train import rehearse, soak
 
@@ -43,17 +45,38 @@ def test_the_same_drafter(tmp_path):
 
 
 def test_what_it_refuses(tmp_path, capsys):
-  """Kills: somebody else's folder, emptied, though it has logs; one of its own, refused."""
+  """Kills: somebody else's folder, emptied, for it has logs or the record of a training; own folders that stay full; a
+  kill while one is emptied, after which nobody may; two that empty one folder at a time."""
+  mine, out = tmp_path / "mine.txt", ("--out", tmp_path)
   (tmp_path / "logs").mkdir()
-  (tmp_path / "mine.txt").write_text("mine")
-  with complains(str(tmp_path), "another --out"):
-    rehearse.emptied(tmp_path)
-  for _ in range(2):
-    rehearse.emptied(tmp_path / "own")
-    (tmp_path / "own" / "logs" / "first-0.log").write_text("x")
-  assert (tmp_path / "mine.txt").read_text() == "mine"
+  mine.write_text("mine")
+  for program in (None, "train.train", "train.rehearse"):
+    if program:
+      run_folder.write_record(tmp_path, {"program": program})
+    _, err = called(capsys, soak.main, soak.Settings, *out, code=2)
+    assert f"{tmp_path} holds something that train.soak did not write: choose another --out" in err
+    assert mine.read_text() == "mine"
+  with run_folder.owned(tmp_path), complains("is in use by process"):
+    rehearse.main(rehearse.Settings(tmp_path))
+  rehearse.emptied(tmp_path, "train.rehearse")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "run.json"]
+  mine.symlink_to(tmp_path.parent)
+  rehearse.emptied(tmp_path, "train.rehearse")
+  assert not mine.is_symlink() and tmp_path.parent.exists()
   _, err = called(capsys, soak.main, soak.Settings, "--every", 0, code=2)
   assert "every is 0" in err
+
+
+def test_how_a_part_ended(tmp_path):
+  """Kills: a mistake that the log tells and the sentence does not; a note on None where there is none."""
+  (tmp_path / "logs").mkdir()
+  (tmp_path / "logs" / "train-1.log").write_text("loading\nerror: no data\n")
+  ended = lambda *codes: [SimpleNamespace(wait=lambda seconds, code=code: code, poll=lambda: 0) for code in codes]
+  with complains(f"train ended with [1, 2], expected 0 (error: no data): see {tmp_path}"):
+    rehearse.finish(soak.Settings(tmp_path), ended(1, 2), "train")
+  with complains(f"train ended with [0, None] (None: not within {rehearse.LIMIT} seconds), expected 0: see"):
+    rehearse.finish(soak.Settings(tmp_path), ended(0, None), "train")
+  rehearse.finish(soak.Settings(tmp_path), ended(0, 0), "train")
 
 
 def test_starts_in_vain_end(tmp_path, monkeypatch):

@@ -27,15 +27,15 @@ from pathlib import Path
 from dspark_jax.programs import hosts, run_folder, shell
 from train.watch import LOG
 
-MADE = "rehearsal.txt"  # by which its folder is known
 LIMIT = 1200  # seconds for a program: what takes longer hangs
 MINUTE = 60   # within which who is left must have ended
+PROGRAM = "train.rehearse"
 
 
 @dataclasses.dataclass
 class Settings:
   out: Path = Path("runs/rehearsal")
-  """emptied first"""
+  """emptied first, where a rehearsal wrote it"""
   target: str = "smollm2"
   config: str = "configs/demo.py"
   processes: int = 2
@@ -47,8 +47,14 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, processes=2, devices=1, steps=8, answers=8)
+  with run_folder.owned(settings.out):
+    emptied(settings.out, PROGRAM)
+    return rehearsed(settings)
+
+
+def rehearsed(settings: Settings) -> dict:
+  """All that the pod does, and what the program prints of it."""
   out = settings.out
-  emptied(out)
   run, rows, batch = out / "run", out / "rows", settings.processes * settings.devices
   one(settings, "answers", "train.answers", "--out", out / "answers.jsonl", "--count", settings.answers,
       "--max-new-tokens", 64, "--max-prompt-tokens", 128)
@@ -73,13 +79,16 @@ def main(settings: Settings) -> dict:
           "accepted_length": lengths[0] if lengths else None, "out": str(out)}
 
 
-def emptied(out: Path) -> None:
-  """Makes a folder with nothing in it but logs/ and MADE. ValueError when it holds what no rehearsal or soak wrote."""
-  if out.exists() and not (out / MADE).is_file() and any(out.iterdir()):
-    raise ValueError(f"{out} holds something that no rehearsal wrote: choose another --out")
-  shutil.rmtree(out, ignore_errors=True)
-  (out / "logs").mkdir(parents=True)
-  (out / MADE).write_text("What a rehearsal or a soak wrote; the next one here begins with an empty folder.\n")
+def emptied(out: Path, program: str) -> None:
+  """Leaves nothing in a folder, which the caller owns, but logs/ and a record. ValueError when it holds what is not by
+  its record this program's."""
+  held = [path for path in out.iterdir() if path.suffix != ".lock"]
+  if held and run_folder.recorded(out, "program") != program:
+    raise ValueError(f"{out} holds something that {program} did not write: choose another --out, or delete it")
+  run_folder.write_record(out, {"program": program})  # first: what a kill leaves here may be emptied again
+  for path in set(held) - {run_folder.record_path(out)}:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+  (out / "logs").mkdir()
 
 
 def lose(settings: Settings, train: list, run: Path) -> dict:
@@ -138,11 +147,15 @@ def spawn(settings: Settings, name: str, program: str, *words, devices: int = 1)
 
 def finish(settings: Settings, running: list[subprocess.Popen], name: str) -> None:
   """ValueError unless all of them end well."""
-  codes = [wait(p, LIMIT) for p in running]
-  if any(codes):
+  codes, logs = [wait(p, LIMIT) for p in running], settings.out / "logs"
+  if any(code != 0 for code in codes):
     stop(running)
-    raise ValueError(f"{name} ended with {codes} (None: not within {LIMIT} seconds), expected 0: see "
-                     f"{settings.out / 'logs'}")
+    late = f" (None: not within {LIMIT} seconds)" if None in codes else ""
+    said = ""
+    if 2 in codes:  # a mistake, which the program has told in a sentence
+      log = logs / (f"{name}-{codes.index(2)}.log" if len(codes) > 1 else f"{name}.log")
+      said = f" ({log.read_text().strip().rpartition(chr(10))[2]})"
+    raise ValueError(f"{name} ended with {codes}{late}, expected 0{said}: see {logs}")
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int | None:

@@ -31,13 +31,14 @@ from train.watch import LOG
 # What a line of the log says of the clock and not of the training.
 CLOCK = {"tokens_per_second", "step_seconds", "data_wait", "tokens_per_second_per_device", "tflops_per_device", "mfu",
          "goodput"}
+PROGRAM = "train.soak"
 VAIN = 3  # starts in a row without a new checkpoint, after which none is to be expected
 
 
 @dataclasses.dataclass
 class Settings:
   out: Path = Path("runs/soak")
-  """emptied first"""
+  """emptied first, where a soak wrote it"""
   config: str = "configs/soak.py"
   data: tuple[Path, ...] = (Path("README.md"), Path("docs/training.md"), Path("docs/meshes.md"))
   """what is trained on; any text will do"""
@@ -51,8 +52,14 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.at_least(settings, steps=2, every=1, processes=1, devices=1)
+  with run_folder.owned(settings.out):
+    rehearse.emptied(settings.out, PROGRAM)
+    return soaked(settings)
+
+
+def soaked(settings: Settings) -> dict:
+  """Both trainings, and what the program prints of them."""
   began, out = time.monotonic(), settings.out
-  rehearse.emptied(out)
   command = ["train.train", "--config", settings.config, "--data", *settings.data, "--steps", settings.steps,
              *(["--mesh.data", -1] if settings.processes * settings.devices > 1 else []), "--out"]
   with shell.bar() as bar:

@@ -222,11 +222,26 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: Messages, 
 
 
 def _variables(tokenizer, messages, tools, variables):
-  """Of the template; ValueError for tools that it never looks at."""
+  """Of the template; ValueError for tools, a call of one or a developer's words that it never looks at."""
   if tools and render(tokenizer, messages, tools=tools, **variables) == render(tokenizer, messages, **variables):
     raise ValueError("the chat template does not know tools, so the model would not hear of them: leave them out, or "
                      "choose a model that is trained to call tools")
-  return variables | {"tools": tools}
+  said, how = {}, variables | {"tools": tools}  # said: what stands where, by a word that is put in its place
+
+  def marked(value, name, what):
+    if not isinstance(value, dict) or not value.get(name):
+      return value
+    said[word := f"word{len(said)}said"] = what
+    return value | {name: word}
+  call = lambda c: c | {"function": marked(c.get("function"), "name", "a call of a tool")}
+  calls = lambda m: {"tool_calls": list(map(call, m["tool_calls"]))} if m.get("tool_calls") else {}
+  frame = [marked(m, "content", "what a developer says") if m["role"] == "developer" else m | calls(m)
+           for m in messages]
+  text = render(tokenizer, frame, **how) if said else ""
+  if lost := [what for word, what in said.items() if word not in text]:
+    raise ValueError(f"the chat template passes over {lost[0]}, so the model would not hear of it, nor learn it: leave "
+                     f"it out, write it as a content of another role, or choose a model whose template knows it")
+  return how
 
 
 def render(tokenizer, messages: Messages, *, date: Any = None, **variables) -> str:

@@ -10,8 +10,9 @@ Control tokens that a file's contents spell are what the two encoders make of th
 A conversation is {"messages": [{"role": ..., "content": ...}, ...]} or, as ShareGPT has it, {"conversations": [{"from":
 ..., "value": ...}, ...]}; human and gpt are other words for user and assistant. Beside it, "tools" and
 "chat_template_kwargs": {"enable_thinking": ...} go to the chat template. A reply may call tools as OpenAI's API has it,
-without a content, and with arguments as a text. Names and notes are passed over; the keys in SETTINGS, which would
-change what is learned, are refused. The end of a reply with "finish_reason": "length" is not learned: the limit cut it.
+without a content, and with arguments as a text; its thinking is "reasoning_content", or "reasoning". Names and notes
+are passed over; the keys in SETTINGS, which would change what is learned, are refused. The end of a reply with
+"finish_reason": "length" is not learned: the limit cut it.
 """
 
 from __future__ import annotations
@@ -148,9 +149,9 @@ def _read_jsonl(shard: Shard, tokenizer: Any, encode_conversation: Callable, los
                 ) -> Iterator[tuple[int, Encoded]]:
   for number, record in read_jsonl(shard.path, begin=shard.begin, end=shard.end, first=shard.line):
     try:
-      if sum(key in record for key in ("messages", "conversations", "tokens")) != 1:
+      if sum(record.get(key) is not None for key in ("messages", "conversations", "tokens")) != 1:
         raise ValueError('it must have one of "messages", "conversations" and "tokens", these with "loss_mask"')
-      if "tokens" in record:
+      if record.get("tokens") is not None:
         found = [_tokens(record)]
       else:
         messages = messages_of(record)
@@ -171,7 +172,7 @@ def check_texts(path: str | os.PathLike, tokenizer: Any) -> None:
   letters = lambda text: "".join(text.replace("\ufffd", " ").split())  # blanks and half characters are cut differently
   right = []
   for number, record in itertools.islice(read_jsonl(path), LOOKED):
-    if "tokens" not in record or not isinstance(record.get("text"), list):
+    if record.get("tokens") is None or not isinstance(record.get("text"), list):
       continue
     try:
       tokens, mask = _tokens(record)
@@ -192,15 +193,16 @@ def _n_runs(mask: list[bool]) -> int:
 
 def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
   """The messages of a conversation, with our names for keys and roles."""
-  name = "messages" if "messages" in record else "conversations"
+  name = "messages" if record.get("messages") is not None else "conversations"
   if not isinstance(record[name], list) or not record[name]:
     raise ValueError(f'"{name}" must be a list that is not empty')
   messages = []
   for given in record[name]:
     message = dict(given) if isinstance(given, dict) else {}
-    for ours, theirs in (("role", "from"), ("content", "value")):
-      if theirs in message:
-        message.setdefault(ours, message.pop(theirs))
+    for ours, theirs in (("role", "from"), ("content", "value"), ("reasoning_content", "reasoning")):
+      if (said := message.pop(theirs, None)) is not None and message.get(ours) is None:
+        message[ours] = said
+    _refuse(message, "a message", ("weight", "function_call"))
     if calls := message.get("tool_calls"):
       message["tool_calls"] = calls_of(calls)
       message["content"] = "" if message.get("content") is None else message["content"]
@@ -209,7 +211,6 @@ def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     if message["role"] not in ROLES:
       raise ValueError(f"a message has the unknown role {message['role'][:40]!r}, expected one of "
                        f"{', '.join(ROLES)}: rename it")
-    _refuse(message, "a message", ("weight",))
     messages.append(message | {"role": ROLES[message["role"]]})
   return messages
 
@@ -247,7 +248,7 @@ def _refuse(record: dict[str, Any], what: str, keys: Iterable[str]) -> None:
   said = [key for key in keys if record.get(key) not in (None, "", [], {}) and (key, record[key]) != ("weight", 1)]
   if said:
     raise ValueError(f'{what} has "{said[0]}", which would change what is learned and is not supported: write it as '
-                     f'messages, "tools" or "chat_template_kwargs", or remove it')
+                     f'messages, "tool_calls", "tools" or "chat_template_kwargs", or remove it')
 
 
 def _tokens(record: dict[str, Any]) -> Encoded:

@@ -4,9 +4,9 @@ A line of a JSONL file, or a row of a dataset on the Hugging Face hub, has one o
   {"prompt": TEXT}
   {"messages": [{"role": ..., "content": ...}, ...]}
   {"conversations": [{"from": ..., "value": ...}, ...]}   as ShareGPT has it
-and may have "tools" and "chat_template_kwargs": {"enable_thinking": ...}. Replies in it are dropped, since the target
-gives its own: after every message of the user, as the reference does. At the first result of a tool a conversation
-ends: it answers a call that the target may not make.
+and may have "tools" and "chat_template_kwargs": {"enable_thinking": ...}; messages win over a prompt beside them.
+Replies in it are dropped, since the target gives its own: after every message of the user, as the reference does. At
+the first result of a tool a conversation ends: it answers a call that the target may not make.
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ def read_dataset(name: str, split: str) -> Iterator[Conversation]:
 
 def _conversation(record: dict[str, Any], name: str, where: str) -> Conversation:
   given = [kind for kind in KINDS if record.get(kind) is not None]
+  given = given[1:] if len(given) > 1 and given[0] == "prompt" else given  # as training lines are read
   if wrong := sorted(key for key in REFUSED if record.get(key) not in EMPTY):
     raise ValueError(f"{where} has {', '.join(wrong)}, but all questions are asked under the settings of the command: "
                      f"remove it")
   if len(given) != 1:
-    raise ValueError(f'{where} is no question: expected {{"prompt": TEXT}}, {{"messages": [...]}} or '
-                     f'{{"conversations": [...]}}')
+    raise ValueError(f'{where} is no question: expected one of {{"prompt": TEXT}}, {{"messages": [...]}} '
+                     f'and {{"conversations": [...]}}')
   if given == ["prompt"] and not (isinstance(record["prompt"], str) and record["prompt"].strip()):
     raise ValueError(f'{where} is no question: "prompt" must be some text')
   try:
@@ -96,8 +97,10 @@ def _without_calls(messages: Any) -> Any:
   """Messages without the tools that they call: of replies nothing is asked, whatever is in them."""
   if not isinstance(messages, list):
     return messages
-  said = lambda m: {"content": "", **{key: x for key, x in m.items() if key != "tool_calls" and x is not None}}
-  calls = lambda m: isinstance(m, dict) and m.get("role", m.get("from")) in ("assistant", "gpt") and m.get("tool_calls")
+  dropped = ("tool_calls", "function_call")
+  said = lambda m: {"content": "", **{key: x for key, x in m.items() if key not in dropped and x is not None}}
+  calls = lambda m: (isinstance(m, dict) and m.get("role", m.get("from")) in ("assistant", "gpt")
+                     and any(map(m.get, dropped)))
   return [said(m) if calls(m) else m for m in messages]
 
 
