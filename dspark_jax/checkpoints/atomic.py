@@ -62,8 +62,9 @@ def check_place(folder: Path, ours: set[str], is_ours: Callable[[Path], bool] = 
   names = {p.name for p in folder.iterdir()} if there == folder else set()
   others = sorted(names - ours if names - ours or is_ours(folder) else names)
   if others:
-    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected "
-                     f"{', '.join(sorted(ours))} or nothing: choose another place")
+    kind = ', '.join(sorted(ours)) if names - ours else "what was written here before"
+    raise ValueError(f"{folder} holds {', '.join(others[:5])}, which would be lost, expected {kind} or nothing: choose "
+                     f"another place")
 
 
 def put_back(folder: Path) -> None:
