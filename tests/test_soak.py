@@ -44,10 +44,11 @@ def test_the_same_drafter(tmp_path):
   assert soak.stored(tmp_path / "alone") == soak.stored(tmp_path / "killed") != soak.stored(tmp_path / "other")
 
 
-def test_what_it_refuses(tmp_path, capsys):
+def test_what_it_refuses(tmp_path, capsys, monkeypatch):
   """Kills: somebody else's folder, emptied, for it has logs or the record of a training; own folders that stay full; a
   kill while one is emptied, after which nobody may; two that empty one folder at a time."""
   mine, out = tmp_path / "mine.txt", ("--out", tmp_path)
+  monkeypatch.setattr(soak, "soaked", lambda settings: {})  # an hour, where nothing is refused
   (tmp_path / "logs").mkdir()
   mine.write_text("mine")
   for program in (None, "train.train", "train.rehearse"):

@@ -6,6 +6,7 @@ import json
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -95,10 +96,12 @@ def test_what_a_log_says(watched):
 
 
 def test_goodput_counts_steps_alone(monkeypatch):
-  """Kills: the time before the first step, for data or for evaluations that counts as good, or as a step's."""
+  """Kills: the time before the first step, for data or for evaluations that counts as good, or as a step's; flops of
+  all devices as one's; an mfu that grows with the peak."""
   now = [10.0]
   monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
   pace = watch.Pace(SimpleNamespace(batch=2, row_length=8), flops=lambda length: length * 1e12 / 8, began=0.0)
+  pace.devices, pace.peak = 4, 2e12
   now[0] = 40.0
   pace.begin(waited=3.0)
   for end, good in ((60.0, 14.0), (80.0, 28.0)):
@@ -107,7 +110,8 @@ def test_goodput_counts_steps_alone(monkeypatch):
     now[0] = end
     told = pace.lap([4, 12] * 4, waited=3.0 + 2 * (end - 40) / 20)
     assert (told["goodput"], told["step_seconds"], told["data_wait"]) == pytest.approx((good / end, 2.0, 2 / 16))
-    assert told["tflops_per_device"] == 0.5 and told["tokens_per_second_per_device"] == 8
+    assert told["tflops_per_device"] == 0.125 and told["tokens_per_second_per_device"] == 2
+    assert told["mfu"] == 0.0625
 
 
 class Fed(features.Batches):
@@ -179,6 +183,28 @@ def test_each_process_has_a_profile(processes, folders, monkeypatch, tmp_path):
     monkeypatch.setattr(hosts.here, "process", process)
     watch.Profile(SimpleNamespace(out=tmp_path, profile_steps=(2, 3))).before(2)
   assert traced == [str(tmp_path / folder) for folder in folders]
+
+
+def test_held_out_numbers_are_of_all_rows(folder, tmp_path):  # noqa: F811
+  """Kills: a loss that goes by the rows of a batch, or is none of its own terms; rows behind the first batch that do
+  not count; anchors by the very key of training."""
+  rng = np.random.default_rng(0)
+  # Some are supervised throughout; of few words, others: their terms and their denominators differ.
+  documents = [Document(rng.integers(5, 130, 48), np.ones(48, bool)) for _ in range(2)]
+  documents += [Document(np.full(48, 7), np.arange(48) >= 34 + i) for i in range(2)]
+  packed = packed_rows(tmp_path / "rows", documents, 48)
+  config = experiment(folder, tmp_path, eval_rows=4, eval_every=1, anchors=48)  # all that may be
+  drafter = dspark_jax.new_drafter(train.drafter_config(dataclasses.replace(config.drafter, draft_vocab_size=0),
+                                                        llama().config))
+  found = []
+  for batch in (1, 2, 4):
+    changed = dataclasses.replace(config, batch=batch)
+    held = watch.HeldOut(changed, train.step_config(changed), llama(), packed)
+    np.testing.assert_array_equal(held.step.__wrapped__.keywords["key"], jax.random.key_data(jax.random.key(1)))
+    found.append(held(SimpleNamespace(drafter=drafter)))
+  for numbers in found:
+    assert numbers["loss"] == pytest.approx(0.1 * numbers["ce"] + 0.9 * numbers["tv"] + numbers["confidence"], rel=1e-5)
+    assert numbers["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from dspark_jax.decoding.session import PROMPT_BUCKET
 from dspark_jax.nn.sharding import everywhere, place_rows, rows_here
 from dspark_jax.programs import hosts, run_folder
 from dspark_jax.programs.compilers import CHIPS
-from dspark_jax.training.step import StepConfig, batch_loss, step_flops
+from dspark_jax.training.losses import EPSILON, term_weights
+from dspark_jax.training.step import StepConfig, batch_loss, blocks_of, step_flops
 from train.config import TrainConfig
 
 LOG = "metrics.jsonl"
@@ -109,7 +110,7 @@ def useful_flops(config: TrainConfig, target, drafter, length: int) -> float:
 
 class HeldOut:
   """The loss, and what else a step measures, on rows that are not trained on: the same rows and anchors each time, in
-  any number of microbatches."""
+  any number of microbatches. Its terms are over all rows, as of one batch: a mean of means would go by their number."""
 
   def __init__(self, config: TrainConfig, static: StepConfig, target, rows):
     self.target, mine = target, rows_here(config.batch)
@@ -119,12 +120,18 @@ class HeldOut:
 
   def __call__(self, state) -> dict[str, Any]:
     found = [self.step(state.drafter, self.target, place_rows(batch)) for batch in self.batches]
-    return summarise(jax.device_get(found))
+    metrics, terms = zip(*jax.device_get(found))
+    loss = sum(float(term.sum / (term.weight + EPSILON)) for term in functools.reduce(means.add, terms).values())
+    return {"loss": loss if math.isfinite(loss) else None, **summarise(metrics)}
 
 
 def _measured(drafter, target, batch, *, key, static):
-  loss, metrics = batch_loss(drafter, target, batch, jax.random.wrap_key_data(jnp.asarray(key)), static)
-  return metrics | {"loss": means.once(loss)}
+  """(metrics, the terms of the loss over their denominators), each of which adds up over batches."""
+  key, config = jax.random.wrap_key_data(jnp.asarray(key)), static.loss
+  metrics = batch_loss(drafter, target, batch, key, static)[1]
+  weights = term_weights(drafter, blocks_of(drafter, batch, key, static), config, static.row_length)
+  return metrics, {name: means.Mean(getattr(config, name) * metrics[name].sum, weight)
+                   for name, weight in weights.items() if name in metrics}
 
 
 class Drafted:
