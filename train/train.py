@@ -318,6 +318,7 @@ def fit_lens(config: TrainConfig, drafter, target, batches: Batches, total: int,
 def steps_in(left: float, state, advance, known: int) -> int:
   """How many steps fit into the seconds that are left, from timing a few on a copy of the state. The first `known` are
   quicker than those that follow: the target has already run."""
+  shell.say("timing a few steps, to see how many fit into the minutes")
   state = jax.tree.map(jnp.copy, state)  # the steps are donated their state, and the run begins from this one
 
   def seconds(first):
