@@ -150,8 +150,8 @@ def test_a_store_of_an_older_version(folder, once, tmp_path):
     features.features_of(config, rows, target)
 
 
-def test_programs_refuse(folder, once, capsys, tmp_path):
-  """Kills: a mismatch that is seen after the model was loaded, or never."""
+def test_programs_refuse(folder, once, capsys, monkeypatch, tmp_path):
+  """Kills: a mismatch that is seen after the model was loaded, or after the data were tokenized, or never."""
   store = dict(features=str(once))
   for changes, parts in [
       ({"drafter": dataclasses.replace(experiment(folder, "x").drafter, taps=TAPS[::-1])},
@@ -168,7 +168,12 @@ def test_programs_refuse(folder, once, capsys, tmp_path):
                      (("--data",), "no data"), (("--writers", 2), "expected a folder of train.prepare")]:
     _, err = cached(folder, tmp_path / "new", capsys, *args, code=2)
     assert part in err
-  assert not (tmp_path / "new").exists()
+  monkeypatch.setattr(cache_hidden.shell, "load", lambda *_: pytest.fail("loaded"))
+  for args, part in [(("--data", tmp_path / "nosuch"), "nosuch is missing"), (("--row-length", 10 ** 6), "positions"),
+                     (("--taps", 0, 99), "taps [99] are out of range")]:
+    _, err = cached(folder, tmp_path / "new", capsys, *args, code=2)
+    assert part in err
+  assert not list(tmp_path.glob("new*"))
 
 
 def test_programs_full_disk(folder, capsys, tmp_path, monkeypatch):

@@ -49,6 +49,14 @@ def test_an_experiment_that_is_no_program(text, part, tmp_path):
     read_config(str(tmp_path / "c.py"))
 
 
+def test_an_experiment_for_another_program(tmp_path):
+  """Kills: a sentence that does not say what the file is for; a folder that "does not exist"."""
+  with complains("compare.py is for train.compare, expected one for train.train", "train.config.TrainConfig"):
+    read_config("configs/compare.py")
+  with complains(f"{tmp_path} is a folder"):
+    read_config(str(tmp_path))
+
+
 @pytest.mark.parametrize("kernels, part", [(Kernels("triton"), "decode is triton, which runs on a gpu"),
                                            (Kernels("pallas"), "decode is pallas, which runs on a tpu"),
                                            (Kernels("reference", "splash"), "train is splash")])

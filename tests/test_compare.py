@@ -174,11 +174,14 @@ def test_differences_between_seeds_count():
     ("log_every=1)", "log_every=1, mesh=type(TrainConfig.mesh)(2))", "wrong.py: the mesh is data 2, fsdp 1, tensor 1"),
     ("Eagle3.Settings(", "Eagle3.Settings(num_layers=5, ", "unexpected keyword argument 'num_layers'")])
 def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
-  """Kills: hours of training, then the sentence that says what was wrong from the start."""
+  """Kills: a target loaded, or hours of training, then the sentence that says what was wrong from the start."""
   text = (folder / "config.py").read_text()
   (folder / "wrong.py").write_text(text.replace(old, new))
-  monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it trains"))
+  monkeypatch.setattr(shell, "load", lambda *_: pytest.fail("loaded"))
   assert text.count(old) == 1
+  with complains("nosuch.jsonl is missing"):
+    compare.main(compare.Settings(str(folder / "config.py"), (folder / "nosuch.jsonl",), folder / "no"))
+  assert not (folder / "no").exists()
   with complains(part):
     compare.main(compare.Settings(str(folder / "wrong.py"), (folder / "data.jsonl",), folder / "no"))
   assert not (folder / "no").exists()
@@ -187,7 +190,7 @@ def test_seen_before_anything_is_trained(old, new, part, folder, monkeypatch):
 def test_mistakes(folder, capsys):
   """Kills: a traceback for a train config given by mistake, or for a seed given twice; the config's steps for
   --steps 0."""
-  for words, parts in ((("--config", "configs/demo.py"), ("CompareConfig",)),
+  for words, parts in ((("--config", "configs/demo.py"), ("is for train.train", "train.compare", "CompareConfig")),
                        (("--config", folder / "config.py", "--seeds", 1, 1), ("each once",)),
                        (("--config", folder / "config.py", "--steps", 0), ("steps is 0, expected more than 0",))):
     with pytest.raises(SystemExit) as exit_:

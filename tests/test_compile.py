@@ -154,14 +154,18 @@ def test_settings_are_refused_before_anything_is_compiled(args, sentence, here, 
   assert exit_.value.code == 2 and sentence in err.replace("\n", " ") and "Traceback" not in err
 
 
-def test_rows_that_devices_cannot_share_are_refused(here, capsys, monkeypatch):
-  """Kills: numbers of a step whose devices all run all rows, under the name of one that divides them."""
+@pytest.mark.parametrize("words, said", [
+    ("--batch 4 --microbatches 1 --mesh.fsdp 8", "batch is 4, expected a multiple of 8"),
+    ("--row-length 50000", "row_length is 50000, expected at most the target's 40960 positions")])
+def test_rows_that_devices_cannot_share_are_refused(words, said, here, capsys, monkeypatch):
+  """Kills: numbers of a step whose devices all run all rows, under the name of one that divides them; or of rows that
+  the target has no positions for."""
   monkeypatch.setattr(training, "arguments", lambda *_: pytest.fail("begun"))
   with pytest.raises(SystemExit) as exit_:
     shell.run(training.main, training.CompileConfig, default=lambda: training.resolved("configs/qwen3_4b.py"),
-              args="--batch 4 --microbatches 1 --mesh.fsdp 8".split(), mesh=False)
+              args=words.split(), mesh=False)
   err = capsys.readouterr().err
-  assert exit_.value.code == 2 and "batch is 4, expected a multiple of 8" in err and "Traceback" not in err
+  assert exit_.value.code == 2 and said in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("scanned", [False, True])

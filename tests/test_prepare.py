@@ -292,13 +292,22 @@ def test_a_part_damaged_inside(array, folder, whole, monkeypatch, tmp_path):
 
 def test_what_cannot_be_prepared(folder, whole, tmp_path):
   """Kills: a bad line that is skipped, or whose number is that in its part; a folder that a mistake spoils for other
-  data; tokens of two tokenizers in one row; half of a prepared folder and half of something else."""
+  data, or leaves behind; a file under two names, of which one is trained on and one held out; tokens of
+  two tokenizers in one row; half of a prepared folder and half of something else."""
   (tmp_path / "bad.jsonl").write_text((folder / "a.jsonl").read_text() + f'{{"tokens": [{WORDS}], "loss_mask": [1]}}\n')
   with complains(f"bad.jsonl, line 72: token {WORDS} is beyond the target's vocabulary, which has {WORDS}"):
     prepare.main(settings(tmp_path, tmp_path / "rows", ("bad.jsonl",), target=str(folder / "target")))
   (tmp_path / "none.jsonl").write_text('{"tokens": [7, 8, 9], "loss_mask": [0, 0, 0]}\n' * 3)
-  with complains("the data hold nothing to learn (left out: 3 conversations without a reply)"):
+  with complains("the data hold nothing to learn (left out: 3 conversations without a reply) in", "none.jsonl"):
     prepare.main(settings(tmp_path, tmp_path / "rows", ("none.jsonl",), target=str(folder / "target")))
+  (tmp_path / "empty.txt").write_text("")
+  with complains("(left out: nothing) in", "empty.txt"):
+    prepare.main(settings(tmp_path, tmp_path / "empty", ("empty.txt",), target=str(folder / "target")))
+  assert not (tmp_path / "empty").exists()
+  (tmp_path / "again.jsonl").symlink_to(folder / "a.jsonl")
+  with complains("is given twice"):
+    prepare.main(settings(tmp_path, tmp_path / "rows", (folder / "a.jsonl", "again.jsonl"),
+                          target=str(folder / "target")))
   assert prepare.main(settings(folder, tmp_path / "rows"))["digest"] == whole[0]["digest"]
   shutil.copy(folder / "b.jsonl", tmp_path)
   (tmp_path / "b.jsonl.run.json").write_text('{"program": "train.answers", "tokenizer": "another"}')

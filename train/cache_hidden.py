@@ -46,6 +46,7 @@ from dspark_jax.data import store as stores
 from dspark_jax.data.deepspec_cache import Cache
 from dspark_jax.data.rows import MANIFEST, Rows
 from dspark_jax.drafters import DSpark
+from dspark_jax.loading import locate_target, target_config
 from dspark_jax.nn.attention import Kernels
 from dspark_jax.nn.parameters import values
 from dspark_jax.nn.sharding import MeshConfig, place_rows
@@ -103,6 +104,9 @@ def main(settings: Settings) -> dict:
   cache = Cache(settings.from_deepspec) if settings.from_deepspec else None
   config = resolved(settings, cache)
   train.check_rows(config)
+  if not cache:
+    prepare.check_data(config.data)
+  train.check_target(config, target_config(locate_target(config.target)))
   stores.kvstore(settings.out)
   prepared = [path for path in config.data if path.is_dir()]
   if cache and settings.writers > 1 and not (rows_folder(settings) / MANIFEST).exists():
@@ -187,7 +191,6 @@ def write(settings: Settings, config: TrainConfig, cache: Cache | None, target, 
   prepared = prepare.Settings(config.target, config.data, rows_folder(settings), row_length=config.row_length,
                               thinking=config.thinking, allow_special=config.allow_special)
   rows = prepare.rows_of(prepared, tokenizer, target.config.vocab_size, date)
-  train.drafter_config(config.drafter, target.config)  # what is wrong with the taps
   planned = plan(settings, config, rows, target, begun.target if begun else "")
   manifest = planned[0]
   missing = stores.Store.begun(settings.out, *planned).missing() if begun else list(range(manifest.n_shards))

@@ -23,12 +23,12 @@ import numpy as np
 
 from dspark_jax.config import from_json, to_json
 from dspark_jax.decoding import acceptance
-from dspark_jax.loading import load_drafter
+from dspark_jax.loading import load_drafter, locate_target, target_config
 from dspark_jax.nn.parameters import values
 from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.programs.results import Result
 from infer import evaluate, plots
-from train import train
+from train import prepare, train
 from train.config import CompareConfig, read_config
 
 
@@ -56,7 +56,11 @@ def main(settings: Settings) -> dict:
     raise ValueError(f"seeds are {settings.seeds}, expected at least one, each once")
   if settings.steps is config.base.steps is None:
     raise ValueError(f"{settings.config} sets no steps, and all drafters must have as many: give --steps")
+  prepare.check_data(settings.data)
   runs = {name: planned(settings, config, name) for name in config.drafters}
+  about = target_config(locate_target(config.base.target))
+  for run, *_ in runs.values():
+    train.check_target(run, about)  # what does not fit the target is seen before anything is trained
   asked = evaluate.Settings(
       targets=(config.base.target,), drafters=tuple(str(run.out) for seeds in runs.values() for run in seeds),
       datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
@@ -95,8 +99,6 @@ def planned(settings: Settings, config: CompareConfig, name: str) -> list:
 def train_all(out: Path, runs: list) -> dict[str, dict]:
   """Trains the drafters, or finds them trained: the last numbers of each training, and the drafter's size."""
   target, tokenizer = shell.load(runs[0].target, runs[0].target_dtype, runs[0].kernels)
-  for run in runs:
-    train.drafter_config(run.drafter, target.config)  # what does not fit the target is seen before anything is trained
   # What else could differ is in the records of the trainings and of the evaluation.
   run_folder.claim(out, {"program": "train.compare", "config": {"target": runs[0].target, "steps": runs[0].steps}})
   # All see the same rows, which are prepared once.

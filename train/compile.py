@@ -44,7 +44,7 @@ from dspark_jax.targets.decoder import TargetConfig, scans, stack_layers
 from dspark_jax.training.step import TrainState, init_state, step_flops, train_step
 from dspark_jax.types import Batch, Target
 from train.config import TrainConfig, experiment, read_config
-from train.train import check_rows, drafter_config, step_config
+from train.train import check_rows, check_target, step_config
 
 
 @tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # as for train.train; it is not inherited
@@ -60,7 +60,7 @@ def main(config: CompileConfig) -> dict:
   if config.rows is not None and config.rows < 1:
     raise ValueError(f"rows is {config.rows}, expected at least 1")
   about = target_config(config.target)
-  drafting = drafter_config(config.drafter, about)
+  drafting = check_target(config, about)
   devices = absent_devices(config.topology)
   chip, mesh = chip_of(devices[0]), config.mesh.build(devices)
   with shell.stderr.status("compiling a training step; minutes, for billions of parameters"), jax.set_mesh(mesh):

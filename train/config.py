@@ -181,13 +181,18 @@ def experiment(doc: str) -> tuple[str, list[str]]:
 def read_config(path: str, kind: type = TrainConfig):
   """The `config` of an experiment file: a TrainConfig, or another `kind`."""
   if not Path(path).is_file():
-    raise ValueError(f"config {path} does not exist: expected a Python file that defines `config`")
+    raise ValueError(f"config {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: expected a Python "
+                     f"file that defines `config`")
   try:
     found = runpy.run_path(path).get("config")
   except ValueError:
     raise  # what the settings themselves say
   except Exception as error:  # it is a program, of which anything may be wrong; Python's sentence says what
     raise ValueError(f"config {path}: {type(error).__name__}: {error}: correct the file") from error
+  if isinstance(found, TrainConfig | CompareConfig) and not isinstance(found, kind):
+    its, ours = ("train.train", "train.compare")[::1 if isinstance(found, TrainConfig) else -1]
+    raise ValueError(f"config {path} is for {its}, expected one for {ours}: a file whose `config` is a train.config."
+                     f"{kind.__name__}")
   if not isinstance(found, kind):
     raise ValueError(f"config {path} does not define `config` as a train.config.{kind.__name__}")
   return found

@@ -26,6 +26,7 @@ from dspark_jax.data.questions import split, stdlib_questions
 from dspark_jax.decoding import acceptance
 from dspark_jax.decoding.generate import Generation
 from dspark_jax.decoding.session import PROMPT_BUCKET, Session
+from dspark_jax.loading import locate_target, target_config
 from dspark_jax.programs import run_folder, shell
 from train import answers, train
 from train.config import TrainConfig, read_config
@@ -47,6 +48,7 @@ def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
   config.mesh.refuse(settings.config)
+  train.check_target(config, target_config(locate_target(config.target)))
   with run_folder.owned(settings.out):
     return demonstrate(settings, config)
 

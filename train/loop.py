@@ -94,5 +94,9 @@ def check_finite(config: TrainConfig, state, window: list, index: int, batches) 
 
 def summarise_saved(config: TrainConfig) -> dict:
   """The last logged numbers of a run that had nothing left to do."""
-  last = hosts.agree(lambda: run_folder.read_lines(config.out / LOG)[-1])
-  return {k: last[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
+  told = lambda line: {k: line[k] for k in ("loss", "tau", "accept_rate", "tokens_per_second")}
+  lines = hosts.agree(lambda: run_folder.read_lines(config.out / LOG, told)[-1:])
+  if not lines:
+    raise ValueError(f"{config.out / LOG} has no lines, and the run is finished: restore it; the drafter is in "
+                     f"{config.out / 'drafter'} all the same")
+  return lines[0]

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dspark_jax.config import all_shown
 from dspark_jax.data import chat, conversations
 from dspark_jax.data import rows as packed
 from dspark_jax.data.conversations import Lost, Shard
@@ -90,13 +91,10 @@ def rows_of(settings: Settings, tokenizer, vocab_size: int, date: datetime.date 
   vocab_size: of the target. date, replace: see `prepare`. ValueError for a folder that does not suit the settings,
   the tokenizer and the target.
   """
-  if not any(path.is_dir() for path in settings.data):
+  rows = check_data(settings.data)
+  if rows is None:
     with run_folder.owned(settings.out):
       return prepare(settings, tokenizer, vocab_size, date, replace=replace)
-  if len(settings.data) > 1:
-    raise ValueError(f"data are {', '.join(map(str, settings.data))}, expected one prepared folder, or files alone: "
-                     f"prepare all files together")
-  rows = Rows(settings.data[0])
   known = rows.manifest
   # Of the day it is what it is; and a model may have places for more words than its tokenizer.
   check(rows, what_counts(settings, tokenizer, min(known.vocab_size, vocab_size), known.date), "--data")
@@ -170,12 +168,25 @@ def check_records(paths, how: dict) -> None:
                          f"tokens of two tokenizers do not mix, so leave it out or have this target answer")
 
 
+def check_data(paths) -> Rows | None:
+  """The rows in a prepared folder; None for files. ValueError for data that are not there, or do not go together."""
+  if not any(path.is_dir() for path in paths):
+    files_of(paths)
+    return None
+  if len(paths) > 1:
+    raise ValueError(f"data are {', '.join(map(str, paths))}, expected one prepared folder, or files alone: prepare "
+                     f"all files together")
+  return Rows(paths[0])
+
+
 def files_of(paths) -> tuple[tuple[str, int, int], ...]:
   """What tells whether files are still those that were read, without reading them."""
   for path in paths:
     if not path.is_file():
       raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'missing'}, expected a file of data: check the "
                        f"path")
+    if sum(path.resolve() == other.resolve() for other in paths) > 1:
+      raise ValueError(f"{path} is given twice, so its documents could be trained on and held out: give it once")
   return tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
@@ -327,9 +338,12 @@ def pack_parts(out: Path, parts: list[Part], about: dict, before: Rows | None) -
     lines = lines + part.shard.line
     sources.append(np.stack([np.full_like(lines, part.file), lines], 1))
     lost = Lost(*(a + b for a, b in zip(dataclasses.astuple(lost), left_out.tolist())))
+  files = [path for path, *_ in about["files"]]
   sizes, sources, scratch = np.concatenate(sizes), np.concatenate(sources), out / PARTS / "rows"
   if not len(sizes):
-    raise ValueError(f"the data hold nothing to learn (left out: {lost}): give other data, or other settings")
+    shutil.rmtree(out / PARTS)
+    raise ValueError(f"the data hold nothing to learn (left out: {lost}) in {all_shown(files)}: give other data, or "
+                     f"other settings")
   scratch.mkdir(exist_ok=True)
   with shell.stderr.status(f"packing {len(sizes)} documents"):
     manifest = packed.write(scratch, read_parts(parts), sizes, sources, about | {"lost": dataclasses.asdict(lost)})

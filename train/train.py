@@ -49,7 +49,7 @@ from dspark_jax.data.rows import Rows, Some, held_out
 from dspark_jax.data.words import bigram_factors, top_words
 from dspark_jax.drafters import DRAFTERS
 from dspark_jax.drafters.model import DrafterConfig, DrafterSettings
-from dspark_jax.loading import drafter_from, drafter_id, target_id
+from dspark_jax.loading import drafter_from, drafter_id, locate_target, target_config, target_id
 from dspark_jax.nn.sharding import everywhere, made, place, shardings
 from dspark_jax.programs import hosts, run_folder, shell
 from dspark_jax.targets.decoder import TargetConfig
@@ -75,9 +75,12 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
   check_early(config)
+  hosts.agree(lambda: prepare.check_data(config.data) and None)  # the others need not see them
   if config.start_from:
     shell.check_drafter(config.start_from)
+  check_target(config, target_config(locate_target(config.target)))
   with run_folder.owned(config.out):
+    hosts.agree(lambda: check_run(config))
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 
 
@@ -101,14 +104,30 @@ def check_rows(config: TrainConfig) -> None:
                      f"another --batch")
 
 
+def check_target(config: TrainConfig, target: TargetConfig) -> DrafterConfig:
+  """The drafter's own configuration. ValueError for one, or for rows, that the target cannot take: of it this much is
+  there before its weights are loaded."""
+  if config.row_length > target.max_positions:
+    raise ValueError(f"row_length is {config.row_length}, expected at most the target's {target.max_positions} "
+                     f"positions: give a smaller --row-length, or a target with longer ones (rope_scaling)")
+  return drafter_config(config.drafter, target)
+
+
+def check_run(config: TrainConfig) -> None:
+  """ValueError where the run folder is another run's, as far as settings tell."""
+  if run_folder.is_begun(config.out):
+    run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
+    begun(config.out, describe(config))
+
+
 def train(config: TrainConfig, target, tokenizer) -> dict:
   """Trains (or goes on training), saves, and returns the result that the program prints. The caller owns the folder."""
-  started = time.monotonic()
+  started, about = time.monotonic(), check_target(config, target.config)
   rows = read_data(config, target.config.vocab_size, tokenizer)
   record, stops = describe(config) | {"data": rows.digest}, chat.stop_ids(tokenizer)
   stored = hosts.agree(lambda: run_folder.recorded(config.out, "target"))
   record |= {"target": target_id(target, stored), "layout": rows.layout}
-  started_from = config.start_from and drafter_from(config.start_from, drafter_config(config.drafter, target.config))
+  started_from = config.start_from and drafter_from(config.start_from, about)
   record["config"]["start_from"] = started_from and drafter_id(started_from)  # not where it is: it may be moved
   hosts.check_same("run", record)  # its data and target, by content
   run = hosts.agree(lambda: begun(config.out, record) if run_folder.is_begun(config.out) else None)
@@ -129,7 +148,7 @@ def train(config: TrainConfig, target, tokenizer) -> dict:
   if fresh:
     state = made(begin, started_from or build_drafter(config, target, data, stops))
   else:  # only shapes: weights, and bigrams more so, would take longer to make than to restore
-    blank = lambda: begin(dspark_jax.new_drafter(drafter_config(config.drafter, target.config)))
+    blank = lambda: begin(dspark_jax.new_drafter(about))
     state = checkpoints.restore(saved, jax.eval_shape(blank), use_older=config.use_older, everyone=hosts.everyone)
     shell.say(f"resuming after step {int(state.step)} of {run['total_steps']}")
   with contextlib.closing(Batches(config, data, features_of(config, rows, target))) as batches:
@@ -198,8 +217,7 @@ def read_data(config: TrainConfig, vocab_size: int, tokenizer) -> Rows:
   def prepared():
     if not run_folder.is_begun(config.out):
       return prepare.rows_of(settings, tokenizer, vocab_size, stored_date(config), replace=True)
-    run_folder.read_record(config.out, PROGRAM, {"config": dict, "data": str})
-    begun(config.out, describe(config))
+    check_run(config)
     return prepare.rows_of(settings, tokenizer, vocab_size, run_folder.date_of(config.out))
   return Rows(hosts.agree(lambda: str(prepared().folder)))
 
@@ -265,7 +283,16 @@ def begun(out: Path, record: dict) -> dict:
   """The record of the run in `out`. ValueError where that is another than `record` describes."""
   # The target by what it is, wherever it lies; where an older record does not say, by where it lies.
   moved = ("target",) if run_folder.recorded(out, "target") else ()
-  return run_folder.resumed(out, record, free=moved, shrunk=("drafter",), newer=("target", "layout"))
+  resumed = functools.partial(run_folder.resumed, out, record, shrunk=("drafter",), newer=("target", "layout"))
+  try:
+    return resumed(free=moved)
+  except ValueError as error:
+    try:
+      resumed(free=(*moved, "steps", "epochs"))
+    except ValueError:
+      raise error from None
+    raise ValueError(f"{error}; for more steps on what it has learned give --start-from {out} and another --out, where "
+                     f"optimizer and schedule begin anew") from error
 
 
 def new_run(config: TrainConfig, record: dict, total_steps: int) -> dict:
