@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -22,6 +23,7 @@ from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
+from dspark_jax.text import read_json
 from dspark_jax.types import Target
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -108,8 +110,7 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   A key is looked up at the top level, then in `dflash_config` and `dspark_config`; unknown ones are an error in these.
   """
   flat, problems = _flat(hf)
-  names = hf.get("architectures")
-  name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
+  name = _architecture(hf)
   dialect = next((dialect for dialect, sign in OTHERS.items() if sign(flat, name)), None)
   if dialect or name not in ARCHITECTURES:
     of = f" (of {dialect})" if dialect else ""
@@ -129,6 +130,19 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
     wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once"]
   raise_all("drafter config", problems + wrong + of_drafter)
   return kind, _eagle3(flat, spec, stored) if kind == "eagle3" else _dspark(spec, stored, original)
+
+
+def ours(folder: Path) -> set[str]:
+  """The names of a folder that an export may replace (`atomic.new_folder`): only a drafter's. A target's are the same.
+  """
+  file = folder / "config.json"
+  drafter = file.is_file() and _architecture(read_json(file)) in ARCHITECTURES
+  return {"config.json", "model.safetensors"} if drafter else set()
+
+
+def _architecture(hf):
+  names = hf.get("architectures")
+  return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
 
 
 def _flat(hf):
