@@ -423,7 +423,7 @@ def export_drafter(source: str | os.PathLike, destination: str | os.PathLike, ta
     weights |= dialects.frozen_copies(target, weights["norm.weight"].dtype)
   weights = on_host(weights)
   if jax.process_index() == 0:
-    hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"], dialects.is_stored)
+    hf.write_folder(Path(destination), imported["config"], weights, imported["metadata"], dialects.ours)
 
 
 def new_drafter(config: DrafterConfig, *, words=None, seed: int = 0) -> Drafter:

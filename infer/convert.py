@@ -26,7 +26,7 @@ from typing import Literal
 import jax
 
 import dspark_jax
-from dspark_jax.checkpoints import atomic, dialects, hf, state
+from dspark_jax.checkpoints import atomic, dialects, state
 from dspark_jax.programs import shell
 
 
@@ -50,9 +50,12 @@ def main(settings: Settings) -> dict:
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
   if settings.source is None and settings.to == "deepspec":
     raise ValueError("deepspec is a format of drafters: name one with --source, or convert the target to orbax")
-  sidecar = state.DRAFTER if settings.source else state.TARGET
-  atomic.check_place(settings.destination, *((hf.FILES, dialects.is_stored) if settings.to == "deepspec" else
-                                             (state.FILES[sidecar], state.has(sidecar))))
+  atomic.check_place(settings.destination, dialects.ours if settings.to == "deepspec" else
+                     state.ours(state.DRAFTER if settings.source else state.TARGET))
+  for what, place in (("source", settings.source), ("target", settings.target)):
+    if place and Path(place).exists() and Path(place).resolve().is_relative_to(settings.destination.resolve()):
+      raise ValueError(f"destination {settings.destination} holds the {what} itself, which would be lost: choose "
+                       f"another place")
   if settings.source is not None:
     shell.check_drafter(settings.source)
   if settings.source is None:

@@ -21,7 +21,7 @@ from dspark_jax.data import chat
 from dspark_jax.programs import shell
 from infer import convert, generate
 from train import answers, cache_hidden, prepare
-from folders import DSPARK, GOLDEN, LLAMA, QWEN3, QWEN3_CONFIG, WORDS, called, files, llama, with_tokenizer
+from folders import DSPARK, GOLDEN, LLAMA, QWEN3, QWEN3_CONFIG, WORDS, called, copied, files, llama, with_tokenizer
 
 POSITIONS = QWEN3_CONFIG["max_position_embeddings"]
 LIMIT = int(np.load(DSPARK / "inputs.npz")["max_new_tokens"])
@@ -211,7 +211,8 @@ def test_paths_are_no_urls(capsys, tmp_path):
     _, err = called(capsys, prepare.main, prepare.Settings, "--target", QWEN3, "--data", "x", place, "--out", tmp_path,
                     code=2)
     assert f"data is {place}, expected a path" in err
-  cached = ("--target", QWEN3, "--taps", 1, "--data", tmp_path / "none", "--out", "gs://bucket/d")
+  (tmp_path / "text.jsonl").touch()
+  cached = ("--target", QWEN3, "--taps", 1, "--data", tmp_path / "text.jsonl", "--out", "gs://bucket/d")
   _, err = called(capsys, cache_hidden.main, cache_hidden.Settings, *cached, code=2)
   assert "data are files, expected a folder of train.prepare" in err  # but a store may be there
 
@@ -232,6 +233,25 @@ def test_convert(capsys, tmp_path):
   _, err = called(capsys, convert.main, convert.Settings, "--source", DSPARK, "--destination", tmp_path,
                   "--target", QWEN3, code=2)
   assert "which would be lost" in err
+
+
+def test_convert_replaces_no_source(capsys, tmp_path):
+  """Kills: a target exported over by its own drafter; a folder that is converted to another dtype, or to another
+  format, onto itself: the numbers before are gone."""
+  dspark_jax.import_target(QWEN3, tmp_path / "target")
+  for source in (QWEN3, DSPARK):
+    copied(source, tmp_path / source.name)
+  theirs, drafter, target = tmp_path / QWEN3.name, tmp_path / DSPARK.name, tmp_path / "target"
+  for args, part in (
+      (["--target", theirs, "--source", drafter, "--to", "deepspec", "--destination", theirs], "which would be lost"),
+      (["--target", target, "--target-dtype", "bfloat16", "--destination", target], "holds the target itself"),
+      (["--target", theirs, "--source", drafter, "--to", "deepspec", "--destination", drafter], "the source itself")):
+    before = files(tmp_path)
+    _, err = called(capsys, convert.main, convert.Settings, *args, code=2)
+    assert part in err and files(tmp_path) == before
+  for _ in range(2):  # onto what it wrote before
+    called(capsys, convert.main, convert.Settings, "--target", theirs, "--source", drafter, "--to", "deepspec",
+           "--destination", tmp_path / "out")
 
 
 # --help

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import dspark_jax
-from dspark_jax.checkpoints import atomic, state
+from dspark_jax.checkpoints import atomic, dialects, state
 from dspark_jax.loading import save_temperatures
 from folders import (DSPARK, QWEN3, assert_same_weights, complains, copied, cut, files, fresh_drafter, qwen3, spoiled,
                      words)
 
 ROOT = Path(dspark_jax.__file__).parents[1]
+OURS = state.ours(state.DRAFTER)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -100,7 +102,7 @@ def once(path, to):
   rename(path, to)
   os.kill(os.getpid(), signal.SIGKILL)
 Path.rename = once  # the old folder is aside, the new one not in place
-with atomic.new_folder(Path({folder!r}), {{"drafter.json", "weights"}}) as new:
+with atomic.new_folder(Path({folder!r}), lambda folder: {{"drafter.json", "weights"}}) as new:
   (new / "drafter.json").write_text("new")
 """
 
@@ -124,7 +126,7 @@ def test_kill_then_save_without_loading(tmp_path):
   """Kills: sweeping away the only copy, which a kill had left aside."""
   (tmp_path / ".d.old").mkdir()
   (tmp_path / ".d.old" / "drafter.json").write_text("old")
-  with pytest.raises(KeyError), atomic.new_folder(tmp_path / "d", {"drafter.json"}):
+  with pytest.raises(KeyError), atomic.new_folder(tmp_path / "d", OURS):
     raise KeyError
   assert files(tmp_path) == {"d/drafter.json": b"old"}
 
@@ -141,7 +143,7 @@ def test_a_rename_that_fails(tmp_path, monkeypatch):
     return rename(path, to)
 
   monkeypatch.setattr(Path, "rename", refused)
-  with pytest.raises(OSError, match="denied"), atomic.new_folder(tmp_path / "d", {"drafter.json"}) as new:
+  with pytest.raises(OSError, match="denied"), atomic.new_folder(tmp_path / "d", OURS) as new:
     (new / "drafter.json").write_text("new")
   assert files(tmp_path) == {"d/drafter.json": b"old"}
 
@@ -185,6 +187,56 @@ def test_nothing_of_the_users_is_replaced(tmp_path):
   for _ in range(2):  # an empty folder, then ours; through a link
     dspark_jax.save_drafter(tmp_path / "link", fresh_drafter(), qwen3())
   assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "drafter.json").exists()
+
+
+@pytest.mark.parametrize("what", ["a target", "a damaged drafter", "weights", "a tokenizer", "another kind"])
+def test_names_do_not_make_a_folder_ours(what, tmp_path):
+  """Kills: a target, whose files are called as a drafter's, replaced by an export; somebody's `weights`, or a folder
+  with a tokenizer alone, by a conversion; our drafter by our target."""
+  folder = tmp_path / "d"
+  ours = dict.fromkeys(("a target", "a damaged drafter"), dialects.ours).get(what, state.ours(
+    state.TARGET if what in ("a tokenizer", "another kind") else state.DRAFTER))
+  if what == "another kind":
+    dspark_jax.save_drafter(folder, fresh_drafter(), qwen3())
+  elif what in ("weights", "a tokenizer"):
+    file = folder / ("weights/pytorch_model.bin" if what == "weights" else "tokenizer.json")
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+  else:
+    copied(QWEN3, folder, config=(lambda config: {"architectures": {}}) if "damaged" in what else None)
+  before = files(folder)
+  with complains("which would be lost", "choose another place"), atomic.new_folder(folder, ours):
+    pytest.fail("begun")
+  assert files(folder) == before and leftovers(tmp_path) == []
+
+
+def test_a_reader_between_the_renames(tmp_path, monkeypatch):
+  """Kills: a new folder that is lost since somebody read the old one while it took its place; a reader that fails as
+  the new one was faster."""
+  folder, rename, readers = tmp_path / "d", Path.rename, iter(range(2))
+  folder.mkdir()
+  (folder / "drafter.json").write_text("old")
+
+  def renamed(path, to):
+    rename(path, to)
+    if to.name == ".d.old" and next(readers, None) is not None:
+      atomic.put_back(folder)  # as another process that is told to load the drafter
+
+  monkeypatch.setattr(Path, "rename", renamed)
+  with atomic.new_folder(folder, OURS) as new:
+    (new / "drafter.json").write_text("new")
+  assert next(readers, None) is None and files(tmp_path) == {"d/drafter.json": b"new"}
+  shutil.copytree(folder, tmp_path / ".d.old")
+
+  def late(path, to):
+    monkeypatch.setattr(Path, "rename", rename)
+    (tmp_path / "new").rename(folder)  # of the writer, after the reader looked
+    rename(path, to)
+
+  folder.rename(tmp_path / "new")
+  monkeypatch.setattr(Path, "rename", late)
+  atomic.put_back(folder)
+  assert files(folder) == {"drafter.json": b"new"}
 
 
 def test_conversion_at_fault_leaves_the_destination(tmp_path):

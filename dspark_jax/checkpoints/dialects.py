@@ -6,7 +6,6 @@ head, which are compared with the target and dropped; on export they are put bac
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from dspark_jax.drafters.dspark import DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.model import DrafterConfig
 from dspark_jax.targets import TARGETS
+from dspark_jax.text import read_json
 from dspark_jax.types import Target
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -35,13 +35,6 @@ ORIGINAL = "DFlashDraftModel"
 ARCHITECTURES = {f"{family.prefix}{name}Model": (kind, family.block) for family in TARGETS.values()
                  for name, kind in (("DSpark", "dspark"), ("Eagle3", "eagle3"))}
 ARCHITECTURES[ORIGINAL] = "dspark", TARGETS["qwen3"].block
-
-
-def is_stored(folder: Path) -> bool:
-  """Whether a folder's config.json is of a drafter."""
-  with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-    return any(name in ARCHITECTURES for name in json.loads((folder / "config.json").read_text())["architectures"])
-  return False
 
 
 # What only other dialects write; a later sign never overrides an earlier one.
@@ -117,8 +110,7 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   A key is looked up at the top level, then in `dflash_config` and `dspark_config`; unknown ones are an error in these.
   """
   flat, problems = _flat(hf)
-  names = hf.get("architectures")
-  name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
+  name = _architecture(hf)
   dialect = next((dialect for dialect, sign in OTHERS.items() if sign(flat, name)), None)
   if dialect or name not in ARCHITECTURES:
     of = f" (of {dialect})" if dialect else ""
@@ -138,6 +130,19 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
     wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once"]
   raise_all("drafter config", problems + wrong + of_drafter)
   return kind, _eagle3(flat, spec, stored) if kind == "eagle3" else _dspark(spec, stored, original)
+
+
+def ours(folder: Path) -> set[str]:
+  """The names of a folder that an export may replace (`atomic.new_folder`): only a drafter's. A target's are the same.
+  """
+  file = folder / "config.json"
+  drafter = file.is_file() and _architecture(read_json(file)) in ARCHITECTURES
+  return {"config.json", "model.safetensors"} if drafter else set()
+
+
+def _architecture(hf):
+  names = hf.get("architectures")
+  return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
 
 
 def _flat(hf):

@@ -33,7 +33,6 @@ ENDS = {"ForSequenceClassification": "a reward model or classifier", "RewardMode
         "ForTokenClassification": "a reward model or classifier", "ForQuestionAnswering": "a classifier",
         "Model": "an embedding model, without a head over words"}
 SCALES = re.compile(r"(_scale|_scale_inv|scales|qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map)$")
-FILES = {"config.json", "model.safetensors"}  # of what is written here
 FLOATS = {"float16", "bfloat16", "float32", "float64"}
 # Of safetensors' types, those that numpy (with JAX's bfloat16) knows.
 DTYPES = {"F16": "float16", "BF16": jnp.bfloat16, "F32": "float32", "F64": "float64", "BOOL": "bool",
@@ -168,12 +167,10 @@ def fill(build, tensors: Mapping, what: str, *, dtype=None, stored=lambda name: 
 
 
 def write_folder(folder: Path, config: str, tensors: Mapping[str, jax.Array], metadata: dict[str, str] | None,
-                 is_ours: Callable[[Path], bool]) -> None:
-  """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all.
-
-  is_ours: as of `new_folder`.
-  """
-  with new_folder(folder, FILES, is_ours) as new:
+                 ours: Callable[[Path], set[str]]) -> None:
+  """Writes config.json (this very text) and model.safetensors; the folder appears whole or not at all. ours: as
+  `new_folder` has it."""
+  with new_folder(folder, ours) as new:
     (new / "config.json").write_bytes(config.encode())  # bytes: line ends as they came in
     try:
       save_file(dict(tensors), os.fspath(new / "model.safetensors"), metadata=metadata)

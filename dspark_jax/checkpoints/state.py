@@ -39,9 +39,9 @@ FILES = {DRAFTER: {DRAFTER, "weights"}, TARGET: {TARGET, "weights", *CARRIED}}  
 CHUNK = 2 ** 20  # bytes
 
 
-def has(sidecar: str) -> Callable[[Path], bool]:
-  """Whether a folder is of the kind that has this sidecar."""
-  return lambda folder: (folder / sidecar).is_file()
+def ours(name: str) -> Callable[[Path], set[str]]:
+  """The names of a folder with this sidecar (`atomic.new_folder`). By itself, a tokenizer or `weights` is a user's."""
+  return lambda folder: FILES[name] if (folder / name).is_file() else set()
 
 
 def save_drafter(folder: Path, sidecar: dict, weights: dict[str, jax.Array]) -> None:
@@ -137,7 +137,7 @@ class Tensors(Mapping):
 
 
 def _save(folder, name, sidecar, weights, carry=lambda folder: None):
-  with new_folder(folder, FILES[name], has(name)) as new:
+  with new_folder(folder, ours(name)) as new:
     context = ocp.Context()
     # A device, or a host, that holds a part of an array reads these chunks of it: by default an array is one.
     context.array.saving.storage_options.chunk_byte_size = CHUNK
