@@ -195,6 +195,31 @@ def test_a_report_of_another_run(tmp_path):
   run_folder.write_record(tmp_path, {"program": "infer.evaluate"})
   with complains("not of train.train: give another --run"):
     report.main(report.Settings(tmp_path))
+  with complains(f"{tmp_path / 'nosuch'} is no run of train.train: give its folder"):
+    report.main(report.Settings(tmp_path / "nosuch"))
+
+
+LINE = {"step": 1, "loss": 2.0, "tau": None, "grad_norm": 1.0, "learning_rate": 0.1, "accept_rate": [0.5, None]}
+
+
+@pytest.mark.parametrize("change, part", [
+  ({"loss": "a"}, "line 2 is damaged, or of no training: it has no number as loss"), ({"step": "x"}, "as step:"),
+  ({"step": None}, "as step"), ({"accept_rate": [0.5, "b"]}, "as accept_rate/2"), ("grad_norm", "as grad_norm"),
+  ("config", "has a config without target, batch, row_length, drafter, so it is damaged: restore it"),
+  ("kind", "has a config without a kind of drafter")])
+def test_a_report_of_a_damaged_run(change, part, tmp_path):
+  """Kills: a traceback, or a page of nonsense, for a line or a record that lost a part."""
+  config = {"target": "t", "batch": 2, "row_length": 8, "drafter": {"kind": "dspark"}}
+  config = {"config": {}, "kind": config | {"drafter": {}}}.get(change if isinstance(change, str) else "", config)
+  run_folder.write_record(tmp_path, {"program": "train.train", "config": config, "total_steps": 3})
+  line = {k: v for k, v in LINE.items() if k != change} | (change if isinstance(change, dict) else {})
+  run_folder.append(tmp_path / "metrics.jsonl", [LINE, line])
+  with complains(str(tmp_path), part):
+    report.main(report.Settings(tmp_path))
+  (tmp_path / "metrics.jsonl").unlink()
+  if change not in ("config", "kind"):
+    run_folder.append(tmp_path / "metrics.jsonl", [LINE])
+    assert report.main(report.Settings(tmp_path))["steps"] == 1
 
 
 def test_sizes_that_are_none(tmp_path):

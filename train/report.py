@@ -17,10 +17,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
+from dspark_jax.config import name_shown
 from dspark_jax.programs import results, run_folder, shell
 from dspark_jax.text import parsed
 from infer.plots import PALETTE, STYLE
-from train.watch import LOG
+from train.watch import LOG, flat
 
 # (title, unit of y, (label, place in a line of the log) of each curve)
 PANELS = (
@@ -46,10 +47,18 @@ class Settings:
 
 def main(settings: Settings) -> dict:
   shell.check_out(settings.out, folder=True)
+  path = run_folder.record_path(settings.run)
+  if not path.exists():
+    raise ValueError(f"{settings.run} is no run of train.train: give its folder with --run")
   try:
     record = run_folder.read_record(settings.run, "train.train", {"config": dict, "total_steps": int})
   except ValueError as error:  # who writes a run chooses another place for it, who reads one another run
     raise ValueError(str(error).replace("choose another --out", "give another --run")) from error
+  config = record["config"]
+  missing = [name for name in ("target", "batch", "row_length", "drafter") if name not in config]
+  if missing or not isinstance(config["drafter"], dict) or "kind" not in config["drafter"]:
+    raise ValueError(f"{path} has a config without {', '.join(missing) or 'a kind of drafter'}, so it is damaged: "
+                     f"restore it, or give another --run")
   lines = read(settings.run / LOG)
   if not lines:
     raise ValueError(f"{settings.run / LOG} has no lines yet: wait for the first steps, or give another --run")
@@ -70,8 +79,11 @@ def read(path: Path) -> list[dict]:
   whole, found = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b"", []
   for number, line in enumerate(whole.splitlines(), 1):
     record = parsed(line, f"{path}, line {number} is damaged, it", remedy="delete the line")
-    if not {"step", "loss", "tau"} <= set(record):
-      raise ValueError(f"{path}, line {number} has no step, loss or tau: it is no log of train.train")
+    wrong = [name for name, value in flat(record) if not isinstance(value, int | float | None)]
+    wrong += sorted({"step", "loss", "tau", "grad_norm", "learning_rate"} - set(record))
+    if wrong or type(record["step"]) is not int:
+      raise ValueError(f"{path}, line {number} is damaged, or of no training: it has no number as "
+                       f"{', '.join(map(name_shown, wrong[:3])) or 'step'}: restore or delete the line")
     found.append(record)
   return found
 

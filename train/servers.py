@@ -78,6 +78,9 @@ class Fleet:
       raise ValueError(f"servers are {', '.join(server.name for server in self.servers)}, expected each once: more "
                        f"requests at once are asked for with --concurrency")
     self.key = os.environ.get(KEY, "").strip()
+    if not (self.key.isascii() and self.key.isprintable()):
+      raise ValueError(f"{KEY} holds a character that no key has (place "
+                       f"{next(i for i, c in enumerate(self.key, 1) if not ' ' <= c <= '~')}): copy the key once more")
     self.last = 0.0  # when one of them answered, or the first was asked
 
   @contextlib.asynccontextmanager

@@ -42,7 +42,7 @@ class Journal:
     if self.board is None:
       return
     run_folder.append(self.path, [{"step": step, **numbers}])
-    for name, value in _flat(numbers):
+    for name, value in flat(numbers):
       if value is not None:
         self.board.add_scalar(name, value, step)
     self.board.flush()
@@ -52,12 +52,12 @@ class Journal:
       self.board.close()
 
 
-def _flat(numbers, prefix=""):
+def flat(numbers, prefix=""):
   """(name, number) of nested tables and lists; places in lists count from 1."""
   for name, value in numbers.items():
     if isinstance(value, list):
       value = dict(enumerate(value, 1))
-    yield from _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    yield from flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 class Pace:
