@@ -212,7 +212,8 @@ def test_paths_are_no_urls(capsys, tmp_path):
                     code=2)
     assert f"data is {place}, expected a path" in err
   (tmp_path / "text.jsonl").touch()
-  cached = ("--target", QWEN3, "--taps", 1, "--data", tmp_path / "text.jsonl", "--out", "gs://bucket/d")
+  cached = ("--target", QWEN3, "--taps", 1, "--row-length", 48, "--data", tmp_path / "text.jsonl", "--out",
+            "gs://bucket/d")
   _, err = called(capsys, cache_hidden.main, cache_hidden.Settings, *cached, code=2)
   assert "data are files, expected a folder of train.prepare" in err  # but a store may be there
 
