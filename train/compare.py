@@ -56,11 +56,7 @@ def main(settings: Settings) -> dict:
     raise ValueError(f"seeds are {settings.seeds}, expected at least one, each once")
   if settings.steps is config.base.steps is None:
     raise ValueError(f"{settings.config} sets no steps, and all drafters must have as many: give --steps")
-  prepare.check_data(settings.data)
   runs = {name: planned(settings, config, name) for name in config.drafters}
-  about = target_config(locate_target(config.base.target))
-  for run, *_ in runs.values():
-    train.check_target(run, about)  # what does not fit the target is seen before anything is trained
   asked = evaluate.Settings(
       targets=(config.base.target,), drafters=tuple(str(run.out) for seeds in runs.values() for run in seeds),
       datasets=config.datasets, temperatures=config.temperatures, samples=config.samples, batch=config.eval_batch,
@@ -68,6 +64,10 @@ def main(settings: Settings) -> dict:
       out=settings.out / "evaluation", kernels=config.base.kernels)
   evaluate.check(asked), evaluate.read_samples(asked)  # a mistake is seen now, not after hours of training
   with run_folder.owned(settings.out):
+    about = target_config(locate_target(config.base.target))
+    for run, *_ in runs.values():
+      train.check_target(run, about)  # what does not fit the target is seen before anything is trained
+    prepare.check_data(settings.data)
     return compare(settings, config, runs, asked)
 
 

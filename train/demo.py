@@ -48,8 +48,8 @@ def main(settings: Settings) -> dict:
   config = dataclasses.replace(read_config(settings.config), minutes=settings.minutes, out=settings.out,
                                data=(settings.out / "answers.jsonl",))
   config.mesh.refuse(settings.config)
-  train.check_target(config, target_config(locate_target(config.target)))
   with run_folder.owned(settings.out):
+    train.check_target(config, target_config(locate_target(config.target)))
     return demonstrate(settings, config)
 
 

@@ -75,11 +75,11 @@ def main(config: TrainConfig) -> dict:
     raise ValueError("no data: give one or more files with --data")
   check_rows(config)
   check_early(config)
-  hosts.agree(lambda: prepare.check_data(config.data) and None)  # the others need not see them
   if config.start_from:
     shell.check_drafter(config.start_from)
-  check_target(config, target_config(locate_target(config.target)))
   with run_folder.owned(config.out):
+    check_target(config, target_config(locate_target(config.target)))
+    hosts.agree(lambda: prepare.check_data(config.data) and None)  # the others need not see them
     hosts.agree(lambda: check_run(config))
     return train(config, *shell.load(config.target, config.target_dtype, config.kernels))
 
