@@ -315,7 +315,7 @@ def test_a_lens_is_fitted_once(kept, folder, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_train_by_the_clock(folder, tmp_path, capsys):
-  """Kills: --minutes that never fixes the number of steps, or times them in silence, or on the state that is trained."""
+  """Kills: --minutes that never fix the number of steps, or time them in silence, or on the state that is trained."""
   result = train.main(experiment(folder, tmp_path / "run", steps=None, minutes=1e-6))
   assert "timing a few steps" in capsys.readouterr().err
   assert result["steps"] == read(tmp_path / "run" / "run.json")["total_steps"] == len(log_of(tmp_path / "run")) == 8
