@@ -144,8 +144,8 @@ def _messages(fields, tokenizer):
   if not tokenizer.chat_template:
     raise Refused("the model has no chat template, as base models have none: use /v1/completions", "messages")
   try:
-    prompt = chat.encode_prompt(tokenizer, asked)
     _must_be_said(tokenizer, asked)
+    prompt = chat.encode_prompt(tokenizer, asked)
   except ValueError as error:
     raise Refused(str(error), "messages") from error
   return prompt
