@@ -261,6 +261,40 @@ def test_other_settings_in_the_same_folder(change, word, folder, uninterrupted):
   assert losses(out) == before
 
 
+def test_refused_before_the_target_is_loaded(folder, uninterrupted, monkeypatch, tmp_path):
+  """Kills: minutes of loading before a wrong path, another run's folder or rows that the target has no positions for
+  are told of; a run that is to be longer, and no word of how; that word where more than the steps differs."""
+  monkeypatch.setattr(shell, "load", lambda *_: pytest.fail("loaded"))
+  out, more = uninterrupted[0], f"for more steps on what it has learned give --start-from {uninterrupted[0]}"
+  run_folder.write_record(tmp_path / "other", {"program": "infer.evaluate"})
+  positions = llama().max_positions
+  for where, changes, part in (
+      (tmp_path / "x", dict(data=(tmp_path / "nosuch",)), f"{tmp_path / 'nosuch'} is missing"),
+      (tmp_path / "x", dict(data=(folder,)), "holds no prepared rows"),
+      (tmp_path / "x", dict(row_length=positions + 1), f"expected at most the target's {positions} positions"),
+      (tmp_path / "other", {}, "is of 'infer.evaluate', not of train.train"),
+      (out, dict(seed=1), "seed was 0, is 1"), (out, dict(steps=99), more), (out, dict(steps=None, epochs=2.0), more)):
+    with complains(part):
+      train.main(experiment(folder, where, **changes))
+  with pytest.raises(ValueError) as caught:
+    train.main(experiment(folder, out, steps=99, seed=1))
+  assert "steps was 8, is 99; seed was 0, is 1" in str(caught.value) and more not in str(caught.value)
+  assert not (tmp_path / "x").exists()
+
+
+def test_a_finished_run_without_its_log(folder, uninterrupted, tmp_path):
+  """Kills: a traceback where the log of a run was moved away, or lacks a number."""
+  shutil.copytree(uninterrupted[0], tmp_path / "run")
+  log = tmp_path / "run" / "metrics.jsonl"
+  for text, part in (('{"step": 8}\n', "metrics.jsonl, line 1 is damaged (KeyError 'loss')"), ("", "has no lines")):
+    log.write_text(text)
+    with complains(part):
+      train.main(experiment(folder, tmp_path / "run"))
+  log.unlink()
+  with complains("metrics.jsonl has no lines, and the run is finished: restore it"):
+    train.main(experiment(folder, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("record, part", [
     ({"program": "infer.evaluate", "settings": {}}, "run.json is of 'infer.evaluate', not of train.train"),
     ({"settings": {}, "samples": {}, "models": {}, "versions": {}}, "run.json has no config, data, so it is another"),
