@@ -108,6 +108,17 @@ def test_other_dialects_by_name(change, name, tmp_path):
     load(copied(ORIGINAL, tmp_path / "d", config=lambda c: c | change))
 
 
+@pytest.mark.parametrize("source", [DSPARK, ORIGINAL])
+def test_taps_by_another_name(source, tmp_path):
+  """Kills: taps of other dialects' spelling, one more than ours, that are passed over; ones taken as they stand."""
+  taps = load(source).config.taps
+  for name in ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"):
+    said = {name: [x + 1 for x in taps], "target_layer_ids": None}
+    found = load(copied(source, tmp_path / f"{source.name}-{name}", config=lambda c: c | said | {
+        "dflash_config": {k: x for k, x in (c.get("dflash_config") or {}).items() if k != "target_layer_ids"}}))
+    assert found.config.taps == taps
+
+
 @pytest.mark.parametrize("source, change, part", [
     (DSPARK, {"block_size": "7"}, "'block_size' is '7', expected an integer"),
     (DSPARK, {"block_size": True}, "'block_size' is True"), (DSPARK, {"block_size": 0}, "'block_size' is 0"),
@@ -116,10 +127,15 @@ def test_other_dialects_by_name(change, name, tmp_path):
     (DSPARK, {"target_layer_ids": [0, "2"]}, "'target_layer_ids'"),
     (DSPARK, {"target_layer_ids": [0, 0]}, "expected each layer once"),
     (DSPARK, {"target_layer_ids": [0, LAST]}, f"taps [{LAST}]"),
+    (ORIGINAL, {"target_layer_ids": []}, "and at least one"),
+    (ORIGINAL, {"block_size": None, "target_layer_ids": None, "dflash_config": {"block_size": 4}}, "name the taps"),
+    (DSPARK, {"aux_hidden_state_layer_ids": [5, 1]}, "expected the same"),
+    (ORIGINAL, {"eagle_aux_hidden_state_layer_ids": "1"}, "expected a list of layers"),
     (DSPARK, {"markov_rank": 0}, "markov_rank is 0"), (ORIGINAL, {"dflash_config": [1]}, "'dflash_config' is [1]"),
     (DSPARK, {"num_hidden_layers": 10 ** 12}, "'num_hidden_layers'"),
     (DSPARK, {"enable_confidence_head": "no"}, "'no'")])
 def test_values_at_fault(source, change, part, tmp_path):
-  """Kills: a traceback for a wrong type; true counted as one; a file that runs no draft at all."""
+  """Kills: a traceback for a wrong type; true counted as one; a file that runs no draft at all; taps that are guessed
+  though the file names them, or has to."""
   with complains(part):
     load(copied(source, tmp_path / "d", config=lambda c: c | change))

@@ -64,6 +64,7 @@ CHANGES_ORIGINAL = CHANGES | {"sample_from_anchor": (False,), "shift_label": (Fa
 HARMLESS = {"attention_mode", "confidence_head_alpha", "draft_vocab_size", "max_anchors", "num_anchors",
             "sliding_window_non_causal", "swa_window_size"}
 NESTED = "dflash_config", "dspark_config"
+SPELLED = "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"  # other names of target_layer_ids
 # Copied by DeepSpec's classes from the target's config; the block that they build rotates whole heads.
 NOISE = "partial_rotary_factor", "mrope_section", "mrope_interleaved"
 
@@ -120,14 +121,16 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
   original = name == ORIGINAL
   keys = Eagle3Keys if kind == "eagle3" else DFlashKeys if original else DSparkKeys
   read, changes = [f.name for f in dataclasses.fields(keys)], CHANGES_ORIGINAL if original else CHANGES_OURS
-  problems += _changed(flat, changes)
+  problems += _changed(flat, changes) + _taps_spelled(flat)
+  if original and flat.get("target_layer_ids") is None and hf.get("block_size") is None:
+    problems.append("key 'target_layer_ids' is missing, which only older files leave to a default: name the taps")
   problems += [f"unknown key {shown(key)} in {part}" for part in NESTED for key in sorted(hf.get(part) or {})
-               if key not in {*read, *changes, *HARMLESS}]
+               if key not in {*read, *changes, *HARMLESS, *SPELLED}]
   spec, wrong = block(flat if original else _without_noise(flat))
   stored, of_drafter = read_known(keys, flat)
-  taps = stored and stored.target_layer_ids or ()
-  if len(set(taps)) < len(taps):
-    wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once"]
+  taps = stored and stored.target_layer_ids
+  if taps is not None and (not taps or len(set(taps)) < len(taps)):
+    wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once, and at least one"]
   raise_all("drafter config", problems + wrong + of_drafter)
   return kind, _eagle3(flat, spec, stored) if kind == "eagle3" else _dspark(spec, stored, original)
 
@@ -156,6 +159,23 @@ def _flat(hf):
         problems.append(f"key {shown(key)} is {shown(flat[key])}, and {shown(value)} in {part}: expected one value")
       flat[key] = value if flat.get(key) is None else flat[key]
   return flat, problems
+
+
+def _taps_spelled(flat):
+  """Problems of taps that are named otherwise, as what a layer reads, one more than the layer; else they are put there
+  under our name."""
+  problems = []
+  for key in SPELLED:
+    found = flat.get(key)
+    if found is not None:
+      if not isinstance(found, list) or not all(type(x) is int for x in found):
+        problems.append(f"key {key!r} is {shown(found)}, expected a list of layers")
+      elif flat.get("target_layer_ids") not in (None, ids := [x - 1 for x in found]):
+        problems.append(f"key {key!r} is {shown(found)}, which is one more than a tap, and 'target_layer_ids' "
+                        f"{shown(flat['target_layer_ids'])}: expected the same")
+      else:
+        flat["target_layer_ids"] = ids
+  return problems
 
 
 def _changed(flat, changes):
