@@ -123,8 +123,11 @@ def fonts(text: str) -> tuple[list[str], str]:
   families, missing = ["DejaVu Sans"], {c for c in text if c.isprintable()} - letters(own)
   if not missing:
     return families, ""
-  others = {Path(font.fname): font.name for font in font_manager.fontManager.ttflist if own.parent not in
-            Path(font.fname).parents}  # beside its own lie fonts of formulas, and one that draws every letter as a box
+  # Beside its own lie fonts of formulas, and one that draws every letter as a box. Resolved: an environment may be
+  # reached through a link, and Matplotlib's list of fonts is one for all.
+  beside = own.parent.resolve()
+  others = {Path(font.fname): font.name for font in font_manager.fontManager.ttflist
+            if beside not in Path(font.fname).resolve().parents}
   if packaged:
     path = Path(packaged.origin).parent / PACKAGED[1]
     font_manager.fontManager.addfont(path)
