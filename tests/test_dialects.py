@@ -127,7 +127,7 @@ def test_taps_by_another_name(source, tmp_path):
     (DSPARK, {"target_layer_ids": [0, "2"]}, "'target_layer_ids'"),
     (DSPARK, {"target_layer_ids": [0, 0]}, "expected each layer once"),
     (DSPARK, {"target_layer_ids": [0, LAST]}, f"taps [{LAST}]"),
-    (ORIGINAL, {"target_layer_ids": []}, "and at least one"),
+    (ORIGINAL, {"dflash_config": {"mask_token_id": 0, "target_layer_ids": []}}, "taps are empty"),
     (ORIGINAL, {"block_size": None, "target_layer_ids": None, "dflash_config": {"block_size": 4}}, "name the taps"),
     (DSPARK, {"aux_hidden_state_layer_ids": [5, 1]}, "expected the same"),
     (ORIGINAL, {"eagle_aux_hidden_state_layer_ids": "1"}, "expected a list of layers"),

@@ -128,9 +128,9 @@ def drafter_config(hf: dict) -> tuple[str, DrafterConfig]:
                if key not in {*read, *changes, *HARMLESS, *SPELLED}]
   spec, wrong = block(flat if original else _without_noise(flat))
   stored, of_drafter = read_known(keys, flat)
-  taps = stored and stored.target_layer_ids
-  if taps is not None and (not taps or len(set(taps)) < len(taps)):
-    wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once, and at least one"]
+  taps = stored and stored.target_layer_ids or ()
+  if len(set(taps)) < len(taps):
+    wrong = [*wrong, f"key 'target_layer_ids' is {shown(list(taps))}, expected each layer once"]
   raise_all("drafter config", problems + wrong + of_drafter)
   return kind, _eagle3(flat, spec, stored) if kind == "eagle3" else _dspark(spec, stored, original)
 
@@ -212,7 +212,9 @@ def _dspark(spec, stored, original):
                 num_target_layers=stored.num_target_layers, mask_token_id=stored.mask_token_id)
   if original:
     # Its block_size counts the anchor's position, which predicts nothing: one draft less than positions.
-    taps = stored.target_layer_ids or default_taps(stored.num_target_layers, stored.num_hidden_layers)
+    taps = stored.target_layer_ids
+    if taps is None:  # none at all, which is refused, is no default
+      taps = default_taps(stored.num_target_layers, stored.num_hidden_layers)
     return DSparkConfig(**common, taps=taps, block_size=stored.block_size - 1, markov_rank=0, confidence="none",
                         sample_from_anchor=False)
   confidence = "none" if not stored.enable_confidence_head else (
