@@ -286,8 +286,7 @@ class Engine:
                        f"seat of {min(self.config.capacity, self.target.max_positions)}, which has room for "
                        f"{max(room, 0)} after this prompt: shorten it, or ask for fewer")
     if request.log_probabilities and not self.config.log_probabilities:
-      raise ValueError("log-probabilities are asked for, and the engine was started without them: start it with "
-                       "--log-probabilities")
+      raise ValueError("log-probabilities are asked for, of an engine without: start it with --log-probabilities")
 
   def _temperatures(self, request):
     """f32[1,G] of the head's confidences."""
